@@ -1,0 +1,1 @@
+"""peltc: parameter-efficient fine-tuning modules, compiled into ONNX deployments."""

@@ -1,0 +1,327 @@
+"""The expression language of method files: Python's expression syntax, read with `ast` against a closed list.
+
+`parse` gives a tree of six kinds of node; an `Interpreter` walks the tree over its own kind of value. Nothing here
+runs code from a formula: operators and calls become `Call` nodes whose function must stand in `FUNCTIONS`, and
+every other construct of Python is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from peltc.spec.diagnostics import Place, fail, nearest, one_of
+from peltc.spec.dims import Dim
+from peltc.spec.functions import FUNCTIONS
+
+MAX_CHARACTERS = 4_000
+MAX_NODES = 400
+MAX_DEPTH = 40
+MAX_INTEGER = 2**31
+MAX_EXPONENT = 64
+
+
+@dataclass(frozen=True)
+class Number:
+    value: int | float | bool
+    text: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Text:
+    value: str
+    text: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Name:
+    id: str
+    text: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Items:
+    elements: tuple[Expr, ...]
+    text: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """`then if test else other`; the test must be known at compile time."""
+
+    test: Expr
+    then: Expr
+    other: Expr
+    text: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function or operator of `FUNCTIONS`, or a function that the site offers (`norm`)."""
+
+    function: str
+    args: tuple[Expr, ...]
+    keywords: tuple[tuple[str, Expr], ...] = ()
+    text: str = field(default="", compare=False)
+
+
+Expr = Number | Text | Name | Items | Conditional | Call
+
+_BINARY = {
+    ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide", ast.FloorDiv: "floor_divide",
+    ast.Mod: "modulo", ast.Pow: "power", ast.MatMult: "matmul",
+}  # fmt: skip
+_COMPARE = {
+    ast.Eq: "equal", ast.NotEq: "not_equal", ast.Lt: "less", ast.LtE: "less_equal",
+    ast.Gt: "greater", ast.GtE: "greater_equal",
+}  # fmt: skip
+
+STATIC: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv,
+    "floor_divide": operator.floordiv, "modulo": operator.mod, "power": operator.pow, "negate": operator.neg,
+    "equal": operator.eq, "not_equal": operator.ne, "less": operator.lt, "less_equal": operator.le,
+    "greater": operator.gt, "greater_equal": operator.ge, "not": operator.not_, "sqrt": lambda x: x**0.5,
+    "and": lambda a, b: a and b, "or": lambda a, b: a or b, "min": min, "max": max,
+}  # fmt: skip
+"""What operators mean on values known while the formula is read: options and sizes."""
+
+
+def parse(text: str | int | float, place: Place | None = None, functions: tuple[str, ...] = ("norm",)) -> Expr:
+    """Read a formula.
+
+    Args:
+        text: the formula; a bare number is a formula too.
+        place: where it stands, for messages.
+        functions: names that may be called besides `FUNCTIONS`.
+
+    Raises:
+        PeltError: E301 not an expression, E302 forbidden syntax, E303 an unknown function, E304 too large.
+    """
+    place = place or Place()
+    source = str(text)
+    if len(source) > MAX_CHARACTERS:
+        raise fail("E304", f"the formula has {len(source):,} characters", place, f"at most {MAX_CHARACTERS:,}")
+    try:
+        tree = ast.parse(_spell_in(source.strip()), mode="eval")
+    except (SyntaxError, ValueError) as error:
+        detail = getattr(error, "msg", str(error))
+        raise fail("E301", f"not an expression: {detail}: {source!r}", place, "one expression") from None
+    except (RecursionError, MemoryError):
+        raise fail("E304", "the formula is nested too deeply", place, f"at most {MAX_DEPTH} levels") from None
+    return _Reader(source.strip(), place, functions).read(tree.body)
+
+
+def _spell_in(source: str) -> str:
+    """`in`, the number of a map's inputs, is a keyword of Python's: spelt `iN` for its parser, which keeps columns."""
+    return re.sub(r"('[^']*'|\"[^\"]*\")|\bin\b", lambda m: m.group(1) or "iN", source)
+
+
+class _Reader:
+    def __init__(self, source: str, place: Place, functions: tuple[str, ...]):
+        self.source, self.place, self.functions = source, place, functions
+        self.nodes = 0
+
+    def read(self, node: ast.expr, depth: int = 0) -> Expr:
+        text = ast.get_source_segment(self.source, node) or ""
+        self.nodes += 1
+        if self.nodes > MAX_NODES or depth > MAX_DEPTH:
+            limit = f"at most {MAX_NODES} parts, nested at most {MAX_DEPTH} deep"
+            raise fail("E304", "the formula is too large", self.place, limit)
+
+        def sub(child: ast.expr) -> Expr:
+            return self.read(child, depth + 1)
+
+        match node:
+            case ast.Constant(value=bool() | float() as value):
+                return Number(value, text)
+            case ast.Constant(value=int() as value):
+                if abs(value) > MAX_INTEGER:
+                    raise fail("E304", f"the number {text[:20]}... is too large", self.place, "below 2**31")
+                return Number(value, text)
+            case ast.Constant(value=str() as value):
+                return Text(value, text)
+            case ast.Name(id=name):
+                return Name(text or name, text)
+            case ast.Tuple(elts=elements) | ast.List(elts=elements):
+                return Items(tuple(sub(e) for e in elements), text)
+            case ast.IfExp(test=test, body=then, orelse=other):
+                return Conditional(sub(test), sub(then), sub(other), text)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                return Call(_BINARY[type(op)], (sub(left), sub(right)), (), text)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return Call("negate", (sub(operand),), (), text)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return Call("not", (sub(operand),), (), text)
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+                return Call(_COMPARE[type(op)], (sub(left), sub(right)), (), text)
+            case ast.BoolOp(op=op, values=[first, *rest]):
+                result, name = sub(first), "and" if isinstance(op, ast.And) else "or"
+                for value in rest:
+                    result = Call(name, (result, sub(value)), (), text)
+                return result
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                known = (*FUNCTIONS, *self.functions)
+                if name not in known or name in _OPERATORS:
+                    shown = sorted(set(known) - _OPERATORS)
+                    raise fail(
+                        "E303", f"unknown function '{name}' in {text!r}", self.place, one_of(shown), nearest(name, shown)
+                    )
+                if any(k.arg is None for k in keywords) or any(isinstance(a, ast.Starred) for a in args):
+                    raise self.forbidden("an unpacked argument", text)
+                return Call(
+                    name, tuple(sub(a) for a in args), tuple((str(k.arg), sub(k.value)) for k in keywords), text
+                )
+            case ast.Attribute():
+                raise self.forbidden("attribute access", text)
+            case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+                raise self.forbidden("a comprehension", text)
+            case ast.Call():
+                raise self.forbidden("a call of something that is not a name", text)
+            case _:
+                raise self.forbidden(type(node).__name__, text)
+
+    def forbidden(self, what: str, text: str) -> Exception:
+        return fail(
+            "E302",
+            f"{what} in a formula: {text[:80]!r}",
+            self.place,
+            "numbers, names, operators, conditional expressions and calls of the language's functions",
+        )
+
+
+_OPERATORS = {*_BINARY.values(), *_COMPARE.values(), "negate", "not", "and", "or"}
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """The expression and everything in it."""
+    yield expr
+    match expr:
+        case Items(elements=parts):
+            children: tuple[Expr, ...] = parts
+        case Conditional(test=test, then=then, other=other):
+            children = (test, then, other)
+        case Call(args=args, keywords=keywords):
+            children = (*args, *(value for _, value in keywords))
+        case _:
+            children = ()
+    for child in children:
+        yield from walk(child)
+
+
+def names(expr: Expr) -> set[str]:
+    """The names that an expression reads, functions apart."""
+    return {node.id for node in walk(expr) if isinstance(node, Name)}
+
+
+def calls(expr: Expr) -> set[str]:
+    """The functions that an expression calls, operators included."""
+    return {node.function for node in walk(expr) if isinstance(node, Call)}
+
+
+class FormulaError(Exception):
+    """Raised by an interpreter's function; `Interpreter.evaluate` adds which sub-expression it was."""
+
+
+class EvaluationError(Exception):
+    """An expression that an interpreter could not evaluate: the sub-expression, and why."""
+
+    def __init__(self, expr: Expr, reason: str):
+        super().__init__(f"in '{expr.text}': {reason}")
+        self.expr, self.reason = expr, reason
+
+
+V = TypeVar("V")
+Static = (bool, int, float, str, list)
+
+
+class Interpreter(Generic[V]):
+    """Evaluates expressions over one kind of value.
+
+    Subclasses supply `call`, the meaning of each function on their values. Values that are plain Python numbers,
+    strings and lists of them (options, sizes) are computed here, the same way for every interpreter.
+    """
+
+    def evaluate(self, expr: Expr, scope: Mapping[str, Any]) -> Any:
+        """The value of `expr` where names mean what `scope` says.
+
+        Raises:
+            EvaluationError: naming the innermost sub-expression that has no value here.
+        """
+        try:
+            return self._evaluate(expr, scope)
+        except FormulaError as error:
+            raise EvaluationError(expr, str(error)) from None
+        except (TypeError, ZeroDivisionError, OverflowError, ValueError) as error:
+            raise EvaluationError(expr, str(error)) from error
+
+    def _evaluate(self, expr: Expr, scope: Mapping[str, Any]) -> Any:
+        match expr:
+            case Number(value=value):
+                return value
+            case Text(value=text):
+                return text
+            case Name(id=name):
+                if name not in scope:
+                    raise FormulaError(f"unknown name '{name}'; in scope: {', '.join(sorted(scope))}")
+                value = scope[name]
+                return value() if isinstance(value, Deferred) else value
+            case Items(elements=elements):
+                return [self.evaluate(e, scope) for e in elements]
+            case Conditional(test=test, then=then, other=other):
+                chosen = self.evaluate(test, scope)
+                if not is_static(chosen):
+                    raise FormulaError("the condition is not known at compile time")
+                return self.evaluate(then if chosen else other, scope)
+            case Call(function=name, args=args, keywords=keywords):
+                values = [self.evaluate(a, scope) for a in args]
+                options = {key: self.evaluate(value, scope) for key, value in keywords}
+                if name in STATIC and all(map(is_static, values)):
+                    return static_call(name, values)
+                if name not in FUNCTIONS:
+                    if name not in scope:
+                        raise FormulaError(f"this site offers no function '{name}'")
+                    return scope[name](*values)
+                bound = FUNCTIONS[name].bind(values, options)
+                return self.call(name, bound)
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        """The function's value; raises `FormulaError` where it has none."""
+        raise NotImplementedError
+
+
+class Deferred:
+    """A scope entry computed when, and only when, a formula reads it."""
+
+    def __init__(self, compute: Callable[[], Any]):
+        self.compute = compute
+        self.value: list[Any] = []
+
+    def __call__(self) -> Any:
+        if not self.value:
+            self.value.append(self.compute())
+        return self.value[0]
+
+
+def is_static(value: object) -> bool:
+    """Whether a value is known without any tensor: an option, a size, or a list of such."""
+    if isinstance(value, list):
+        return all(map(is_static, value))
+    return value is None or isinstance(value, (bool, int, float, str, Dim))
+
+
+def static_call(name: str, values: list[Any]) -> Any:
+    """An operator on static values; powers are bounded.
+
+    Raises:
+        FormulaError: the operator does not apply, or the result is out of bounds.
+    """
+    if name == "power" and isinstance(values[1], (int, float)) and abs(values[1]) > MAX_EXPONENT:
+        raise FormulaError(f"the exponent {values[1]} is too large; at most {MAX_EXPONENT}")
+    result = STATIC[name](*values)
+    if isinstance(result, complex) or (isinstance(result, (int, float)) and abs(result) > 1e30):
+        raise FormulaError(f"the number {str(result)[:24]} is out of bounds")
+    return result

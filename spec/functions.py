@@ -1,0 +1,126 @@
+"""The functions of the method language: names, parameters and meanings, in one table.
+
+What each means on shapes, tensors, affine maps and graph values is told by the interpreters; a function stands here
+once, with its signature. Axes count from the end (`axis=-1`), so that leading batch dimensions never matter.
+Letters: `...` any leading dimensions, `I`/`O` inputs and outputs of a linear map, `S` sequence, `P` prefix length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function's signature: `parameters` maps names to defaults, in order; `variadic` takes any number of tensors."""
+
+    name: str
+    doc: str
+    parameters: tuple[tuple[str, Any], ...]
+    variadic: bool = False
+
+    def bind(self, values: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by parameter name.
+
+        Raises:
+            TypeError: too many, missing, or unknown arguments.
+        """
+        named = [name for name, _ in self.parameters]
+        bound: dict[str, Any] = {}
+        if self.variadic:
+            leading = [n for n in named[1:] if dict(self.parameters)[n] is REQUIRED]
+            bound = dict(zip(leading, values, strict=False))
+            bound[named[0]] = values[len(leading) :]
+            if not bound[named[0]]:
+                raise TypeError(f"{self.signature} needs at least one tensor")
+        else:
+            if len(values) > len(named):
+                raise TypeError(f"{self.signature} takes at most {len(named)} arguments, not {len(values)}")
+            bound = dict(zip(named, values, strict=False))
+        for key, value in options.items():
+            if key not in named or key in bound:
+                raise TypeError(f"{self.signature} takes no argument '{key}' here")
+            bound[key] = value
+        for key, default in self.parameters:
+            if key not in bound:
+                if default is REQUIRED:
+                    raise TypeError(f"{self.signature} lacks its argument '{key}'")
+                bound[key] = default
+        return bound
+
+    @property
+    def signature(self) -> str:
+        """`linear(x, weight, bias=None)`."""
+        parts = []
+        for index, (name, default) in enumerate(self.parameters):
+            star = "*" if self.variadic and index == 0 else ""
+            parts.append(f"{star}{name}" if default is REQUIRED else f"{name}={default!r}")
+        return f"{self.name}({', '.join(parts)})"
+
+
+def _function(name: str, doc: str, *parameters: str | tuple[str, Any], variadic: bool = False) -> Function:
+    full = tuple((p, REQUIRED) if isinstance(p, str) else p for p in parameters)
+    return Function(name, doc, full, variadic)
+
+
+_TABLE = [
+    # operators
+    *(_function(name, f"elementwise, broadcasting: a {sign} b", "a", "b") for name, sign in [
+        ("add", "+"), ("subtract", "-"), ("multiply", "*"), ("divide", "/"), ("power", "**"),
+        ("floor_divide", "//"), ("modulo", "%"), ("equal", "=="), ("not_equal", "!="), ("less", "<"),
+        ("less_equal", "<="), ("greater", ">"), ("greater_equal", ">="), ("and", "and"), ("or", "or"),
+    ]),
+    _function("negate", "-x", "x"),
+    _function("not", "not x", "x"),
+    _function("min", "the smaller of two known numbers", "a", "b"),
+    _function("max", "the larger of two known numbers", "a", "b"),
+    _function("matmul", "matrix product over the last two axes: [..., M, K] @ [..., K, N] → [..., M, N]", "a", "b"),
+    # linear algebra
+    _function("linear", "x Wᵀ + b: [..., I], weight [O, I], bias [O] → [..., O]", "x", "weight", ("bias", None)),
+    _function("einsum", "Einstein summation: einsum('ij,jk->ik', a, b)", "operands", "equation", variadic=True),
+    _function("kron", "Kronecker product: [A, B], [C, D] → [A*C, B*D]", "a", "b"),
+    _function("inverse", "inverse of square matrices: [..., N, N]", "x"),
+    _function("eye", "the identity matrix [n, n]", "n"),
+    _function("skew", "[..., n(n-1)/2] → skew-symmetric [..., n, n], the vector above the diagonal in row order",
+              "x", "n"),
+    _function("block_diagonal", "[K, A, B] → [K*A, K*B] with the K blocks on the diagonal", "x"),
+    _function("norm2", "Euclidean norm along an axis, which stays with size 1", "x", ("axis", -1)),
+    # elementwise
+    *(_function(name, doc, "x") for name, doc in [
+        ("relu", "max(x, 0)"), ("gelu", "x Φ(x), with erf"), ("gelu_tanh", "the tanh approximation of gelu"),
+        ("silu", "x σ(x), also called swish"), ("tanh", "tanh"), ("sigmoid", "σ(x) = 1 / (1 + e⁻ˣ)"),
+        ("exp", "eˣ"), ("log", "natural logarithm"), ("sqrt", "√x"), ("abs", "|x|"), ("identity", "x"),
+    ]),
+    _function("activation", "one of relu, gelu, gelu_tanh, silu, tanh, sigmoid, identity, by name", "x", "name"),
+    _function("softmax", "softmax along an axis", "x", ("axis", -1)),
+    _function("detach", "x; no gradient flows through it in training", "x"),
+    _function("dropout", "dropout with probability p in training, x otherwise", "x", "p"),
+    # reductions; the reduced axis stays with size 1
+    _function("mean", "mean along an axis, which stays with size 1", "x", ("axis", -1)),
+    _function("sum", "sum along an axis, which stays with size 1", "x", ("axis", -1)),
+    _function("mean_seq", "mean over the sequence: [B, S, ...] → [B, 1, ...]; with a mask [B, S], over its ones only",
+              "x", ("mask", None)),
+    # layout
+    _function("reshape", "the same elements in another shape; only for tensors known at compile time", "x", "shape"),
+    _function("transpose", "swaps the last two axes", "x"),
+    _function("permute", "reorders all axes: permute(x, [1, 0, 2])", "x", "axes"),
+    _function("concat", "joins along an axis; tensors of lower rank repeat over the leading axes", "tensors",
+              ("axis", -1), variadic=True),
+    _function("take", "the index-th slice along an axis, which goes", "x", "index", ("axis", 0)),
+    _function("slice", "x from start up to stop along an axis", "x", "start", "stop", ("axis", -1)),
+    _function("unsqueeze", "a new axis of size 1 at the place", "x", ("axis", -1)),
+    _function("zeros", "zeros of a shape", "shape"),
+    _function("ones", "ones of a shape", "shape"),
+    # one meaning in training, another in deployment
+    _function("choose", "a random index of the first axis in training (draw j), the mean over it in deployment",
+              "stack", ("draw", 0)),
+    _function("top_k_mask", "1 at the k largest along the last axis, lowest index first among equals, 0 elsewhere;"
+              " straight-through gradient in training", "z", "k"),
+]  # fmt: skip
+
+FUNCTIONS: dict[str, Function] = {function.name: function for function in _TABLE}
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity")

@@ -1,0 +1,249 @@
+"""A method: one PEFT technique, stated once as formulas. Read from a method file or from a spec's `methods:`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
+from peltc.spec.document import Document, parse as parse_document
+from peltc.spec.formula import Call, Expr, Name, calls, names, parse
+
+KINDS = ("linear", "norm", "attention", "block", "embedding")
+"""The kinds of site that a method may ask for."""
+
+EFFECTS: dict[str, tuple[str, ...]] = {
+    "linear": ("input", "weight", "bias", "delta", "output"),
+    "norm": ("weight", "bias", "delta", "output"),
+    "block": ("delta", "output"),
+    "attention": ("keys", "values"),
+    "embedding": ("prepend",),
+}
+"""What a method may define at each kind of site, in the order in which definitions take effect."""
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "linear": ("x", "y", "W", "b", "h", "mask", "in", "out", "max_in", "max_out", "biased", "index", "count"),
+    "norm": ("x", "y", "W", "b", "d", "biased", "index", "count"),
+    "block": ("x", "y", "r", "h", "mask", "in", "out", "d", "index", "count"),
+    "attention": ("q", "k", "v", "h", "mask", "heads", "kv_heads", "head_dim", "index", "count"),
+    "embedding": ("d", "index", "count"),
+}
+"""Names in scope by kind of site, besides options, parameters and `let:` bindings."""
+
+RUNTIME_NAMES = ("x", "y", "r", "h", "q", "k", "v", "mask")
+"""Names of values that exist only while the model runs; everything else is known at compile time."""
+
+SCOPES = ("site", "layer", "model")
+INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform")
+"""Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number or word that a user may set. `schema` is its JSON schema, `default` included."""
+
+    name: str
+    schema: Mapping[str, Any]
+
+    @property
+    def default(self) -> Any:
+        return self.schema.get("default")
+
+    @property
+    def doc(self) -> str:
+        return str(self.schema.get("doc", ""))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of a method.
+
+    Attributes:
+        shape: one expression per axis, over options and sizes.
+        init: start value: an initialiser's name or call, or a formula over the site's `W` and `b`.
+        scope: one tensor per `site`, per `layer`, or for the whole `model`.
+        frozen: not trained, though part of the weights file.
+        condition: the parameter exists where this is true of the options; None: always.
+    """
+
+    name: str
+    shape: tuple[Expr, ...]
+    init: Expr
+    scope: str = "site"
+    frozen: bool = False
+    condition: Expr | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A PEFT technique: options, parameters, and what its formulas define at a site of one kind."""
+
+    name: str
+    title: str
+    source: str
+    site: str
+    options: tuple[Option, ...]
+    parameters: tuple[Parameter, ...]
+    let: tuple[tuple[str, Expr], ...]
+    effects: tuple[tuple[str, Expr], ...]
+    start: str = ""
+    notes: str = ""
+    place: Place = Place()
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {option.name: option.default for option in self.options}
+
+    def effect(self, name: str) -> Expr | None:
+        return dict(self.effects).get(name)
+
+    def reads(self) -> set[str]:
+        """The names that the method's definitions read, through `let:` bindings."""
+        bindings, found = dict(self.let), set[str]()
+        pending = [expr for _, expr in self.effects]
+        while pending:
+            for name in names(expr := pending.pop()) | (calls(expr) & {"norm"}):
+                if name not in found:
+                    found.add(name)
+                    if name in bindings:
+                        pending.append(bindings[name])
+        return found
+
+
+def build(document: Document, name: str, keys: tuple[str | int, ...] = ()) -> Method:
+    """A method from a validated tree at `keys` of a document.
+
+    Raises:
+        PeltError: every finding: formulas that do not parse (E301-E304), names not in scope (E305), definitions that
+            do not belong to the kind of site (E306).
+    """
+    tree: Any = document.tree
+    for key in keys:
+        tree = tree[key]
+    findings: list[Diagnostic] = []
+
+    def formula(text: Any, *path: str | int, functions: tuple[str, ...] = ("norm",)) -> Expr:
+        try:
+            return parse(text, document.place(*keys, *path), functions)
+        except PeltError as error:
+            findings.extend(error.diagnostics)
+            return Name("?")
+
+    site = tree["site"]
+    options = tuple(Option(key, value) for key, value in tree.get("options", {}).items())
+    parameters = []
+    for key, value in tree.get("parameters", {}).items():
+        path = ("parameters", key)
+        parameters.append(
+            Parameter(
+                key,
+                tuple(formula(axis, *path, "shape", i) for i, axis in enumerate(value["shape"])),
+                formula(value["init"], *path, "init", functions=INITIALISERS),
+                value.get("scope", "site"),
+                value.get("frozen", False),
+                formula(value["if"], *path, "if") if "if" in value else None,
+            )
+        )
+    let = tuple((key, formula(value, "let", key)) for key, value in tree.get("let", {}).items())
+    defined = [key for effects in EFFECTS.values() for key in effects if key in tree]
+    effects = []
+    for key in dict.fromkeys(defined):
+        if key not in EFFECTS[site]:
+            findings.append(
+                Diagnostic(
+                    "E306",
+                    f"a method of site kind '{site}' cannot define '{key}'",
+                    document.place(*keys, key),
+                    one_of(EFFECTS[site]),
+                )
+            )
+    for key in EFFECTS[site]:
+        if key in tree:
+            effects.append((key, formula(tree[key], key)))
+    if not defined:
+        findings.append(
+            Diagnostic("E306", f"the method '{name}' defines nothing", document.place(*keys), one_of(EFFECTS[site]))
+        )
+
+    known = {*NAMES[site], *(o.name for o in options)}
+    sizes = {*NAMES[site]} - set(RUNTIME_NAMES) - {"W", "b"} | {o.name for o in options}
+
+    def check(expr: Expr, scope: set[str], *path: str | int) -> None:
+        for unknown in sorted(names(expr) - scope - {"?"}):
+            findings.append(
+                Diagnostic(
+                    "E305",
+                    f"unknown name '{unknown}' in {expr.text!r}",
+                    document.place(*keys, *path),
+                    one_of(sorted(scope)),
+                    nearest(unknown, scope),
+                )
+            )
+
+    for option in options:
+        if option.name in NAMES[site]:
+            findings.append(
+                Diagnostic(
+                    "E305",
+                    f"the option '{option.name}' hides a name of the site",
+                    document.place(*keys, "options", option.name),
+                )
+            )
+    for parameter in parameters:
+        path = ("parameters", parameter.name)
+        if parameter.name in known:
+            message = f"the parameter '{parameter.name}' hides an option or a name of the site"
+            findings.append(Diagnostic("E305", message, document.place(*keys, *path)))
+        for i, axis in enumerate(parameter.shape):
+            check(axis, sizes, *path, "shape", i)
+        check(parameter.init, {*sizes, "W", "b", *INITIALISERS}, *path, "init")
+        if parameter.condition is not None:
+            check(parameter.condition, sizes, *path, "if")
+    scope = known | {p.name for p in parameters}
+    for key, expr in let:
+        check(expr, scope, "let", key)
+        scope.add(key)
+    for key, expr in effects:
+        check(expr, scope, key)
+    if findings:
+        raise PeltError(findings)
+    return Method(
+        name,
+        str(tree.get("title", name)),
+        str(tree.get("source", "")),
+        site,
+        options,
+        tuple(parameters),
+        let,
+        tuple(effects),
+        str(tree.get("start", "")),
+        str(tree.get("notes", "")).strip(),
+        document.place(*keys),
+    )
+
+
+@cache
+def shipped() -> dict[str, Method]:
+    """The methods that come with the compiler, by name."""
+    from peltc.spec.schema import validate
+
+    methods = {}
+    for file in sorted(resources.files("peltc.spec.methods").iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".yaml"):
+            document = parse_document(file.read_text(encoding="utf-8"), file.name)
+            validate(document, "method")
+            methods[document.tree["method"]] = build(document, document.tree["method"])
+    return methods
+
+
+def initialiser(expr: Expr) -> tuple[str, tuple[Expr, ...]] | None:
+    """The initialiser that a start value names, with its arguments; None where the start value is a formula."""
+    match expr:
+        case Name(id=name) if name in INITIALISERS:
+            return name, ()
+        case Call(function=name, args=args) if name in INITIALISERS:
+            return name, args
+    return None

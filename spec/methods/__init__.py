@@ -1,0 +1,1 @@
+"""The shipped methods, one YAML file each."""

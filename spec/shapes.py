@@ -1,0 +1,277 @@
+"""The shape interpreter: a value is a tensor's shape and what fixed it.
+
+Sizes may be numbers (a model is known) or polynomials over names (`pelt check` without a model). A conflict names
+the sub-expression, both shapes, and where each came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peltc.spec.dims import Dim, Size, product, same, shape_text, simplify
+from peltc.spec.formula import FormulaError, Interpreter
+from peltc.spec.functions import ACTIVATIONS
+
+Dims = tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tensor's shape; `origin` says what fixed it ("parameter A [r, in]")."""
+
+    dims: Dims
+    origin: str = ""
+
+    def __str__(self) -> str:
+        return shape_text(self.dims) + (f" ({self.origin})" if self.origin else "")
+
+    @property
+    def rank(self) -> int:
+        return len(self.dims)
+
+
+class ShapeInterpreter(Interpreter[Shape]):
+    """Evaluates formulas over shapes."""
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        if name in _ELEMENTWISE_BINARY:
+            return broadcast(_tensor(arguments["a"]), _tensor(arguments["b"]))
+        if name in _SAME:
+            x = _tensor(arguments["x"])
+            if name == "activation" and arguments["name"] not in ACTIVATIONS:
+                raise FormulaError(f"unknown activation {arguments['name']!r}; one of {', '.join(ACTIVATIONS)}")
+            return Shape(x.dims, x.origin)
+        if name not in _RULES:
+            raise FormulaError(f"'{name}' works on options and sizes, not on tensors")
+        return _RULES[name](**arguments)
+
+
+def _tensor(value: Any) -> Shape:
+    if isinstance(value, Shape):
+        return value
+    if isinstance(value, (int, float, Dim)) and not isinstance(value, bool):
+        return Shape((), f"the number {value}")
+    raise FormulaError(f"expected a tensor, found {value!r}")
+
+
+def broadcast(a: Shape, b: Shape) -> Shape:
+    """The shape of an elementwise operation.
+
+    Raises:
+        FormulaError: the shapes do not broadcast.
+    """
+    rank = max(a.rank, b.rank)
+    left, right = (1,) * (rank - a.rank) + a.dims, (1,) * (rank - b.rank) + b.dims
+    out: list[Size] = []
+    for p, q in zip(left, right, strict=True):
+        if same(p, q) or same(q, 1):
+            out.append(p)
+        elif same(p, 1):
+            out.append(q)
+        else:
+            raise FormulaError(f"the shapes {a} and {b} do not fit: {p} is not {q}")
+    origin = a.origin if tuple(out) == a.dims else b.origin if tuple(out) == b.dims else ""
+    return Shape(tuple(out), origin)
+
+
+def axis_index(shape: Shape, axis: Any) -> int:
+    """A non-negative axis.
+
+    Raises:
+        FormulaError: the tensor has no such axis.
+    """
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -shape.rank <= axis < shape.rank:
+        raise FormulaError(f"{shape} has no axis {axis}")
+    return axis % shape.rank
+
+
+def _linear(x: Any, weight: Any, bias: Any) -> Shape:
+    x, weight = _tensor(x), _tensor(weight)
+    if weight.rank != 2 or x.rank < 1:
+        raise FormulaError(f"linear needs x [..., I] and a weight [O, I], found x {x} and weight {weight}")
+    if not same(x.dims[-1], weight.dims[1]):
+        raise FormulaError(
+            f"linear needs x [..., I] and a weight [O, I]: x is {x}, the weight is {weight}: "
+            f"{x.dims[-1]} is not {weight.dims[1]}"
+        )
+    if bias is not None:
+        bias = _tensor(bias)
+        if bias.rank != 1 or not same(bias.dims[0], weight.dims[0]):
+            raise FormulaError(f"linear needs a bias [O] for its weight [O, I]: bias {bias}, weight {weight}")
+    return Shape((*x.dims[:-1], weight.dims[0]))
+
+
+def _matmul(a: Any, b: Any) -> Shape:
+    a, b = _tensor(a), _tensor(b)
+    if a.rank < 2 or b.rank < 2 or not same(a.dims[-1], b.dims[-2]):
+        raise FormulaError(f"the shapes {a} and {b} do not fit: matmul needs [..., M, K] and [..., K, N]")
+    lead = broadcast(Shape(a.dims[:-2]), Shape(b.dims[:-2]))
+    return Shape((*lead.dims, a.dims[-2], b.dims[-1]))
+
+
+def _einsum(operands: list[Any], equation: Any) -> Shape:
+    shapes = [_tensor(o) for o in operands]
+    if not isinstance(equation, str) or equation.count("->") != 1 or "." in equation:
+        raise FormulaError(f"einsum needs an equation such as 'ij,jk->ik', found {equation!r}")
+    left, right = equation.replace(" ", "").split("->")
+    terms = left.split(",")
+    if len(terms) != len(shapes):
+        raise FormulaError(f"einsum {equation!r} names {len(terms)} tensors, {len(shapes)} are given")
+    sizes: dict[str, tuple[Size, Shape]] = {}
+    for letters, shape in zip(terms, shapes, strict=True):
+        if len(letters) != shape.rank:
+            raise FormulaError(f"einsum {equation!r}: '{letters}' has {len(letters)} letters, the tensor is {shape}")
+        for letter, size in zip(letters, shape.dims, strict=True):
+            if letter in sizes and not same(sizes[letter][0], size):
+                raise FormulaError(f"einsum {equation!r}: '{letter}' is {sizes[letter][0]} in {sizes[letter][1]}"
+                                   f" and {size} in {shape}")  # fmt: skip
+            sizes.setdefault(letter, (size, shape))
+    if unknown := set(right) - set(sizes):
+        raise FormulaError(f"einsum {equation!r}: no tensor has the letters {sorted(unknown)}")
+    return Shape(tuple(sizes[letter][0] for letter in right))
+
+
+def _kron(a: Any, b: Any) -> Shape:
+    a, b = _tensor(a), _tensor(b)
+    if a.rank != 2 or b.rank != 2:
+        raise FormulaError(f"kron needs two matrices, found {a} and {b}")
+    return Shape(tuple(simplify(Dim.of(p) * q) for p, q in zip(a.dims, b.dims, strict=True)))
+
+
+def _inverse(x: Any) -> Shape:
+    x = _tensor(x)
+    if x.rank < 2 or not same(x.dims[-1], x.dims[-2]):
+        raise FormulaError(f"inverse needs square matrices, found {x}")
+    return Shape(x.dims, x.origin)
+
+
+def _skew(x: Any, n: Any) -> Shape:
+    x = _tensor(x)
+    expected = simplify(Dim.of(n) * (Dim.of(n) - 1) // 2)
+    if not same(x.dims[-1], expected) and all(isinstance(v, int) for v in (x.dims[-1], expected)):
+        raise FormulaError(f"skew needs n(n-1)/2 = {expected} entries for n = {n}, found {x}")
+    return Shape((*x.dims[:-1], n, n))
+
+
+def _block_diagonal(x: Any) -> Shape:
+    x = _tensor(x)
+    if x.rank != 3:
+        raise FormulaError(f"block_diagonal needs [K, A, B], found {x}")
+    k, a, b = x.dims
+    return Shape((simplify(Dim.of(k) * a), simplify(Dim.of(k) * b)))
+
+
+def _reduce(x: Any, axis: Any) -> Shape:
+    x = _tensor(x)
+    index = axis_index(x, axis)
+    return Shape((*x.dims[:index], 1, *x.dims[index + 1 :]))
+
+
+def _mean_seq(x: Any, mask: Any) -> Shape:
+    x = _tensor(x)
+    if x.rank < 3:
+        raise FormulaError(f"mean_seq needs [B, S, ...], found {x}")
+    return Shape((x.dims[0], 1, *x.dims[2:]))
+
+
+def _reshape(x: Any, shape: Any) -> Shape:
+    x = _tensor(x)
+    dims = _sizes(shape)
+    before, after = product(x.dims), product(dims)
+    if isinstance(before, int) and isinstance(after, int) and before != after:
+        raise FormulaError(f"{x} has {before} elements, {shape_text(dims)} has {after}")
+    return Shape(dims)
+
+
+def _sizes(shape: Any) -> Dims:
+    if not isinstance(shape, list) or not all(isinstance(s, (int, Dim)) for s in shape):
+        raise FormulaError(f"expected a list of sizes, found {shape!r}")
+    for size in shape:
+        if isinstance(size, int) and size < 1:
+            raise FormulaError(f"sizes are positive, found {size}")
+    return tuple(simplify(s) for s in shape)
+
+
+def _transpose(x: Any) -> Shape:
+    x = _tensor(x)
+    if x.rank < 2:
+        raise FormulaError(f"transpose needs at least two axes, found {x}")
+    return Shape((*x.dims[:-2], x.dims[-1], x.dims[-2]), x.origin)
+
+
+def _permute(x: Any, axes: Any) -> Shape:
+    x = _tensor(x)
+    if sorted(axes) != list(range(x.rank)):
+        raise FormulaError(f"permute needs each axis of {x} once, found {axes}")
+    return Shape(tuple(x.dims[a] for a in axes), x.origin)
+
+
+def _concat(tensors: list[Any], axis: Any) -> Shape:
+    shapes = [_tensor(t) for t in tensors]
+    rank = max(s.rank for s in shapes)
+    if not isinstance(axis, int) or not -min(s.rank for s in shapes) <= axis < 0:
+        raise FormulaError(f"concat joins along an axis counted from the end, found {axis}")
+    total: Size = 0
+    first = next(s for s in shapes if s.rank == rank)
+    for shape in shapes:
+        total = simplify(Dim.of(total) + shape.dims[axis])
+        for i in range(-shape.rank, 0):
+            if i != axis and not same(shape.dims[i], first.dims[i]):
+                raise FormulaError(f"the shapes {first} and {shape} do not join along axis {axis}:"
+                                   f" {first.dims[i]} is not {shape.dims[i]}")  # fmt: skip
+    dims = list(first.dims)
+    dims[axis] = total
+    return Shape(tuple(dims))
+
+
+def _take(x: Any, index: Any, axis: Any) -> Shape:
+    x = _tensor(x)
+    place = axis_index(x, axis)
+    size = x.dims[place]
+    if isinstance(index, int) and isinstance(size, int) and not -size <= index < size:
+        raise FormulaError(f"{x} has no index {index} along axis {axis}")
+    return Shape((*x.dims[:place], *x.dims[place + 1 :]))
+
+
+def _slice(x: Any, start: Any, stop: Any, axis: Any) -> Shape:
+    x = _tensor(x)
+    place = axis_index(x, axis)
+    size = x.dims[place]
+    if all(isinstance(v, int) for v in (start, stop, size)) and not 0 <= start < stop <= size:
+        raise FormulaError(f"no range {start}:{stop} along axis {axis} of {x}")
+    return Shape((*x.dims[:place], simplify(Dim.of(stop) - start), *x.dims[place + 1 :]))
+
+
+def _unsqueeze(x: Any, axis: Any) -> Shape:
+    x = _tensor(x)
+    place = axis % (x.rank + 1)
+    return Shape((*x.dims[:place], 1, *x.dims[place:]))
+
+
+def _choose(stack: Any, draw: Any) -> Shape:
+    stack = _tensor(stack)
+    if stack.rank < 1:
+        raise FormulaError("choose needs a stack, found a number")
+    return Shape(stack.dims[1:])
+
+
+def _eye(n: Any) -> Shape:
+    return Shape(tuple(_sizes([n, n])))
+
+
+_ELEMENTWISE_BINARY = {"add", "subtract", "multiply", "divide", "power"}
+_SAME = {
+    "negate", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "exp", "log", "sqrt", "abs", "identity",
+    "activation", "softmax", "dropout", "detach",
+}  # fmt: skip
+
+_RULES: dict[str, Callable[..., Shape]] = {
+    "linear": _linear, "matmul": _matmul, "einsum": _einsum, "kron": _kron, "inverse": _inverse, "eye": _eye,
+    "skew": _skew, "block_diagonal": _block_diagonal, "norm2": _reduce, "mean": _reduce, "sum": _reduce,
+    "mean_seq": _mean_seq, "reshape": _reshape, "transpose": _transpose, "permute": _permute, "concat": _concat,
+    "take": _take, "slice": _slice, "unsqueeze": _unsqueeze, "choose": _choose,
+    "zeros": lambda shape: Shape(_sizes(shape)), "ones": lambda shape: Shape(_sizes(shape)),
+    "top_k_mask": lambda z, k: _tensor(z),
+}  # fmt: skip

@@ -1,0 +1,159 @@
+"""A spec: which methods attach where. Frozen, printable, comparable; read with `load_spec`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.document import Document, parse, read
+from peltc.spec.method import Method, build, shipped
+from peltc.spec.schema import RESERVED, spec_schema, validate
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One entry under `attach:`.
+
+    Attributes:
+        name: the first part of its tensors' names.
+        method: the technique.
+        at: selectors of sites, or of parameters where `by_parameter`.
+        layers: `"all"`, `"last 4"`, a number, or a list of numbers and ranges.
+        options: every option of the method, defaults filled in; a list gives one value per selected layer.
+        expect: how many sites must match, or None.
+        mode: emission mode, or None for the spec's.
+        after: the attachment that takes effect before this one, or "".
+    """
+
+    name: str
+    method: Method
+    at: tuple[str, ...]
+    by_parameter: bool = False
+    layers: str | int | tuple[str | int, ...] = "all"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    expect: int | None = None
+    mode: str | None = None
+    after: str = ""
+    place: Place = Place()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The validated description of an adaptation."""
+
+    name: str
+    attach: tuple[Attachment, ...]
+    weights: str | None = None
+    mode: str = "fold"
+    precision: str = "checkpoint"
+    seed: int = 0
+    path: str = ""
+    text: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths of the spec start."""
+        return Path(self.path).parent if self.path else Path()
+
+
+def load_spec(source: str | Path | Mapping[str, Any]) -> Spec:
+    """Read and validate a spec.
+
+    Args:
+        source: a YAML file's path, or the spec's content as a mapping.
+
+    Raises:
+        PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas.
+    """
+    if isinstance(source, Mapping):
+        import yaml
+
+        text = yaml.safe_dump(dict(source), sort_keys=False)
+        return build_spec(parse(text, "<spec>"), text)
+    document = read(source)
+    return build_spec(document, Path(source).read_text(encoding="utf-8"))
+
+
+def build_spec(document: Document, text: str = "") -> Spec:
+    """A spec from a parsed document.
+
+    Raises:
+        PeltError: as `load_spec`.
+    """
+    tree = document.tree
+    if not isinstance(tree, dict):
+        raise fail("E112", "the spec is not a mapping", document.place(), "a mapping with the keys 'pelt' and 'attach'")
+    known = dict(shipped())
+    own = tree.get("methods") or {}
+    if isinstance(own, dict) and own:
+        validate(document, {"properties": {"methods": spec_schema({})["properties"]["methods"]}})
+        findings: list[Diagnostic] = []
+        for name in own:
+            if name in known:
+                place = document.place("methods", name)
+                findings.append(Diagnostic("E201", f"there is a shipped method '{name}'", place, "a name of its own"))
+                continue
+            try:
+                known[name] = build(document, name, ("methods", name))
+            except PeltError as error:
+                findings.extend(error.diagnostics)
+        if findings:
+            raise PeltError(findings)
+    validate(document, spec_schema(known))
+    attach = tuple(_attachment(document, i, entry, known) for i, entry in enumerate(tree["attach"]))
+    _check_names(attach)
+    deploy = tree.get("deploy") or {}
+    return Spec(
+        name=str(tree.get("name", Path(document.path).stem or "spec")),
+        attach=attach,
+        weights=tree.get("weights"),
+        mode=deploy.get("mode", "fold"),
+        precision=deploy.get("precision", "checkpoint"),
+        seed=tree.get("seed", 0),
+        path=document.path if not document.path.startswith("<") else "",
+        text=text,
+    )
+
+
+def _attachment(document: Document, i: int, entry: Mapping[str, Any], known: Mapping[str, Method]) -> Attachment:
+    method = known[entry["method"]]
+    selector = entry.get("at", entry.get("parameter"))
+    layers = entry.get("layers", "all")
+    return Attachment(
+        name=entry.get("name", method.name),
+        method=method,
+        at=(selector,) if isinstance(selector, str) else tuple(selector or ()),
+        by_parameter="parameter" in entry and "at" not in entry,
+        layers=tuple(layers) if isinstance(layers, list) else layers,
+        options={**method.defaults, **{k: v for k, v in entry.items() if k not in RESERVED}},
+        expect=entry.get("expect"),
+        mode=entry.get("mode"),
+        after=entry.get("after", ""),
+        place=document.place("attach", i),
+    )
+
+
+def _check_names(attach: tuple[Attachment, ...]) -> None:
+    findings, seen = [], dict[str, Attachment]()
+    for entry in attach:
+        if entry.after and entry.after not in seen:
+            findings.append(
+                Diagnostic("E202", f"no attachment '{entry.after}' stands before this one", entry.place,
+                           "the name of an earlier attachment")  # fmt: skip
+            )
+        if entry.name in seen:
+            findings.append(
+                Diagnostic(
+                    "E201",
+                    f"two attachments are called '{entry.name}'",
+                    entry.place,
+                    "a name for each, since tensors are named after it",
+                    f"give this one a `name:`, '{entry.name}_2' say",
+                )
+            )
+        seen[entry.name] = entry
+    if findings:
+        raise PeltError(findings)
