@@ -108,10 +108,14 @@ def read(path: str | Path) -> Document:
     file = Path(path)
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise fail("E104", f"the file has {file.stat().st_size:,} bytes", Place(str(path)), f"at most {MAX_BYTES:,}")
+            raise fail(
+                "E104", f"the file has {file.stat().st_size:,} bytes", Place(str(path)), f"at most {MAX_BYTES:,}"
+            )
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise fail("E100", f"cannot read the file: {error.strerror}", Place(str(path)), "a readable YAML file") from None
+        raise fail(
+            "E100", f"cannot read the file: {error.strerror}", Place(str(path)), "a readable YAML file"
+        ) from None
     except UnicodeDecodeError as error:
         raise fail("E100", f"the file is not UTF-8 text: {error.reason}", Place(str(path)), "UTF-8 text") from None
     return parse(text, str(path))
@@ -147,7 +151,9 @@ def _build(
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key: Hashable = loader.construct_object(key_node, deep=True)
-            where = Place(path, key_node.start_mark.line + 1, key_node.start_mark.column + 1, key_text((*keys, str(key))))
+            where = Place(
+                path, key_node.start_mark.line + 1, key_node.start_mark.column + 1, key_text((*keys, str(key)))
+            )
             if not isinstance(key, str):
                 out.append(Diagnostic("E103", f"the key {key!r} is not a string", where, "string keys"))
                 key = str(key)

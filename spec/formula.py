@@ -168,7 +168,11 @@ class _Reader:
                 if name not in known or name in _OPERATORS:
                     shown = sorted(set(known) - _OPERATORS)
                     raise fail(
-                        "E303", f"unknown function '{name}' in {text!r}", self.place, one_of(shown), nearest(name, shown)
+                        "E303",
+                        f"unknown function '{name}' in {text!r}",
+                        self.place,
+                        one_of(shown),
+                        nearest(name, shown),
                     )
                 if any(k.arg is None for k in keywords) or any(isinstance(a, ast.Starred) for a in args):
                     raise self.forbidden("an unpacked argument", text)

@@ -9,7 +9,8 @@ from importlib import resources
 from typing import Any
 
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
-from peltc.spec.document import Document, parse as parse_document
+from peltc.spec.document import Document
+from peltc.spec.document import parse as parse_document
 from peltc.spec.formula import Call, Expr, Name, calls, names, parse
 
 KINDS = ("linear", "norm", "attention", "block", "embedding")

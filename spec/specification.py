@@ -141,8 +141,12 @@ def _check_names(attach: tuple[Attachment, ...]) -> None:
     for entry in attach:
         if entry.after and entry.after not in seen:
             findings.append(
-                Diagnostic("E202", f"no attachment '{entry.after}' stands before this one", entry.place,
-                           "the name of an earlier attachment")  # fmt: skip
+                Diagnostic(
+                    "E202",
+                    f"no attachment '{entry.after}' stands before this one",
+                    entry.place,
+                    "the name of an earlier attachment",
+                )  # fmt: skip
             )
         if entry.name in seen:
             findings.append(

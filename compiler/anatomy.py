@@ -1,0 +1,162 @@
+"""The anatomy of a model: its sites, each anchored on the parameters it touches and the graph values it reads."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a module can attach.
+
+    Attributes:
+        path: its name in the reference architecture, `encoder.layers.0.attention.query`; empty for a linear map
+            that has no role there.
+        kind: linear, norm, attention, block or embedding.
+        parameters: fully qualified names by role: weight, bias.
+        rows: output features owned in a fused map, as ranges [start, stop) in order; None: all of them.
+        sizes: `in`, `out`; `d`; `heads`, `kv_heads`, `head_dim`; `vocab`.
+        values: names of graph values by role: what the site reads (`x`, `r`, `q`, `k`, `v`) and what it writes (`y`,
+            `keys`, `values`), `h` the input of its layer, `mask` what is added to attention scores.
+        anchors: where a torch module sees the same: role → a parameter whose module's input (`x`, `r`, `h`) or
+            output (`y`) it is; `norm` for the block's own normalisation.
+        transposed: the weight is stored [in, out].
+        shared: paths of other sites that use the same parameters.
+    """
+
+    path: str
+    kind: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    rows: Rows | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    values: Mapping[str, str] = field(default_factory=dict)
+    anchors: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
+    shared: tuple[str, ...] = ()
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the layer that contains it."""
+        found = re.search(r"(?:^|\.)layers\.(\d+)", self.path)
+        return int(found.group(1)) if found else None
+
+    @property
+    def stack(self) -> str:
+        """`encoder`, `decoder` or empty."""
+        head = self.path.split(".", 1)[0]
+        return head if head in ("encoder", "decoder") else ""
+
+    @property
+    def layer_path(self) -> str:
+        """`encoder.layers.0`, or the path itself outside layers."""
+        found = re.match(r"(?:\w+\.)?layers\.\d+", self.path)
+        return found.group(0) if found else self.path
+
+    @property
+    def role(self) -> str:
+        """The path without stack and layer: `attention.query`."""
+        return re.sub(r"^(?:encoder\.|decoder\.)?(?:layers\.\d+\.?)?", "", self.path) or "layer"
+
+    @property
+    def name(self) -> str:
+        """The path, or the weight's name where the site has no path."""
+        return self.path or next(iter(self.parameters.values()), "")
+
+    def matches(self, selector: str) -> bool:
+        """Whether a selector means this site: a role (`attention.query`) or a path, both with globs."""
+        return bool(self.path) and any(fnmatch.fnmatchcase(word, selector) for word in (self.role, self.path))
+
+    def matches_parameter(self, selector: str) -> bool:
+        """Whether a parameter selector means this site's weight; `**.` matches any leading path, none included."""
+        weight = self.parameters.get("weight", "")
+        pattern = selector.removeprefix("**.")
+        return fnmatch.fnmatchcase(weight, selector.replace("**", "*")) or (
+            pattern != selector and fnmatch.fnmatchcase(weight, pattern)
+        )
+
+    def row(self) -> dict[str, Any]:
+        """The site as `pelt sites --json` prints it."""
+        rows: Any = None
+        if self.rows is not None:
+            rows = list(self.rows[0]) if len(self.rows) == 1 else [list(r) for r in self.rows]
+        d = self.sizes.get("d")
+        return {
+            "site": self.path,
+            "kind": self.kind,
+            "parameters": dict(self.parameters),
+            "rows": rows,
+            "in": self.sizes.get("in", d),
+            "out": self.sizes.get("out", d),
+            **{k: v for k, v in self.sizes.items() if k not in ("in", "out")},
+        }
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All sites of a model graph, in the order of its dataflow."""
+
+    sites: tuple[Site, ...]
+    width: int = 0
+
+    def __iter__(self) -> Any:
+        return iter(self.sites)
+
+    def __getitem__(self, path: str) -> Site:
+        return next(site for site in self.sites if site.path == path)
+
+    @property
+    def named(self) -> tuple[Site, ...]:
+        """The sites that have a role in the reference architecture."""
+        return tuple(site for site in self.sites if site.path)
+
+    @property
+    def unnamed(self) -> tuple[Site, ...]:
+        """Linear maps without a role; addressable by parameter."""
+        return tuple(site for site in self.sites if not site.path)
+
+    def select(self, selectors: Iterable[str]) -> tuple[Site, ...]:
+        """The sites that any selector means, in the anatomy's order."""
+        wanted = list(selectors)
+        return tuple(site for site in self.sites if any(site.matches(s) for s in wanted))
+
+    def roles(self) -> list[str]:
+        """The distinct roles, in order."""
+        return list(dict.fromkeys(site.role for site in self.named))
+
+    def graph(self) -> nx.DiGraph:
+        """The sites as a networkx graph: an edge leads from a containing site to each site within it."""
+        import networkx as nx
+
+        graph = nx.DiGraph()
+        paths = {site.path for site in self.named}
+        for site in self.named:
+            graph.add_node(site.path, site=site)
+            parts = site.path.split(".")
+            above = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
+            parent = next((p for p in above if p in paths), None)
+            if parent:
+                graph.add_edge(parent, site.path)
+        return graph
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for the cache."""
+        return {"width": self.width, "sites": [asdict(site) for site in self.sites]}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Anatomy:
+        """The anatomy that `to_json` wrote."""
+        sites = []
+        for entry in data["sites"]:
+            rows = entry["rows"]
+            fixed = {"rows": tuple((a, b) for a, b in rows) if rows is not None else None}
+            sites.append(Site(**{**entry, **fixed, "shared": tuple(entry["shared"])}))
+        return Anatomy(tuple(sites), data["width"])

@@ -1,0 +1,241 @@
+"""`transformers`' ONNX exporter on a model whose parameters have no memory, and the clean-up of its graph.
+
+The only module of the compiler that imports torch, and only while a base is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peltc.spec.diagnostics import Place, fail, nearest
+
+BATCH, SEQUENCE, TARGET = 2, 8, 6
+"""Example sizes: at least 2, since torch takes an axis of size 1 for a constant."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An exported graph: its parameters are graph inputs, named as in the model.
+
+    Attributes:
+        parameters: shapes by fully qualified name, of those that the graph reads.
+        ties: other names of the same tensor.
+        prefix: the base model's prefix in a task model.
+        metadata: `transformers`' own record of the export.
+    """
+
+    model: Any
+    parameters: dict[str, tuple[int, ...]]
+    ties: dict[str, tuple[str, ...]]
+    prefix: str
+    metadata: dict[str, Any]
+
+
+def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, precision: str, variant: str) -> Exported:
+    """Export a model's graph; no weight is read.
+
+    Raises:
+        PeltError: E502 an unknown architecture or config, E505 what the exporter cannot export.
+    """
+    import torch
+    import transformers
+    from accelerate import init_empty_weights
+
+    cls = getattr(transformers, architecture, None)
+    if cls is None or not hasattr(cls, "_from_config"):
+        known = [n for n in dir(transformers) if n.endswith(("Model", "LM", "Classification", "Generation"))]
+        raise fail(
+            "E502",
+            f"transformers has no architecture '{architecture}'",
+            Place(str(folder / "config.json"), key="architectures"),
+            "a model class of transformers",
+            nearest(architecture, known),
+        )
+    with quiet():
+        try:
+            parsed = transformers.AutoConfig.for_model(**dict(config))
+            with init_empty_weights(include_buffers=False):
+                model = cls._from_config(parsed, dtype=getattr(torch, precision)).eval()
+        except Exception as error:
+            raise fail(
+                "E502",
+                f"the config does not describe a {architecture}: {type(error).__name__}: {_first_line(error)}",
+                Place(str(folder / "config.json")),
+            ) from error
+        return export_model(model, variant)
+
+
+def export_model(model: Any, variant: str = "ids") -> Exported:
+    """Export a torch model of `transformers` whose parameters are on the meta device.
+
+    Tied parameters are told apart in the graph, each by the name of the module that uses it; `ties` says which belong
+    together.
+
+    Raises:
+        PeltError: E505 what the exporter cannot export, and why.
+    """
+    import torch
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    from peltc.compiler.base import OPSET
+
+    inputs = example_inputs(model, variant)
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = {name: {0: dynamic, 1: dynamic} for name in inputs}
+    constants = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if not constants and hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    untie(model)
+    options = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False, opset_version=OPSET)
+    try:
+        with quiet():
+            component = next(iter(OnnxExporter().export(model, inputs | constants, options).components.values()))
+    except Exception as error:
+        raise fail(
+            "E505",
+            f"transformers cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {_first_line(error)}",
+            hint="the exporter's limits are its own; a newer transformers may have fewer",
+        ) from error
+    parameters = clean(component.program, {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    name_axes(component.program, list(inputs))
+    model.tie_weights()
+    ties: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        ties.setdefault(id(parameter), []).append(name)
+    others = {name: tuple(n for n in group if n != name) for group in ties.values() for name in group}
+    record = dataclasses.asdict(component.metadata)
+    record["export_config"] = {k: repr(v) for k, v in record["export_config"].items()}
+    return Exported(
+        component.program,
+        parameters,
+        {name: others[name] for name in parameters if others.get(name)},
+        getattr(model, "base_model_prefix", ""),
+        record,
+    )
+
+
+def untie(model: Any) -> None:
+    """Give each name a parameter of its own, which costs nothing without memory."""
+    import torch
+
+    seen: set[int] = set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in seen:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(parameter.detach().clone(), False))
+        seen.add(id(parameter))
+
+
+def example_inputs(model: Any, variant: str) -> dict[str, Any]:
+    """What the graph will read: token ids and masks, as the model's `forward` takes them."""
+    import torch
+
+    device = next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
+    config = model.config
+
+    def ones(length: int) -> Any:
+        return torch.ones((BATCH, length), dtype=torch.long, device=device)
+
+    inputs: dict[str, Any] = {}
+    if variant == "embeds":
+        table = model.get_input_embeddings().weight
+        inputs["inputs_embeds"] = torch.zeros((BATCH, SEQUENCE, table.shape[1]), dtype=table.dtype, device=device)
+    else:
+        inputs["input_ids"] = ones(SEQUENCE)
+    if "attention_mask" in accepted:
+        inputs["attention_mask"] = ones(SEQUENCE)
+    if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = ones(SEQUENCE)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = ones(TARGET)
+    return inputs
+
+
+def clean(model: Any, names: set[str]) -> dict[str, tuple[int, ...]]:
+    """Fold constants and drop dead code, with the parameters out of reach: as graph inputs they are constants to no
+    pass, so none is folded, merged or lost. Returns the shapes of the parameters that the graph reads."""
+    import onnx_ir as ir
+    from onnxscript import optimizer
+
+    graph = model.graph
+    parameters = []
+    for name in [n for n in graph.initializers if n in names]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+        parameters.append(value)
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        value.const_value = ir.tensor(tensor.numpy(), name=value.name)  # a buffer, out of torch's hands
+    optimizer.optimize_ir(model, num_iterations=2)
+    unused = [value for value in parameters if not value.uses()]
+    for value in unused:
+        graph.inputs.remove(value)
+    for node in model.graph.all_nodes():
+        scope = node.metadata_props.get("namespace")
+        node.metadata_props.clear()
+        if scope:
+            node.metadata_props["namespace"] = scope
+    return {value.name: tuple(int(d) for d in value.shape) for value in parameters if value.uses()}
+
+
+def name_axes(model: Any, inputs: list[str]) -> None:
+    """Give the symbolic axes the names that users read: batch, sequence, target.
+
+    Raises:
+        PeltError: E505 where an axis that was to be symbolic is not.
+    """
+    import onnx_ir as ir
+
+    renamed: dict[str, str] = {}
+    for value in model.graph.inputs:
+        if value.name in inputs:
+            for axis, word in enumerate(("batch", "target" if value.name.startswith("decoder") else "sequence")):
+                size = value.shape[axis]
+                if isinstance(size, int) or size.value is None:
+                    raise fail(
+                        "E505",
+                        f"the exporter froze the {word} axis of '{value.name}' at {size}",
+                        expected="a symbolic axis",
+                    )
+                renamed[size.value] = word
+
+    def rename(value: Any) -> None:
+        if value is not None and value.shape is not None:
+            for axis, size in enumerate(value.shape):
+                if not isinstance(size, int) and size.value in renamed:
+                    value.shape[axis] = ir.SymbolicDim(renamed[size.value])
+
+    for value in model.graph.inputs:
+        if value.name in inputs:
+            rename(value)
+    for node in model.graph.all_nodes():
+        for output in node.outputs:
+            rename(output)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's progress and warnings to itself."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,1 @@
+"""Graph → graph, one transformation a file. A pass carries out what the plan says and decides nothing."""
