@@ -202,6 +202,32 @@ def open_base(
     )
 
 
+def survey_model(model: Any) -> tuple[Anatomy, str]:
+    """The anatomy of a torch model of `transformers`, and what identifies its kind. Kept in the cache.
+
+    Raises:
+        PeltError: E505 the model cannot be exported.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    stable = {k: v for k, v in config.items() if k not in VOLATILE}
+    architecture = type(model).__name__
+    versions = {tool: metadata.version(tool) for tool in TOOLS}
+    facts = [FORMAT, OPSET, architecture, type(model).__module__, stable, versions]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    file = cache_folder() / "anatomies" / f"{key[:24]}.json"
+    if not file.is_file():
+        from peltc.compiler.export import export_like
+        from peltc.compiler.survey import survey_graph
+
+        exported = export_like(model)
+        anatomy = survey_graph(exported.model, exported.parameters)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_suffix(f".{os.getpid()}")
+        staging.write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
+        staging.replace(file)
+    return Anatomy.from_json(json.loads(file.read_text(encoding="utf-8"))), key
+
+
 def _build(
     folder: Path,
     config: Mapping[str, Any],

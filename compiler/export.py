@@ -1,6 +1,6 @@
 """`transformers`' ONNX exporter on a model whose parameters have no memory, and the clean-up of its graph.
 
-The only module of the compiler that imports torch, and only while a base is built.
+The compiler imports torch here and in `repeat` alone, and only while a base is built.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from peltc.compiler import repeat
 from peltc.spec.diagnostics import Place, fail, nearest
 
 BATCH, SEQUENCE, TARGET = 2, 8, 6
@@ -30,6 +31,7 @@ class Exported:
         ties: other names of the same tensor.
         prefix: the base model's prefix in a task model.
         metadata: `transformers`' own record of the export.
+        repeats: which layers were exported for all that equal them, or why none were.
     """
 
     model: Any
@@ -37,6 +39,7 @@ class Exported:
     ties: dict[str, tuple[str, ...]]
     prefix: str
     metadata: dict[str, Any]
+    repeats: str = ""
 
 
 def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, precision: str, variant: str) -> Exported:
@@ -73,38 +76,60 @@ def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, pre
         return export_model(model, variant)
 
 
-def export_model(model: Any, variant: str = "ids") -> Exported:
-    """Export a torch model of `transformers` whose parameters are on the meta device.
-
-    Tied parameters are told apart in the graph, each by the name of the module that uses it; `ties` says which belong
-    together.
+def export_like(model: Any) -> Exported:
+    """Export the graph of a live model's class and config; the model itself is not touched.
 
     Raises:
         PeltError: E505 what the exporter cannot export, and why.
     """
-    import torch
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    import copy
 
-    from peltc.compiler.base import OPSET
+    from accelerate import init_empty_weights
 
+    with quiet():
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = None
+        with init_empty_weights(include_buffers=False):
+            empty = type(model)._from_config(config, dtype=model.dtype).eval()
+        return export_model(empty)
+
+
+def export_model(model: Any, variant: str = "ids", whole: bool = False) -> Exported:
+    """Export a torch model of `transformers` whose parameters are on the meta device.
+
+    Tied parameters are told apart in the graph, each by the name of the module that uses it; `ties` says which belong
+    together. Of equal layers a few are exported, and repeated in the graph.
+
+    Args:
+        model: the model.
+        variant: `ids` or `embeds`.
+        whole: export every layer, even of those that are equal.
+
+    Raises:
+        PeltError: E505 what the exporter cannot export, and why.
+    """
     inputs = example_inputs(model, variant)
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = {name: {0: dynamic, 1: dynamic} for name in inputs}
     constants = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    if not constants and hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
+    for module in model.modules():  # a decoder may have a config of its own, which the exporter leaves alone
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False
     untie(model)
-    options = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False, opset_version=OPSET)
-    try:
-        with quiet():
-            component = next(iter(OnnxExporter().export(model, inputs | constants, options).components.values()))
-    except Exception as error:
-        raise fail(
-            "E505",
-            f"transformers cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {_first_line(error)}",
-            hint="the exporter's limits are its own; a newer transformers may have fewer",
-        ) from error
-    parameters = clean(component.program, {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    component, repeats = None, "every layer is exported, as asked for"
+    if not whole:
+        try:
+            with quiet():
+                stacks = repeat.plan(model, inputs | constants)
+            with repeat.shortened(model, stacks):
+                short = _trace(model, inputs, constants)
+            parameters = repeat.grow(short.program, clean(short.program, names), stacks)
+            component, repeats = short, "; ".join(map(str, stacks))
+        except Exception as error:  # whatever it is: the whole model may still be exported
+            name = "" if isinstance(error, repeat.Irregular) else f"{type(error).__name__}: "
+            repeats = f"every layer is exported: {name}{_first_line(error)}"
+    if component is None:
+        component = _trace(model, inputs, constants)
+        parameters = clean(component.program, names)
     name_axes(component.program, list(inputs))
     model.tie_weights()
     ties: dict[int, list[str]] = {}
@@ -119,7 +144,29 @@ def export_model(model: Any, variant: str = "ids") -> Exported:
         {name: others[name] for name in parameters if others.get(name)},
         getattr(model, "base_model_prefix", ""),
         record,
+        repeats,
     )
+
+
+def _trace(model: Any, inputs: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
+    """What `transformers` exports, as it comes."""
+    import torch
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    from peltc.compiler.base import OPSET
+
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = {name: {0: dynamic, 1: dynamic} for name in inputs}
+    options = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False, opset_version=OPSET)
+    try:
+        with quiet():
+            return next(iter(OnnxExporter().export(model, {**inputs, **constants}, options).components.values()))
+    except Exception as error:
+        raise fail(
+            "E505",
+            f"transformers cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {_first_line(error)}",
+            hint="the exporter's limits are its own; a newer transformers may have fewer",
+        ) from error
 
 
 def untie(model: Any) -> None:

@@ -453,7 +453,7 @@ class _Survey:
                 block.inside = norm
         after = [n for n in self.flow.norms if n.x is block.s or self._casts(n.x, block.s)]
         hidden_readers = [r for r in self.flow.readers(block.s) if r.op_type not in ("Shape",)]
-        if len(after) == 1 and all(self._within(r, after[0]) for r in hidden_readers):
+        if block.before is None and len(after) == 1 and all(self._within(r, after[0]) for r in hidden_readers):
             block.after = after[0]
 
     def _casts(self, value: ir.Value, source: ir.Value) -> bool:

@@ -1,0 +1,231 @@
+"""The artifact: a folder that ONNX Runtime and `transformers` open. Written beside its place and moved there whole."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from peltc.compiler.base import Base
+from peltc.compiler.passes.absorb import MAX_LOSS, Folded
+from peltc.compiler.plan import Plan
+from peltc.spec.diagnostics import Place, fail
+
+MANIFEST = "pelt.json"
+ALIGNMENT = 64
+INLINE = 256
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model", "chat_template.jinja",
+)  # fmt: skip
+TOOLS = ("peltc", "onnx-ir", "onnxscript", "transformers", "torch", "onnxruntime", "onnxruntime-gpu")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well; otherwise nothing is left behind.
+
+    Raises:
+        PeltError: E601 `out` is something else than an artifact, E602 the disk is full or not writable.
+    """
+    out = out.absolute()
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+        raise fail("E601", "the output path is taken by something that is no artifact", Place(str(out)),
+                   "a new folder, an empty one, or an artifact to replace")  # fmt: skip
+    folder: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        folder.chmod(0o755)
+        yield folder
+        _exchange(folder, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM, errno.EFBIG):
+            raise fail("E602", f"cannot write the artifact: {error.strerror}", Place(str(out))) from None
+        raise
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(new: Path, out: Path) -> None:
+    """Put `new` at `out` in one step; what was there is at `new` then."""
+    if not out.exists():
+        new.rename(out)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if hasattr(libc, "renameat2") and libc.renameat2(here, os.fsencode(new), here, os.fsencode(out), swap) == 0:
+        return
+    aside = new.with_name(new.name + "-old")  # file systems without the exchange: two renames
+    out.rename(aside)
+    try:
+        new.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def link_files(base: Base, model: ir.Model, folder: Path, copy: bool) -> list[dict[str, Any]]:
+    """Bring the checkpoint files that the graph refers to into the folder, by hard link where possible."""
+    used = {str(t.location) for v in model.graph.initializers.values()
+            if isinstance(t := v.const_value, ir.ExternalTensor)}  # fmt: skip
+    linked = []
+    for file in base.checkpoint.files:
+        if file.name not in used:
+            continue
+        target, how = folder / file.name, "copy"
+        real = file.resolve()
+        if not copy:
+            try:
+                os.link(real, target)
+                how = "hard link"
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+                    raise
+        if how == "copy":
+            shutil.copyfile(real, target)
+        linked.append({"file": file.name, "bytes": real.stat().st_size, "how": how})
+    return linked
+
+
+def write_data(model: ir.Model, file: Path) -> int:
+    """Move the graph's own tensors into a data file; returns its size in bytes. Small ones stay in the graph."""
+    offset = 0
+    with file.open("wb") as stream:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < INLINE:
+                continue
+            padding = -offset % ALIGNMENT
+            stream.write(b"\0" * padding)
+            offset += padding
+            data = tensor.numpy()
+            stream.write(memoryview(data).cast("B") if data.dtype.kind in "fiub" else data.tobytes())
+            external = ir.ExternalTensor(file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape,
+                                         name=value.name or "", base_dir=file.parent)  # fmt: skip
+            offset += tensor.nbytes
+            value.const_value = external
+    return offset
+
+
+def write_artifact(
+    folder: Path,
+    model: ir.Model,
+    base: Base,
+    plan: Plan,
+    folded: list[Folded],
+    adapter: Mapping[str, str],
+    weights_from: str,
+    export: Mapping[str, Any],
+    copy: bool,
+) -> dict[str, Any]:
+    """Write everything but the verification's figures; returns the manifest."""
+    written = write_data(model, folder / "model.onnx.data")
+    model.producer_name, model.producer_version = "peltc", metadata.version("peltc")
+    model.ir_version = 10
+    ir.save(model, folder / "model.onnx")
+    linked = link_files(base, model, folder, copy)
+    for name in COMPANIONS:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    record = {
+        "schema_version": 1,
+        "export_format": "onnx",
+        "components": {"model": {"file": "model.onnx", "metadata": export}},
+    }
+    (folder / "export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    manifest = manifest_of(base, plan, folded, adapter, weights_from, linked, written)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def manifest_of(
+    base: Base,
+    plan: Plan,
+    folded: list[Folded],
+    adapter: Mapping[str, str],
+    weights_from: str,
+    linked: list[dict[str, Any]],
+    written: int,
+) -> dict[str, Any]:
+    """What the artifact is made of, as plain data; see schemas/manifest.schema.json."""
+    decided = plan.to_json()
+    return {
+        "pelt": 1,
+        "name": plan.spec.name,
+        "spec": plan.spec.text,
+        "base": {
+            "architecture": base.architecture,
+            "model_type": base.config.get("model_type"),
+            "fingerprint": base.fingerprint,
+            "precision": base.precision,
+            "stored": str(base.checkpoint.float_dtype),
+            "converted": base.converted or None,
+            "files": linked,
+        },
+        "weights": {"from": weights_from, "trained": decided["trained"], "tensors": {
+            name: {**decided["tensors"][name], "sha256": digest} for name, digest in adapter.items()}},
+        "modules": decided["claims"],
+        "folded": [
+            {"parameter": f.name, "claims": list(f.claims), "rounding_loss": round(f.loss, 6),
+             "warning": f.loss > MAX_LOSS} for f in folded
+        ],
+        "bytes_written": written,
+        "tools": versions(),
+        "verification": None,
+    }  # fmt: skip
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `pelt.json`, whole or not at all."""
+    staging = folder / f".{MANIFEST}.new"
+    staging.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    staging.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact.
+
+    Raises:
+        PeltError: E603 the folder is no artifact, or its manifest is malformed.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise fail("E603", "the folder is no artifact: it has no pelt.json", Place(str(folder)), "what pelt-compile wrote") from None
+    except ValueError as error:
+        raise fail("E603", f"the manifest is not JSON: {error}", Place(str(file))) from None
+    if not isinstance(manifest, dict) or manifest.get("pelt") != 1:
+        raise fail("E603", "the manifest is of another version", Place(str(file)), "pelt: 1")
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """The versions of the tools that are installed."""
+    found = {}
+    for tool in TOOLS:
+        try:
+            found[tool] = metadata.version(tool)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def digest(array: Any) -> str:
+    """The SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(memoryview(array).cast("B")).hexdigest()

@@ -1,0 +1,319 @@
+"""The onnx interpreter: formulas become graph nodes. What reads no runtime value is computed by numpy first, so only
+what depends on the input is emitted, and constant factors end up inside the products they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from peltc.compiler.numeric import NumericInterpreter
+from peltc.spec.formula import FormulaError, is_static
+
+Array = np.ndarray[Any, Any]
+
+
+class Emitter:
+    """Adds named, marked nodes and constants to a graph."""
+
+    def __init__(self, graph: ir.Graph, dtype: ir.DataType, owner: str, marks: Mapping[str, str]):
+        """
+        Args:
+            graph: takes the nodes, at its end; sort it when all are there.
+            dtype: of the constants and of the computation.
+            owner: prefix of names.
+            marks: metadata of every node.
+        """
+        self.graph, self.dtype, self.owner, self.marks = graph, dtype, owner, dict(marks)
+        self.added: set[ir.Node] = set()
+
+    def node(self, kind: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None) -> ir.Value:
+        """A node with one output."""
+        name = self.unique(kind.lower())
+        node = ir.node(kind, list(inputs), attributes=dict(attributes or {}), name=name)
+        node.metadata_props.update(self.marks)
+        output = node.outputs[0]
+        output.name = name
+        kept = inputs[0].type if inputs and inputs[0] is not None else None
+        output.type = ir.TensorType(self.dtype) if kept is None or kind in _FLOATS else kept
+        self.graph.append(node)
+        self.added.add(node)
+        return output
+
+    def constant(self, array: Any, name: str = "constant") -> ir.Value:
+        """An initializer; floating-point values are stored in the graph's type."""
+        values = np.asarray(array)
+        if values.dtype.kind == "f" or values.dtype.name == "bfloat16":
+            values = values.astype(self.dtype.numpy())
+        label = self.unique(name)
+        tensor = ir.tensor(np.ascontiguousarray(values) if values.ndim else values, name=label)
+        value = ir.Value(name=label, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value.metadata_props.update(self.marks)
+        self.graph.register_initializer(value)
+        return value
+
+    def integers(self, numbers: Sequence[int]) -> ir.Value:
+        """A constant of whole numbers, one for the whole graph."""
+        label = "pelt.integers." + "_".join(map(str, numbers))
+        known = self.graph.initializers.get(label)
+        if known is not None:
+            return known
+        tensor = ir.tensor(np.array(numbers, np.int64), name=label)
+        value = ir.Value(name=label, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def unique(self, word: str) -> str:
+        count = self.graph.meta.setdefault("pelt.names", {})
+        label = f"{self.owner}.{word}"
+        count[label] = count.get(label, -1) + 1
+        return f"{label}.{count[label]}" if count[label] else label
+
+
+_FLOATS = {"MatMul", "Add", "Mul", "Sub", "Div", "Concat"}
+
+
+@dataclass
+class Product:
+    """x @ matrix + bias, not yet emitted, so that constant factors and summands still go in."""
+
+    x: ir.Value
+    matrix: Array
+    bias: Array | None = None
+
+
+class OnnxInterpreter(NumericInterpreter):
+    """Evaluates formulas over graph values (`ir.Value`), lazy products, and numpy arrays."""
+
+    def __init__(self, emitter: Emitter):
+        self.emitter = emitter
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        values = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
+        if not any(isinstance(v, (ir.Value, Product)) for v in values):
+            return super().call(name, arguments)
+        rule = getattr(self, f"on_{name}", None)
+        if rule is not None:
+            return rule(**arguments)
+        if name in _UNARY:
+            return self.emitter.node(_UNARY[name], [self.value(arguments["x"])])
+        raise FormulaError(f"'{name}' has no graph form for a value that depends on the input")
+
+    def value(self, item: Any) -> ir.Value:
+        """A graph value, emitting what is still pending."""
+        if isinstance(item, ir.Value):
+            return item
+        emitter = self.emitter
+        if isinstance(item, Product):
+            result = emitter.node("MatMul", [item.x, emitter.constant(item.matrix, "weight")])
+            return result if item.bias is None else emitter.node("Add", [result, emitter.constant(item.bias, "bias")])
+        return emitter.constant(np.asarray(item, np.float32) if is_static(item) else item)
+
+    # arithmetic
+
+    def binary(self, kind: str, a: Any, b: Any) -> Any:
+        return self.emitter.node(kind, [self.value(a), self.value(b)])
+
+    def on_add(self, a: Any, b: Any) -> Any:
+        for product, other in ((a, b), (b, a)):
+            if isinstance(product, Product) and _features(other, product.matrix.shape[1]):
+                bias = np.broadcast_to(np.asarray(other, np.float32), product.matrix.shape[1:])
+                return Product(product.x, product.matrix, bias if product.bias is None else product.bias + bias)
+        for zero, other in ((a, b), (b, a)):
+            if not isinstance(zero, (ir.Value, Product)) and np.ndim(zero) == 0 and float(zero) == 0:
+                return other
+        return self.binary("Add", a, b)
+
+    def on_subtract(self, a: Any, b: Any) -> Any:
+        return self.binary("Sub", a, b)
+
+    def on_multiply(self, a: Any, b: Any) -> Any:
+        for product, other in ((a, b), (b, a)):
+            if isinstance(product, Product) and _features(other, product.matrix.shape[1]):
+                factor = np.asarray(other, np.float32)
+                bias = None if product.bias is None else product.bias * factor
+                return Product(product.x, product.matrix * factor, bias)
+        for one, other in ((a, b), (b, a)):
+            if not isinstance(one, (ir.Value, Product)) and np.ndim(one) == 0 and float(one) == 1:
+                return other
+        return self.binary("Mul", a, b)
+
+    def on_divide(self, a: Any, b: Any) -> Any:
+        if not isinstance(b, (ir.Value, Product)):
+            return self.on_multiply(a, 1.0 / np.asarray(b, np.float32))
+        return self.binary("Div", a, b)
+
+    def on_power(self, a: Any, b: Any) -> Any:
+        return self.binary("Pow", a, b)
+
+    def on_matmul(self, a: Any, b: Any) -> Any:
+        if isinstance(b, np.ndarray) and b.ndim == 2:
+            return Product(self.value(a), b)
+        return self.binary("MatMul", a, b)
+
+    def on_linear(self, x: Any, weight: Any, bias: Any) -> Any:
+        if isinstance(weight, np.ndarray):
+            product = Product(self.value(x), weight.T)
+        else:
+            product = self.emitter.node("MatMul", [self.value(x), self.on_transpose(weight)])
+        return product if bias is None else self.on_add(product, bias)
+
+    def on_einsum(self, operands: list[Any], equation: str) -> Any:
+        return self.emitter.node("Einsum", [self.value(o) for o in operands], {"equation": equation})
+
+    # elementwise
+
+    def on_identity(self, x: Any) -> Any:
+        return x
+
+    on_detach = on_identity
+
+    def on_dropout(self, x: Any, p: Any) -> Any:
+        return x
+
+    def on_activation(self, x: Any, name: str) -> Any:
+        return self.call(name, {"x": x})
+
+    def on_relu(self, x: Any) -> Any:
+        return self.emitter.node("Relu", [self.value(x)])
+
+    def on_gelu(self, x: Any) -> Any:
+        return self.emitter.node("Gelu", [self.value(x)], {"approximate": "none"})
+
+    def on_gelu_tanh(self, x: Any) -> Any:
+        return self.emitter.node("Gelu", [self.value(x)], {"approximate": "tanh"})
+
+    def on_silu(self, x: Any) -> Any:
+        value = self.value(x)
+        return self.emitter.node("Mul", [value, self.emitter.node("Sigmoid", [value])])
+
+    def on_softmax(self, x: Any, axis: int) -> Any:
+        return self.emitter.node("Softmax", [self.value(x)], {"axis": axis})
+
+    # reductions
+
+    def on_mean(self, x: Any, axis: int) -> Any:
+        return self.emitter.node("ReduceMean", [self.value(x), self.emitter.integers([axis])], {"keepdims": 1})
+
+    def on_sum(self, x: Any, axis: int) -> Any:
+        return self.emitter.node("ReduceSum", [self.value(x), self.emitter.integers([axis])], {"keepdims": 1})
+
+    def on_mean_seq(self, x: Any, mask: Any) -> Any:
+        if mask is None:
+            return self.on_mean(x, 1)
+        weights = self.emitter.node("Unsqueeze", [self.value(mask), self.emitter.integers([-1])])
+        total = self.on_sum(self.binary("Mul", x, weights), 1)
+        return self.binary("Div", total, self.on_sum(weights, 1))
+
+    def on_norm2(self, x: Any, axis: int) -> Any:
+        return self.emitter.node("ReduceL2", [self.value(x), self.emitter.integers([axis])], {"keepdims": 1})
+
+    # layout
+
+    def on_transpose(self, x: Any) -> Any:
+        value = self.value(x)
+        rank = len(value.shape) if value.shape is not None else 2
+        axes = [*range(rank - 2), rank - 1, rank - 2]
+        return self.emitter.node("Transpose", [value], {"perm": axes})
+
+    def on_permute(self, x: Any, axes: list[int]) -> Any:
+        return self.emitter.node("Transpose", [self.value(x)], {"perm": axes})
+
+    def on_concat(self, tensors: list[Any], axis: int) -> Any:
+        model = next(self.value(t) for t in tensors if isinstance(t, (ir.Value, Product)))
+        rank = len(model.shape) if model.shape is not None else max(np.ndim(t) for t in tensors)
+        parts = []
+        for tensor in tensors:
+            value = self.value(tensor)
+            if isinstance(tensor, np.ndarray) and tensor.ndim < rank:
+                value = self.repeated(value, tensor, model, rank)
+            parts.append(value)
+        joined = self.emitter.node("Concat", parts, {"axis": axis})
+        joined.shape = ir.Shape([None] * rank)
+        return joined
+
+    def repeated(self, value: ir.Value, tensor: Array, model: ir.Value, rank: int) -> ir.Value:
+        """A constant of lower rank, once per leading index of the model value."""
+        missing = rank - tensor.ndim
+        lead = self.emitter.node("Shape", [model], {"start": 0, "end": missing})
+        lead.type = ir.TensorType(ir.DataType.INT64)
+        shape = self.emitter.node("Concat", [lead, self.emitter.integers(tensor.shape)], {"axis": 0})
+        shape.type = ir.TensorType(ir.DataType.INT64)
+        return self.emitter.node("Expand", [value, shape])
+
+    def on_slice(self, x: Any, start: int, stop: int, axis: int) -> Any:
+        numbers = [self.emitter.integers([n]) for n in (start, stop, axis)]
+        return self.emitter.node("Slice", [self.value(x), *numbers])
+
+    def on_take(self, x: Any, index: int, axis: int) -> Any:
+        return self.emitter.node("Gather", [self.value(x), self.emitter.constant(np.array(index))], {"axis": axis})
+
+    def on_unsqueeze(self, x: Any, axis: int) -> Any:
+        return self.emitter.node("Unsqueeze", [self.value(x), self.emitter.integers([axis])])
+
+
+def _features(item: Any, size: int) -> bool:
+    """Whether an item is a number or a vector over features."""
+    return not isinstance(item, (ir.Value, Product)) and (np.ndim(item) == 0 or np.shape(item) in ((size,), (1,)))
+
+
+_UNARY: dict[str, str] = {
+    "negate": "Neg", "tanh": "Tanh", "sigmoid": "Sigmoid", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "abs": "Abs",
+}  # fmt: skip
+
+Replace = Callable[[ir.Value, ir.Value], None]
+
+
+def replace_uses(old: ir.Value, new: ir.Value, keep: set[ir.Node], graph: ir.Graph) -> None:
+    """Let everything read `new` instead of `old`, except the nodes in `keep`. Graph outputs keep their names."""
+    for use in tuple(old.uses()):
+        if use.node not in keep:
+            use.node.replace_input_with(use.idx, new)
+    for i, output in enumerate(graph.outputs):
+        if output is old:
+            name = old.name
+            old.name = f"{name}.base"
+            new.name, new.shape, new.type = name, old.shape, old.type
+            graph.outputs[i] = new
+
+
+def clone_between(source: ir.Value, target: ir.Value, replacement: ir.Value, emitter: Emitter) -> ir.Value:
+    """Copy the nodes that lead from `source` to `target`, reading `replacement` instead; returns the copy's end."""
+    on_path: dict[ir.Value, bool] = {source: True}
+
+    def leads(value: ir.Value | None) -> bool:
+        if value is None:
+            return False
+        if value not in on_path:
+            on_path[value] = False
+            node = value.producer()
+            on_path[value] = node is not None and any([leads(v) for v in node.inputs])
+        return on_path[value]
+
+    copies: dict[ir.Value, ir.Value] = {source: replacement}
+
+    def copy(value: ir.Value | None) -> ir.Value | None:
+        if value is None or not leads(value):
+            return value
+        if value not in copies:
+            node = value.producer()
+            assert node is not None
+            attributes = {name: attribute for name, attribute in node.attributes.items()}
+            inputs = [copy(v) for v in node.inputs]
+            clone = ir.Node(node.domain, node.op_type, inputs, attributes.values(), num_outputs=len(node.outputs))
+            clone.metadata_props.update({**node.metadata_props, **emitter.marks})
+            for before, after in zip(node.outputs, clone.outputs, strict=True):
+                after.name = emitter.unique(before.name or "copy")
+                after.type = before.type
+                copies[before] = after
+            clone.name = clone.outputs[0].name
+            emitter.graph.append(clone)
+            emitter.added.add(clone)
+        return copies[value]
+
+    result = copy(target)
+    assert result is not None
+    return result

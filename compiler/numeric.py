@@ -1,0 +1,159 @@
+"""The numpy interpreter: what formulas are worth where everything is known. Constant folding runs on it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from peltc.spec.formula import Expr, FormulaError, Interpreter, Number
+from peltc.spec.method import initialiser
+
+Array = np.ndarray[Any, Any]
+
+
+class NumericInterpreter(Interpreter[Any]):
+    """Evaluates formulas over numpy arrays, in float32 or better."""
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        if name not in _MEANING:
+            raise FormulaError(f"'{name}' works on options and sizes, not on tensors")
+        return _MEANING[name](**arguments)
+
+
+def _erf(x: Array) -> Array:
+    """The error function, by the standard library's, in float64."""
+    return np.vectorize(math.erf, otypes=[np.float64])(x).astype(x.dtype)
+
+
+def gelu(x: Array) -> Array:
+    return np.asarray(0.5 * x * (1 + _erf(x / np.sqrt(2).astype(x.dtype))))
+
+
+def gelu_tanh(x: Array) -> Array:
+    return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+
+
+def sigmoid(x: Array) -> Array:
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
+
+
+ACTIVATION: dict[str, Callable[[Array], Array]] = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": lambda x: x * sigmoid(x),
+    "tanh": np.tanh,
+    "sigmoid": sigmoid,
+    "identity": lambda x: x,
+}
+
+
+def linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def norm2(x: Array, axis: int) -> Array:
+    """Summed in float64: a norm over thousands of squares is where float32 loses digits."""
+    return np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=axis, keepdims=True)).astype(x.dtype)
+
+
+def skew(x: Array, n: int) -> Array:
+    rows, columns = np.triu_indices(n, 1)
+    matrix = np.zeros((*x.shape[:-1], n, n), x.dtype)
+    matrix[..., rows, columns] = x
+    return np.asarray(matrix - matrix.swapaxes(-1, -2))
+
+
+def block_diagonal(x: Array) -> Array:
+    count, a, b = x.shape
+    matrix = np.zeros((count, a, count, b), x.dtype)
+    matrix[np.arange(count), :, np.arange(count)] = x
+    return matrix.reshape(count * a, count * b)
+
+
+def softmax(x: Array, axis: int) -> Array:
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return np.asarray(e / e.sum(axis=axis, keepdims=True))
+
+
+def mean_seq(x: Array, mask: Array | None) -> Array:
+    if mask is None:
+        return np.asarray(x.mean(axis=1, keepdims=True))
+    weights = mask.reshape(*mask.shape, *[1] * (x.ndim - 2)).astype(x.dtype)
+    return np.asarray((x * weights).sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True))
+
+
+def concat(tensors: list[Array], axis: int) -> Array:
+    rank = max(t.ndim for t in tensors)
+    lead = np.broadcast_shapes(*(t.shape[: rank + axis] for t in tensors if t.ndim == rank))
+    full = [t if t.ndim == rank else np.broadcast_to(t, (*lead[: rank - t.ndim], *t.shape)) for t in tensors]
+    return np.concatenate(full, axis)
+
+
+def slice_axis(x: Array, start: int, stop: int, axis: int) -> Array:
+    index: list[Any] = [slice(None)] * x.ndim
+    index[axis] = slice(start, stop)
+    return x[tuple(index)]
+
+
+def top_k_mask(z: Array, k: int) -> Array:
+    order = np.argsort(-z, axis=-1, kind="stable")[..., :k]
+    mask = np.zeros_like(z)
+    np.put_along_axis(mask, order, 1, axis=-1)
+    return mask
+
+
+_MEANING: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b, "subtract": lambda a, b: a - b, "multiply": lambda a, b: a * b,
+    "divide": lambda a, b: a / b, "power": lambda a, b: a**b, "negate": lambda x: -x,
+    "matmul": lambda a, b: a @ b, "linear": linear,
+    "einsum": lambda operands, equation: np.einsum(equation, *operands, optimize=True),
+    "kron": lambda a, b: np.kron(a, b), "inverse": lambda x: np.linalg.inv(x), "eye": lambda n: np.eye(n, dtype=np.float32),
+    "skew": skew, "block_diagonal": block_diagonal, "norm2": norm2,
+    **{name: (lambda f: lambda x: f(x))(f) for name, f in ACTIVATION.items()},
+    "activation": lambda x, name: ACTIVATION[name](x),
+    "exp": lambda x: np.exp(x), "log": lambda x: np.log(x), "sqrt": lambda x: np.sqrt(x), "abs": lambda x: np.abs(x),
+    "softmax": softmax, "detach": lambda x: x, "dropout": lambda x, p: x,
+    "mean": lambda x, axis: x.mean(axis=axis, keepdims=True), "sum": lambda x, axis: x.sum(axis=axis, keepdims=True),
+    "mean_seq": mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.swapaxes(-1, -2),
+    "permute": lambda x, axes: x.transpose(axes), "concat": concat,
+    "take": lambda x, index, axis: np.take(x, index, axis), "slice": slice_axis,
+    "unsqueeze": lambda x, axis: np.expand_dims(x, axis),
+    "zeros": lambda shape: np.zeros(shape, np.float32), "ones": lambda shape: np.ones(shape, np.float32),
+    "choose": lambda stack, draw: stack.mean(axis=0), "top_k_mask": top_k_mask,
+}  # fmt: skip
+
+
+def start_value(name: str, shape: tuple[int, ...], init: Expr, scope: Mapping[str, Any], seed: int) -> Array:
+    """A parameter's start value, float32.
+
+    Random values depend on the seed and the tensor's name alone, so they are the same in training and in the
+    compiler, whatever else a spec contains.
+
+    Args:
+        scope: options and sizes, `W` and `b` of the site where the formula reads them.
+
+    Raises:
+        EvaluationError: the formula has no value.
+    """
+    random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    interpreter = NumericInterpreter()
+    named = initialiser(init)
+    if named is not None:
+        kind, arguments = named
+        values = [float(interpreter.evaluate(a, scope)) for a in arguments]
+        if kind == "zeros":
+            return np.zeros(shape, np.float32)
+        if kind == "ones":
+            return np.ones(shape, np.float32)
+        if kind == "normal":
+            return random.normal(0.0, values[0] if values else 1.0, shape).astype(np.float32)
+        bound = values[0] if values else 1.0 / math.sqrt(shape[-1] if shape else 1)
+        return random.uniform(-bound, bound, shape).astype(np.float32)
+    value = init.value if isinstance(init, Number) else interpreter.evaluate(init, scope)
+    return np.ascontiguousarray(np.broadcast_to(np.asarray(value, np.float32), shape))

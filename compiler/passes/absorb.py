@@ -1,0 +1,193 @@
+"""Absorption: claims whose effect is affine go into the base's own weights and biases.
+
+    before   y = x Wᵀ + b;  y' = f(x, y)      f affine
+    after    y' = x W'ᵀ + b'
+
+The graph keeps every node it had. A map without a bias gets one, in one more addition, where the effect has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.affine import Affine, AffineInterpreter, Map
+from peltc.compiler.anatomy import Site
+from peltc.compiler.numeric import NumericInterpreter
+from peltc.compiler.plan import Claim
+from peltc.spec.formula import Deferred
+
+Array = np.ndarray[Any, Any]
+Read = Callable[[str], Array]
+
+MAX_LOSS = 0.1
+"""The share of a change that rounding may take before a fold warns."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A parameter with claims inside.
+
+    Attributes:
+        name: the parameter, or `<weight>.pelt_bias` for a bias that the base does not have.
+        array: its new values, in the type and layout in which they are stored.
+        claims: `attachment at site`, in order.
+        loss: ‖stored - exact‖ / ‖exact - base‖, what rounding took of the change; 0 in float32.
+    """
+
+    name: str
+    array: Array
+    claims: tuple[str, ...]
+    loss: float
+
+
+def absorb(
+    claims: list[Claim], sites: list[Site], read: Read, tensors: Mapping[str, Array], dtype: np.dtype[Any]
+) -> list[Folded]:
+    """Fold the claims on one weight.
+
+    Args:
+        claims: all claims that the weight absorbs, in order of effect.
+        sites: the site of each claim's map: its own, or that of the map that ends its block.
+        read: base parameters by name, as stored.
+        tensors: the adapter's tensors by name.
+        dtype: the type to store in.
+    """
+    site = sites[0]
+    if site.kind == "norm":
+        return _norm(claims, site, read, tensors, dtype)
+    weight, bias = site.parameters["weight"], site.parameters.get("bias")
+    stored = read(weight)
+    W = np.asarray(stored, np.float32)
+    W = W.T if site.transposed else W
+    b = None if bias is None else np.asarray(read(bias), np.float32)
+    new_W, new_b = W, b
+    for rows in dict.fromkeys(s.rows for s in sites):
+        group = [claim for claim, s in zip(claims, sites, strict=True) if s.rows == rows]
+        index = slice(None) if rows is None else np.concatenate([np.arange(a, z) for a, z in rows])
+        changed_W, changed_b = fold_map(group, W[index], None if b is None else b[index], tensors)
+        if rows is None:
+            new_W, new_b = changed_W, changed_b
+            continue
+        new_W = new_W.copy() if new_W is W else new_W
+        new_W[index] = changed_W
+        if changed_b is not None:
+            new_b = np.zeros(len(W), np.float32) if new_b is None else new_b.copy()
+            new_b[index] = changed_b
+    labels = tuple(f"{c.attachment} at {c.site.name}" for c in claims)
+    folded = []
+    if new_W is not W:
+        array = np.ascontiguousarray(new_W.T if site.transposed else new_W).astype(dtype, copy=False)
+        folded.append(Folded(weight, array, labels, _loss(array.T if site.transposed else array, new_W, W)))
+    if new_b is not None and new_b is not b:
+        array = np.ascontiguousarray(new_b).astype(dtype, copy=False)
+        base = np.zeros_like(new_b) if b is None else b
+        folded.append(Folded(bias or f"{weight}.pelt_bias", array, labels, _loss(array, new_b, base)))
+    return folded
+
+
+def fold_map(
+    claims: list[Claim], W: Array, b: Array | None, tensors: Mapping[str, Array]
+) -> tuple[Array, Array | None]:
+    """The weight [O, I] and bias [O] of a map with claims inside."""
+    affine, numeric = AffineInterpreter(), NumericInterpreter()
+    state: dict[str, Any] = {"W": W, "b": b}
+
+    def scope(claim: Claim, interpreter: Any) -> dict[str, Any]:
+        values: dict[str, Any] = {name: tensors[t.name] for name, t in claim.tensors.items()}
+        values["W"] = Deferred(lambda: state["W"])
+        values["b"] = Deferred(lambda: np.zeros(len(W), np.float32) if state["b"] is None else state["b"])
+        values |= {"x": Affine.identity("x"), "y": Affine.identity("y")}
+        return claim.scope(values, interpreter)
+
+    x = Affine.identity("x")
+    for claim in claims:
+        if "input" in claim.effects:
+            x = _substitute(affine.evaluate(claim.effects["input"], scope(claim, affine)), x, None)
+    for claim in claims:
+        for name, key in (("weight", "W"), ("bias", "b")):
+            if name in claim.effects:
+                state[key] = np.asarray(numeric.evaluate(claim.effects[name], scope(claim, numeric)), np.float32)
+    W_now, b_now = state["W"], state["b"]
+    plain = set(x.maps) == {"x"} and x.maps["x"].matrix is None and np.all(x.maps["x"].diagonal == 1) and x.offset is None
+    late = [c for c in claims if {"delta", "output"} & set(c.effects)]
+    if plain and not late:
+        return W_now, b_now
+    y = Affine({"x": Map(matrix=W_now.T) if plain else x.maps["x"].then(W_now.T)}, b_now)
+    if x.offset is not None:
+        moved = np.broadcast_to(x.offset, W_now.shape[1:]) @ W_now.T
+        y = Affine(y.maps, moved if y.offset is None else y.offset + moved)
+    for claim in late:
+        for name in ("delta", "output"):
+            if name in claim.effects:
+                value = _substitute(_as_affine(affine.evaluate(claim.effects[name], scope(claim, affine))), x, y)
+                y = y.plus(value) if name == "delta" else value
+    matrix = y.maps["x"].matrix if "x" in y.maps else np.zeros(W.shape[::-1], np.float32)
+    assert matrix is not None
+    offset = None if y.offset is None else np.broadcast_to(y.offset, (len(W),)).astype(np.float32)
+    return matrix.T, offset
+
+
+def _as_affine(value: Any) -> Affine:
+    return value if isinstance(value, Affine) else Affine({}, np.asarray(value, np.float32))
+
+
+def _substitute(value: Any, x: Affine, y: Affine | None) -> Affine:
+    """A map of (x, y) as a map of the raw input, x and y being maps of it themselves."""
+    value = _as_affine(value)
+    result = Affine({}, value.offset)
+    for source, inner in (("x", x), ("y", y)):
+        outer = value.maps.get(source)
+        if outer is None or inner is None:
+            continue
+        moved = inner.apply(lambda m, o=outer: _compose(m, o), lambda c, o=outer: _move(c, o))
+        result = result.plus(moved)
+    return result
+
+
+def _compose(inner: Map, outer: Map) -> Map:
+    if outer.matrix is not None:
+        return inner.then(outer.matrix)
+    assert outer.diagonal is not None
+    return inner.scaled(outer.diagonal)
+
+
+def _move(offset: Array, outer: Map) -> Array:
+    if outer.matrix is not None:
+        return np.asarray(np.broadcast_to(offset, outer.matrix.shape[:1]) @ outer.matrix)
+    return np.asarray(offset * outer.diagonal)
+
+
+def _norm(
+    claims: list[Claim], site: Site, read: Read, tensors: Mapping[str, Array], dtype: np.dtype[Any]
+) -> list[Folded]:
+    """Claims on a normalisation's gain and bias."""
+    numeric = NumericInterpreter()
+    names = {"weight": "W", "bias": "b"}
+    state = {short: np.asarray(read(site.parameters[role]), np.float32) if role in site.parameters else None
+             for role, short in names.items()}  # fmt: skip
+    base = dict(state)
+    for claim in claims:
+        for role, short in names.items():
+            if role in claim.effects:
+                values = {name: tensors[t.name] for name, t in claim.tensors.items()} | state
+                state[short] = np.asarray(numeric.evaluate(claim.effects[role], claim.scope(values, numeric)))
+    labels = tuple(f"{c.attachment} at {c.site.name}" for c in claims)
+    folded = []
+    for role, short in names.items():
+        new, old = state[short], base[short]
+        if new is not None and old is not None and new is not old:
+            array = new.astype(dtype)
+            folded.append(Folded(site.parameters[role], array, labels, _loss(array, new, old)))
+    return folded
+
+
+def _loss(stored: Array, exact: Array, base: Array) -> float:
+    """What rounding took of the change, as a share of it."""
+    if stored.dtype == np.float32:
+        return 0.0
+    change = float(np.linalg.norm(exact - base))
+    return float(np.linalg.norm(stored.astype(np.float32) - exact)) / change if change else 0.0

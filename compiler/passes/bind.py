@@ -1,0 +1,89 @@
+"""Binding: parameters become initializers that point at the checkpoint's own bytes, or at folded values.
+
+    before   parameter as a graph input
+    after    initializer in the checkpoint file (offset, length) [─► Cast, where it is stored in another type]
+
+Names that share one stored tensor become one initializer, unless a fold told them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from peltc.compiler.base import Base
+from peltc.compiler.passes.absorb import Folded
+
+
+def bind(model: ir.Model, base: Base, folded: Mapping[str, Folded], table: Base | None = None) -> None:
+    """Give every parameter of the graph its values, in place.
+
+    Args:
+        folded: parameters with claims inside, by name.
+        table: the base that knows parameters which this one does not.
+    """
+    graph = model.graph
+    bound: dict[tuple[str, int, int], ir.Value] = {}
+    for value in list(graph.inputs):
+        name = value.name or ""
+        source = base if name in base.parameters else table
+        if source is None or name not in source.parameters:
+            continue
+        graph.inputs.remove(value)
+        stored = source.stored(name)
+        if name in folded:
+            tensor: ir.TensorProtocol = ir.tensor(folded[name].array, name=name)
+        else:
+            key = (str(stored.file), stored.offset, stored.length)
+            if key in bound:
+                value.replace_all_uses_with(bound[key])
+                continue
+            dtype = ir.DataType.from_numpy(stored.dtype)
+            tensor = ir.ExternalTensor(stored.file.name, stored.offset, stored.length, dtype,
+                                       shape=ir.Shape(stored.shape), name=name, base_dir=stored.file.parent)  # fmt: skip
+            bound[key] = value
+        computed = value.dtype or tensor.dtype
+        if stored.dtype != computed.numpy():
+            # The cast stays where a fold made it a formality, so that a folded graph has the base's own nodes.
+            held = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value.name = f"{name}.computed"
+            cast = ir.node("Cast", [held], attributes={"to": computed.value}, name=value.name)
+            replaced = cast.outputs[0]
+            replaced.name, replaced.shape, replaced.type = value.name, value.shape, value.type
+            value.replace_all_uses_with(replaced)
+            graph.insert_before(graph[0], cast)
+            graph.register_initializer(held)
+            if name not in folded:
+                bound[key] = replaced
+            continue
+        value.const_value = tensor
+        value.type = ir.TensorType(tensor.dtype)
+        graph.register_initializer(value)
+
+
+def add_biases(model: ir.Model, biases: Mapping[str, tuple[str, Folded]]) -> None:
+    """Add biases that the base does not have, after their maps.
+
+    Args:
+        biases: by the name of the value that the map writes: the label and the bias.
+    """
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    for written, (label, folded) in biases.items():
+        y = values[written]
+        tensor = ir.tensor(folded.array, name=label)
+        bias = ir.Value(name=label, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.register_initializer(bias)
+        uses = tuple(y.uses())
+        node = ir.node("Add", [y, bias], name=f"{label}.add")
+        node.metadata_props["pelt.attachment"] = ", ".join(folded.claims)
+        out = node.outputs[0]
+        out.name, out.shape, out.type = f"{label}.added", y.shape, y.type
+        model.graph.append(node)
+        for use in uses:
+            use.node.replace_input_with(use.idx, out)
+        for i, output in enumerate(model.graph.outputs):
+            if output is y:
+                y.name, out.name = f"{y.name}.base", y.name
+                model.graph.outputs[i] = out
+    model.graph.sort()

@@ -1,0 +1,401 @@
+"""Insertion: claims that are not absorbed become nodes beside, before or after the values of their sites.
+
+    linear     y ──────────► y + delta(x, y)         block     y ──► y + delta(x, y, r, norm)
+    attention  k ──► concat(prefix, k)               mask ──► mask with the prefix in view
+
+Every node carries `pelt.attachment`, `pelt.method` and `pelt.site` in its metadata; taking out what is so marked
+gives the base graph back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from peltc.compiler.anatomy import Rows, Site
+from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
+from peltc.compiler.plan import Claim, site_shapes
+from peltc.spec.diagnostics import fail
+from peltc.spec.dims import Dim, simplify
+from peltc.spec.formula import Deferred, Expr
+from peltc.spec.shapes import Shape, ShapeInterpreter
+
+Array = np.ndarray[Any, Any]
+LEVELS = {"linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
+MASK_STEPS = {"Cast", "Not", "Identity", "Mul", "Sub", "Unsqueeze"}
+
+
+def insert(model: ir.Model, claims: Iterable[Claim], sites: Mapping[str, Site], tensors: Mapping[str, Array]) -> None:
+    """Write claims into a graph, in place.
+
+    Args:
+        sites: the graph's own sites by name.
+        tensors: the adapter's tensors by name.
+    """
+    inserter = _Inserter(model, tensors)
+    groups: dict[str, list[Claim]] = {}
+    for claim in claims:
+        groups.setdefault(claim.site.name, []).append(claim)
+    ordered = sorted(groups, key=lambda name: (LEVELS[sites[name].kind], sites[name].role == "layer"))
+    for name in ordered:
+        getattr(inserter, sites[name].kind)(sites[name], groups[name])
+    model.graph.sort()
+
+
+class _Inserter:
+    def __init__(self, model: ir.Model, tensors: Mapping[str, Array]):
+        self.graph, self.tensors = model.graph, tensors
+        self.values: dict[str, ir.Value] = {v.name: v for v in model.graph.inputs if v.name}
+        for node in model.graph:
+            self.values |= {v.name: v for v in node.outputs if v.name}
+        self.replaced: dict[ir.Value, ir.Value] = {}
+        self.weights: dict[str, ir.Value] = {}
+        self.extended: dict[tuple[ir.Value, ir.Value, int], ir.Value] = {}
+
+    def emitter(self, claim: Claim, like: ir.Value) -> Emitter:
+        marks = {"pelt.attachment": claim.attachment, "pelt.method": claim.method.name, "pelt.site": claim.site.name}
+        dtype = like.dtype or ir.DataType.FLOAT
+        return Emitter(self.graph, dtype, f"pelt.{claim.attachment}.{claim.site.name}", marks)
+
+    def current(self, name: str) -> ir.Value:
+        """A graph value as it is by now, claims made before included."""
+        value = self.values[name]
+        while value in self.replaced:
+            value = self.replaced[value]
+        return value
+
+    def scope(self, claim: Claim, interpreter: OnnxInterpreter, **values: Any) -> dict[str, Any]:
+        """What the claim's formulas may read; runtime values of the site by name."""
+        found: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
+        for role in ("x", "y", "r", "h", "q", "k", "v"):
+            if claim.site.values.get(role):
+                found[role] = Deferred(lambda role=role: self.current(claim.site.values[role]))
+        found["mask"] = Deferred(lambda: self.mask(interpreter))
+        return claim.scope(found | values, interpreter)
+
+    def mask(self, interpreter: OnnxInterpreter) -> ir.Value:
+        """The attention mask [B, S] as numbers."""
+        given = self.values.get("attention_mask")
+        if given is None:
+            raise fail("E208", "this model takes no attention mask, and a formula reads `mask`")
+        emitter = interpreter.emitter
+        cast = emitter.node("Cast", [given], {"to": emitter.dtype.value})
+        cast.type = ir.TensorType(emitter.dtype)
+        return cast
+
+    def evaluate(self, claim: Claim, effect: str, like: ir.Value, **values: Any) -> tuple[Any, OnnxInterpreter]:
+        interpreter = OnnxInterpreter(self.emitter(claim, like))
+        return interpreter.evaluate(claim.effects[effect], self.scope(claim, interpreter, **values)), interpreter
+
+    def write(self, old: ir.Value, new: ir.Value, keep: set[ir.Node]) -> None:
+        """Let everything downstream read `new` instead of `old`."""
+        new.shape = old.shape
+        new.type = old.type
+        replace_uses(old, new, keep, self.graph)
+        self.replaced[old] = new
+
+    # sites
+
+    def linear(self, site: Site, claims: list[Claim]) -> None:
+        """Inputs first, then weights and biases, then what is added to or made of the output."""
+        product = self.values[site.values["product"]].producer()
+        assert product is not None
+        x = self.current(site.values["x"])
+        start, apart = x, False
+        for claim in claims:
+            if "input" in claim.effects:
+                value, interpreter = self.evaluate(claim, "input", x, x=x)
+                x = interpreter.value(value)
+                if site.rows is None:
+                    source = product.inputs[0]
+                    assert source is not None
+                    moved = clone_between(start, source, x, interpreter.emitter)
+                    product.replace_input_with(0, moved)
+                    start = x
+                else:
+                    apart = True
+        for claim in claims:
+            if "weight" in claim.effects:
+                self.weight(site, claim, product)
+        for claim in claims:
+            if "bias" in claim.effects:
+                self.bias(site, claim, product)
+        y = self.current(site.values["y"])
+        if apart:
+            last = next(c for c in claims if "input" in c.effects)
+            emitter = self.emitter(last, y)
+            new = emitter.node("MatMul", [x, self.oriented(self.rows(site, self.full_weight(site, emitter), emitter), emitter)])
+            bias = site.parameters.get("bias")
+            if bias:
+                new = emitter.node("Add", [new, self.rows(site, self.weights.get(bias, self.values[bias]), emitter)])
+            self.write(y, new, emitter.added)
+        self.outputs(site, claims, {"x": x})
+
+    def outputs(self, site: Site, claims: list[Claim], values: Mapping[str, Any]) -> None:
+        """Definitions of `delta` and `output`."""
+        for claim in claims:
+            for effect in ("delta", "output"):
+                if effect not in claim.effects:
+                    continue
+                y = self.current(site.values["y"])
+                value, interpreter = self.evaluate(claim, effect, y, **{**values, "y": y})
+                if effect == "delta":
+                    value = interpreter.on_add(y, value)
+                self.write(y, interpreter.value(value), interpreter.emitter.added)
+
+    def full_weight(self, site: Site, emitter: Emitter) -> ir.Value:
+        """The whole weight as it is by now, [O, I]."""
+        name = site.parameters["weight"]
+        if name not in self.weights:
+            parameter = self.values[name]
+            self.weights[name] = self.oriented(parameter, emitter) if site.transposed else parameter
+        return self.weights[name]
+
+    @staticmethod
+    def oriented(value: ir.Value, emitter: Emitter) -> ir.Value:
+        return emitter.node("Transpose", [value], {"perm": [1, 0]})
+
+    @staticmethod
+    def rows(site: Site, full: ir.Value, emitter: Emitter) -> ir.Value:
+        """The rows that the site owns."""
+        if site.rows is None:
+            return full
+        parts = [_cut(full, a, b, emitter) for a, b in site.rows]
+        return parts[0] if len(parts) == 1 else emitter.node("Concat", parts, {"axis": 0})
+
+    def weight(self, site: Site, claim: Claim, product: ir.Node) -> None:
+        """A weight computed in the graph from the base's, in float32; ONNX Runtime does so once, at load."""
+        parameter = self.values[site.parameters["weight"]]
+        emitter = self.emitter(claim, parameter)
+        full = self.full_weight(site, emitter)
+        wide = OnnxInterpreter(Emitter(self.graph, ir.DataType.FLOAT, emitter.owner, emitter.marks))
+        own = self.rows(site, full, emitter)
+        half = parameter.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, None)
+        W = _cast(own, ir.DataType.FLOAT, wide.emitter) if half else own
+        W.shape = ir.Shape([site.sizes["out"], site.sizes["in"]])
+        new = wide.value(wide.evaluate(claim.effects["weight"], self.scope(claim, wide, W=W)))
+        if half:
+            assert parameter.dtype is not None
+            new = _cast(new, parameter.dtype, wide.emitter)
+        full = self.weights[site.parameters["weight"]] = _assemble(full, site.rows, new, self.extent(site), emitter)
+        flat = product.op_type == "Gemm" and product.attributes.get_int("transB", 0) == 1
+        product.replace_input_with(1, full if flat else self.oriented(full, emitter))
+
+    def extent(self, site: Site) -> int:
+        """The number of output features of the whole map."""
+        shape = self.values[site.parameters["weight"]].shape
+        assert shape is not None
+        return int(shape[1 if site.transposed else 0])  # type: ignore[arg-type]
+
+    def bias(self, site: Site, claim: Claim, product: ir.Node) -> None:
+        name = site.parameters.get("bias")
+        y = self.current(site.values["y"])
+        emitter = self.emitter(claim, y)
+        interpreter = OnnxInterpreter(emitter)
+        if name is None:
+            b: Any = np.zeros(site.sizes["out"], np.float32)
+            new = interpreter.evaluate(claim.effects["bias"], self.scope(claim, interpreter, b=b))
+            self.write(y, interpreter.value(interpreter.on_add(y, new)), emitter.added)
+            return
+        full = self.weights.get(name, self.values[name])
+        own = self.rows(site, full, emitter)
+        new = interpreter.value(interpreter.evaluate(claim.effects["bias"], self.scope(claim, interpreter, b=own)))
+        changed = self.weights[name] = _assemble(full, site.rows, new, self.extent(site), emitter)
+        readers = {product, *(use.node for use in product.outputs[0].uses())}
+        for use in tuple(full.uses()):
+            if use.node in readers:
+                use.node.replace_input_with(use.idx, changed)
+
+    def norm(self, site: Site, claims: list[Claim]) -> None:
+        """A normalisation's gain and bias, or its output."""
+        for claim in claims:
+            for role, short in (("weight", "W"), ("bias", "b")):
+                if role in claim.effects:
+                    parameter = self.weights.get(site.parameters[role], self.values[site.parameters[role]])
+                    value, interpreter = self.evaluate(claim, role, parameter, **{short: parameter})
+                    new = interpreter.value(value)
+                    replace_uses(parameter, new, interpreter.emitter.added, self.graph)
+                    self.weights[site.parameters[role]] = new
+        self.outputs(site, claims, {})
+
+    def block(self, site: Site, claims: list[Claim]) -> None:
+        """What follows a sub-layer, before its residual addition."""
+        for claim in claims:
+            emitter_like = self.current(site.values["y"])
+
+            def norm(z: Any, claim: Claim = claim, like: ir.Value = emitter_like) -> ir.Value:
+                interpreter = OnnxInterpreter(self.emitter(claim, like))
+                source, target = self.values[site.values["norm_x"]], self.values[site.values["norm_y"]]
+                result = clone_between(source, target, interpreter.value(z), interpreter.emitter)
+                self.normed.update(interpreter.emitter.added)
+                return result
+
+            self.normed: set[ir.Node] = set()
+            for effect in ("delta", "output"):
+                if effect in claim.effects:
+                    y = self.current(site.values["y"])
+                    value, interpreter = self.evaluate(claim, effect, y, y=y, norm=norm)
+                    if effect == "delta":
+                        value = interpreter.on_add(y, value)
+                    self.write(y, interpreter.value(value), interpreter.emitter.added | self.normed)
+
+    def attention(self, site: Site, claims: list[Claim]) -> None:
+        """Keys and values of an attention core, and the mask where they grow longer."""
+        for claim in claims:
+            longer = 0
+            for effect, role in (("keys", "k"), ("values", "v")):
+                if effect not in claim.effects:
+                    continue
+                read, written = self.current(site.values[role]), self.values[site.values[effect]]
+                value, interpreter = self.evaluate(claim, effect, read, **{role: read})
+                emitter = interpreter.emitter
+                new = interpreter.value(value)
+                longer = added_positions(claim, claim.effects[effect])
+                repeats = site.sizes["heads"] // site.sizes["kv_heads"]
+                # The base repeats heads with lengths taken from the input, which are no longer right.
+                wide = _repeat_heads(new, site, repeats, emitter) if repeats > 1 else new
+                old = self.replaced.get(written, written)
+                while old in self.replaced:
+                    old = self.replaced[old]
+                wide.shape, wide.type = None, old.type
+                replace_uses(old, wide, emitter.added, self.graph)
+                self.replaced[old] = wide
+                if repeats > 1:
+                    new.type = read.type
+                    self.replaced[read] = new
+            if longer:
+                self.widen_mask(site, claim, longer)
+
+    def widen_mask(self, site: Site, claim: Claim, positions: int) -> None:
+        """Let the mask show new positions before the others.
+
+        The mask is widened where it is still true and false (or a bias in numbers), so that everything the attention
+        derives from it, rows without any visible key too, sees the new positions."""
+        if not site.values.get("mask"):
+            return
+        total = self.values[site.values["masked"]].producer()
+        context = self.values[site.values["context"]]
+        assert total is not None
+        mask = next(v for v in total.inputs if v is not None and v.name == site.values["mask"] or v in self.widened)
+        origin, fill = _mask_origin(mask)
+        emitter = self.emitter(claim, mask)
+        wider = self.wider(origin, fill, positions, emitter)
+        _swap(total, mask, self.rebuilt(origin, mask, wider, positions, emitter))
+        for use in tuple(context.uses()):
+            if use.node.op_type == "Where" and use.idx > 0 and (rows := use.node.inputs[0]) is not None:
+                _swap(use.node, rows, self.rebuilt(origin, rows, wider, positions, emitter))
+
+    @property
+    def widened(self) -> set[ir.Value]:
+        return set(self.extended.values())
+
+    def wider(self, origin: ir.Value, fill: float, positions: int, emitter: Emitter) -> ir.Value:
+        """A mask [..., T] as [..., P + T]."""
+        key = (origin, origin, positions)
+        if key not in self.extended:
+            lead = emitter.node("Shape", [origin], {"start": 0, "end": -1})
+            lead.type = ir.TensorType(ir.DataType.INT64)
+            shape = emitter.node("Concat", [lead, emitter.integers([positions])], {"axis": 0})
+            shape.type = lead.type
+            kind = origin.dtype or ir.DataType.FLOAT
+            constant = emitter.constant(np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy()))
+            constant.type = ir.TensorType(kind)
+            block = emitter.node("Expand", [constant, shape])
+            self.extended[key] = emitter.node("Concat", [block, origin], {"axis": -1})
+            self.extended[key].type = origin.type
+        return self.extended[key]
+
+    def rebuilt(self, origin: ir.Value, target: ir.Value, wider: ir.Value, positions: int, emitter: Emitter) -> ir.Value:
+        """What was derived from a mask, derived from the wider one; shared by the layers that share the mask."""
+        key = (origin, target, positions)
+        if key not in self.extended:
+            self.extended[key] = clone_between(origin, target, wider, emitter)
+        return self.extended[key]
+
+    def embedding(self, site: Site, claims: list[Claim]) -> None:
+        """Tokens before the sequence: `prepend` has its own pass."""
+
+
+def added_positions(claim: Claim, expr: Expr) -> int:
+    """By how many positions a definition of keys or values makes them longer."""
+    shapes = ShapeInterpreter()
+    values, _ = site_shapes(claim.site, claim.method)
+    values |= {name: Shape(t.shape) for name, t in claim.tensors.items()}
+    found = shapes.evaluate(expr, claim.scope(values, shapes))
+    more = simplify(Dim.of(found.dims[-2]) - Dim.of("T"))
+    if not isinstance(more, int) or more < 0:
+        raise fail("E310", f"'{expr.text}' gives {found.dims[-2]} keys", expected="the keys there are, and more before them")
+    return more
+
+
+def _swap(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
+    for i, value in enumerate(node.inputs):
+        if value is old:
+            node.replace_input_with(i, new)
+
+
+def _cast(value: ir.Value, dtype: ir.DataType, emitter: Emitter) -> ir.Value:
+    cast = emitter.node("Cast", [value], {"to": dtype.value})
+    cast.type = ir.TensorType(dtype)
+    return cast
+
+
+def _cut(value: ir.Value, start: int, stop: int, emitter: Emitter) -> ir.Value:
+    return emitter.node("Slice", [value, *(emitter.integers([n]) for n in (start, stop, 0))])
+
+
+def _assemble(full: ir.Value, rows: Rows | None, part: ir.Value, extent: int, emitter: Emitter) -> ir.Value:
+    """A fused parameter with some of its rows replaced."""
+    if rows is None:
+        return part
+    pieces, position, taken = [], 0, 0
+    for start, stop in rows:
+        if start > position:
+            pieces.append(_cut(full, position, start, emitter))
+        pieces.append(part if len(rows) == 1 else _cut(part, taken, taken + stop - start, emitter))
+        position, taken = stop, taken + stop - start
+    if position < extent:
+        pieces.append(_cut(full, position, extent, emitter))
+    return emitter.node("Concat", pieces, {"axis": 0})
+
+
+def _repeat_heads(value: ir.Value, site: Site, repeats: int, emitter: Emitter) -> ir.Value:
+    """[B, K, T, Dh] → [B, H, T, Dh], each key/value head for its group of query heads."""
+    kv, dh = site.sizes["kv_heads"], site.sizes["head_dim"]
+    grouped = emitter.node("Reshape", [value, emitter.integers([0, kv, 1, -1, dh])])
+    wide = emitter.node("Expand", [grouped, emitter.integers([1, 1, repeats, 1, 1])])
+    return emitter.node("Reshape", [wide, emitter.integers([0, kv * repeats, -1, dh])])
+
+
+def _mask_origin(mask: ir.Value) -> tuple[ir.Value, float]:
+    """Where a mask was still itself, before casts and scalings, and the content that shows a position."""
+    origin, steps = mask, list[ir.Node]()
+    while (node := origin.producer()) is not None and node.op_type in MASK_STEPS:
+        rest = [v for v in node.inputs if v is not None and v.const_value is None]
+        if len(rest) != 1 or (node.op_type == "Unsqueeze" and rest[0].shape is None):
+            break
+        steps.append(node)
+        origin = rest[0]
+    for fill in (1.0, 0.0):
+        if _through(steps, fill, origin) == 0:
+            return origin, fill
+    return mask, 0.0
+
+
+def _through(steps: list[ir.Node], fill: float, origin: ir.Value) -> float:
+    """What becomes of a number on its way through mask steps."""
+    number = fill
+    for node in reversed(steps):
+        constants = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
+        if node.op_type == "Not":
+            number = float(not number)
+        elif node.op_type == "Mul":
+            number = number * float(constants[0].reshape(()))
+        elif node.op_type == "Sub":
+            constant = float(constants[0].reshape(()))
+            first = node.inputs[0] is not None and node.inputs[0].const_value is not None
+            number = constant - number if first else number - constant
+    return number

@@ -1,0 +1,529 @@
+"""The plan: every site, shape, order, mode and tensor name, decided before anything is written.
+
+A `Claim` is one attachment at one site. The passes carry claims out; none of them decides anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.affine import Affine, AffineInterpreter, NotAffine
+from peltc.compiler.anatomy import Anatomy, Site
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
+from peltc.spec.dims import Dim, shape_text, simplify
+from peltc.spec.formula import Call, Conditional, Deferred, EvaluationError, Expr, Name, is_static
+from peltc.spec.method import NAMES, RUNTIME_NAMES, Method, Parameter
+from peltc.spec.shapes import Shape, ShapeInterpreter, broadcast
+from peltc.spec.specification import Attachment, Spec
+
+IDENTITY = {"input": "x", "output": "y", "weight": "W", "bias": "b", "keys": "k", "values": "v"}
+"""What each definition says when it changes nothing."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the weights file."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Expr
+    frozen: bool
+    scope: str
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """One attachment at one site.
+
+    Attributes:
+        attachment: its name.
+        options: values at this site; a per-layer list is resolved.
+        tensors: the method's parameters that exist here.
+        effects: definitions that change something, in the order of their effect.
+        index, count: this site's number among the attachment's.
+        constants: names known at compile time: options and sizes.
+        mode: emission mode.
+        absorbed: the name of the weight that takes the claim in, or "".
+        reason: why it is not absorbed; names the sub-expression.
+    """
+
+    attachment: str
+    method: Method
+    site: Site
+    options: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    effects: Mapping[str, Expr]
+    index: int
+    count: int
+    constants: Mapping[str, Any]
+    mode: str
+    absorbed: str = ""
+    reason: str = ""
+
+    def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
+        """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
+        offered = set(NAMES[self.method.site])
+        known = {n: v for n, v in values.items() if n in offered or n not in RUNTIME_NAMES}
+        scope: dict[str, Any] = {**self.constants, **known}
+        for name, expr in self.method.let:
+            scope[name] = Deferred(lambda e=expr: interpreter.evaluate(e, scope))
+        return scope
+
+    @cached_property
+    def reads(self) -> set[str]:
+        """Runtime names that the effects read, `let:` bindings resolved, branches not taken left out."""
+        found: set[str] = set()
+        bindings = dict(self.method.let)
+        pending, seen = list(self.effects.values()), set[str]()
+        while pending:
+            expr = resolve(pending.pop(), self.constants)
+            for node in walk_resolved(expr, self.constants):
+                name = node.id if isinstance(node, Name) else node.function if isinstance(node, Call) else ""
+                if name and name not in seen:
+                    seen.add(name)
+                    if name in bindings:
+                        pending.append(bindings[name])
+                    else:
+                        found.add(name)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A spec on a model, decided."""
+
+    spec: Spec
+    fingerprint: str
+    claims: tuple[Claim, ...]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the weights file by name."""
+        return {tensor.name: tensor for claim in self.claims for tensor in claim.tensors.values()}
+
+    @property
+    def prepends(self) -> bool:
+        """Whether tokens are put before the sequence, so that the graph must read embedded tokens."""
+        return any("prepend" in claim.effects for claim in self.claims)
+
+    def trained(self) -> int:
+        """The number of trained values."""
+        return sum(int(np.prod(t.shape)) for t in self.tensors.values() if not t.frozen)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, for `pelt plan --json` and the manifest."""
+        return {
+            "name": self.spec.name,
+            "base": self.fingerprint,
+            "trained": self.trained(),
+            "claims": [
+                {
+                    "attachment": claim.attachment,
+                    "method": claim.method.name,
+                    "site": claim.site.name,
+                    "options": dict(claim.options),
+                    "effects": {name: expr.text or str(expr) for name, expr in claim.effects.items()},
+                    "mode": claim.mode,
+                    "absorbed": claim.absorbed or None,
+                    "reason": claim.reason or None,
+                    "tensors": {name: tensor.name for name, tensor in claim.tensors.items()},
+                }
+                for claim in self.claims
+            ],
+            "tensors": {
+                t.name: {"shape": list(t.shape), "frozen": t.frozen, "scope": t.scope} for t in self.tensors.values()
+            },
+        }
+
+
+def make_plan(spec: Spec, anatomy: Anatomy, fingerprint: str, mode: str | None = None) -> Plan:
+    """Decide everything.
+
+    Args:
+        anatomy: the sites of the model.
+        fingerprint: identifies the model.
+        mode: emission mode in place of the spec's.
+
+    Raises:
+        PeltError: every finding: E203 a selector that matches nothing, E204 another number of sites than expected,
+            E205 sizes that do not fit, E206 two claims that need an order, E207 a mode that is not there, E310 a
+            formula's shapes.
+    """
+    return _Planner(spec, anatomy, fingerprint, mode).plan()
+
+
+class _Planner:
+    def __init__(self, spec: Spec, anatomy: Anatomy, fingerprint: str, mode: str | None):
+        self.spec, self.anatomy, self.fingerprint, self.mode = spec, anatomy, fingerprint, mode
+        self.findings: list[Diagnostic] = []
+        self.shared: dict[str, Tensor] = {}
+        self.trials: dict[Any, str] = {}
+
+    def plan(self) -> Plan:
+        claims = [claim for entry in self.spec.attach for claim in self.claims(entry)]
+        self.check_order(claims)
+        if self.findings:
+            raise PeltError(list(dict.fromkeys(self.findings)))
+        return Plan(self.spec, self.fingerprint, tuple(self.decide(claims)))
+
+    def find(self, code: str, message: str, place: Place, expected: str = "", hint: str = "") -> None:
+        self.findings.append(Diagnostic(code, message, place, expected, hint))
+
+    # which sites
+
+    def claims(self, entry: Attachment) -> list[Claim]:
+        sites = self.sites(entry)
+        layers = sorted({(site.stack, site.layer) for site in sites if site.layer is not None})
+        found = []
+        widest = {name: max((s.sizes.get(name, 0) for s in sites), default=0) for name in ("in", "out")}
+        for index, site in enumerate(sites):
+            options = self.options(entry, site, layers)
+            if options is None:
+                return []
+            mode = entry.mode or self.mode or self.spec.mode
+            if mode not in ("fold", "static"):
+                self.find("E207", f"the mode '{mode}' is not available yet", entry.place, "fold or static")
+                return []
+            constants = {**options, **constants_of(site, entry.method), "index": index, "count": len(sites)}
+            if site.kind == "linear":
+                constants |= {"max_in": widest["in"], "max_out": widest["out"]}
+            claim = self.claim(entry, site, options, constants, mode)
+            if claim is not None:
+                found.append(claim)
+        return found
+
+    def sites(self, entry: Attachment) -> list[Site]:
+        """The sites that an attachment means.
+
+        Every selector must match, and match sites of the method's kind."""
+        chosen: dict[int, Site] = {}
+        kind = entry.method.site
+        listed = list(self.anatomy)
+        for selector in entry.at:
+            if entry.by_parameter:
+                hits = [s for s in listed if s.kind == kind and s.matches_parameter(selector)]
+                known = sorted({s.parameters["weight"] for s in listed if s.kind == kind and "weight" in s.parameters})
+            else:
+                hits = [s for s in listed if s.matches(selector) and s.kind == kind]
+                known = sorted({s.role for s in listed if s.kind == kind and s.path})
+            if not hits:
+                others = sorted({s.kind for s in listed if s.matches(selector)})
+                what = "parameter" if entry.by_parameter else "site"
+                message = f"no {what} '{selector}' in this model"
+                if others:
+                    message = f"'{selector}' is a site of kind {others[0]}, and '{entry.method.name}' needs kind {kind}"
+                self.find("E203", message, _at(entry), one_of(known), nearest(selector, known))
+            chosen |= {id(s): s for s in hits}
+        sites = [s for s in listed if id(s) in chosen]
+        wanted = self.layers(entry, sites)
+        if wanted is not None:
+            sites = [s for s in sites if s.layer in wanted.get(s.stack, ())]
+            if not sites and not self.findings:
+                self.find("E203", f"the selector matches nothing in layers {entry.layers!r}", _at(entry),
+                          "layers that the model has")  # fmt: skip
+        if entry.expect is not None and len(sites) != entry.expect and sites:
+            self.find("E204", f"the selector matches {len(sites)} sites", _at(entry), f"{entry.expect} sites")
+        return sites
+
+    def layers(self, entry: Attachment, sites: list[Site]) -> dict[str, set[int]] | None:
+        """The chosen layers by stack; None for all sites, those outside layers included."""
+        if entry.layers == "all":
+            return None
+        depth = {
+            s.stack: 1 + max(t.layer for t in self.anatomy if t.stack == s.stack and t.layer is not None)
+            for s in sites
+            if s.layer is not None
+        }
+        words = entry.layers if isinstance(entry.layers, tuple) else (entry.layers,)
+        wanted: dict[str, set[int]] = {}
+        for stack, n in depth.items():
+            numbers: set[int] = set()
+            for word in words:
+                if isinstance(word, str) and (few := re.match(r"(first|last) (\d+)$", word)):
+                    k = int(few.group(2))
+                    numbers |= set(range(min(k, n)) if few.group(1) == "first" else range(max(n - k, 0), n))
+                elif isinstance(word, str) and "-" in word:
+                    a, b = map(int, word.split("-"))
+                    numbers |= set(range(a, b + 1))
+                else:
+                    numbers.add(int(word))
+            if over := sorted(i for i in numbers if i >= n):
+                self.find("E203", f"the {stack or 'model'} has no layer {over[0]}", _at(entry), f"layers 0 to {n - 1}")
+            wanted[stack] = numbers
+        return wanted
+
+    def options(self, entry: Attachment, site: Site, layers: list[tuple[str, int | None]]) -> dict[str, Any] | None:
+        """An attachment's options at a site: lists give one value per selected layer."""
+        result = {}
+        for name, value in entry.options.items():
+            if isinstance(value, list):
+                if len(value) != len(layers):
+                    self.find("E205", f"'{name}' lists {len(value)} values for {len(layers)} layers", _at(entry),
+                              f"one value, or {len(layers)}")  # fmt: skip
+                    return None
+                value = value[layers.index((site.stack, site.layer))]
+            result[name] = value
+        return result
+
+    # what happens at a site
+
+    def claim(
+        self, entry: Attachment, site: Site, options: dict[str, Any], constants: dict[str, Any], mode: str
+    ) -> Claim | None:
+        shapes = ShapeInterpreter()
+        method = entry.method
+        tensors: dict[str, Tensor] = {}
+        for parameter in method.parameters:
+            try:
+                if parameter.condition is None or shapes.evaluate(parameter.condition, constants):
+                    tensors[parameter.name] = self.tensor(entry, site, parameter, constants, shapes)
+            except (EvaluationError, _Misfit) as error:
+                self.find("E205", f"'{parameter.name}' has no size at {site.name}: {error}", _at(entry))
+                return None
+        effects: dict[str, Expr] = {}
+        for name, expr in method.effects:
+            resolved = resolve(expr, constants)
+            if resolved != Name(IDENTITY.get(name, "")):
+                effects[name] = resolved
+        if "bias" in effects and site.kind == "norm" and not constants["biased"]:
+            del effects["bias"]
+        claim = Claim(entry.name, method, site, options, tensors, effects, constants["index"], constants["count"],
+                      constants, mode)  # fmt: skip
+        return claim if self.check_shapes(entry, claim, shapes) else None
+
+    def tensor(
+        self, entry: Attachment, site: Site, parameter: Parameter, constants: Mapping[str, Any], shapes: ShapeInterpreter
+    ) -> Tensor:
+        dims = [shapes.evaluate(axis, constants) for axis in parameter.shape]
+        sizes = tuple(simplify(d) if isinstance(d, Dim) else d for d in dims)
+        for axis, size in zip(parameter.shape, sizes, strict=True):
+            if not isinstance(size, int) or size < 1:
+                raise _Misfit(f"'{axis.text}' is {size}, and sizes are positive whole numbers")
+        where = {"site": site.name, "layer": site.layer_path, "model": ""}[parameter.scope]
+        name = ".".join(part for part in (entry.name, where, parameter.name) if part)
+        tensor = Tensor(name, sizes, parameter.init, parameter.frozen, parameter.scope)
+        first = self.shared.setdefault(name, tensor)
+        if first.shape != sizes:
+            raise _Misfit(
+                f"it is shared, and has the shape {shape_text(first.shape)} at another site and "
+                f"{shape_text(sizes)} here; attach these sites separately"
+            )
+        return tensor
+
+    def check_shapes(self, entry: Attachment, claim: Claim, shapes: ShapeInterpreter) -> bool:
+        """Hold each definition's shape against what the site needs."""
+        values, expected = site_shapes(claim.site, claim.method)
+        for name, tensor in claim.tensors.items():
+            declared = next(p for p in claim.method.parameters if p.name == name)
+            origin = f"parameter {name} [{', '.join(a.text for a in declared.shape)}]"
+            values[name] = Shape(tensor.shape, origin)
+        values["norm"] = lambda z: z
+        scope = claim.scope(values, shapes)
+        for name, expr in claim.effects.items():
+            place = entry.method.place
+            try:
+                found = shapes.evaluate(expr, scope)
+                if not isinstance(found, Shape):
+                    found = Shape(())
+                wanted = expected[name]
+                if name in ("keys", "values", "prepend"):
+                    fits = found.rank == wanted.rank and found.dims[-1] == wanted.dims[-1]
+                else:
+                    fits = broadcast(found, wanted).dims == wanted.dims
+                if not fits:
+                    self.find("E310", f"'{name}' of '{claim.method.name}' has the shape {found} at {claim.site.name}",
+                              place, f"the shape {wanted}")  # fmt: skip
+                    return False
+            except EvaluationError as error:
+                self.find("E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: {error}", place)
+                return False
+            except Exception as error:
+                self.find("E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: in '{expr.text}': {error}", place)
+                return False
+        if claim.method.site == "attention" and not claim.site.sizes.get("heads"):
+            self.find("E205", f"the heads of {claim.site.name} could not be told apart in this model's graph", _at(entry))
+            return False
+        return True
+
+    # order, and who absorbs what
+
+    def check_order(self, claims: list[Claim]) -> None:
+        """Claims that read the weight do not commute with others on it: their order must be said."""
+        at: dict[tuple[str, Any], list[Claim]] = {}
+        for claim in claims:
+            at.setdefault((claim.site.name, claim.site.kind), []).append(claim)
+        entries = {entry.name: entry for entry in self.spec.attach}
+        for (site, _), group in at.items():
+            for earlier, later in zip(group, group[1:], strict=False):
+                readers = [c for c in (earlier, later) if "weight" in c.effects or "output" in c.effects]
+                if readers and entries[later.attachment].after != earlier.attachment:
+                    self.find(
+                        "E206",
+                        f"'{earlier.attachment}' and '{later.attachment}' meet at {site}, and the result depends on"
+                        f" their order",
+                        _at(entries[later.attachment]),
+                        "an order",
+                        f"say `after: {earlier.attachment}` in '{later.attachment}' if that is meant",
+                    )
+
+    def decide(self, claims: list[Claim]) -> list[Claim]:
+        """Which claims go into weights. At one weight, claims are absorbed up to the first that cannot be; later
+        additions that read the input alone commute with it and are absorbed as well."""
+        blocked: dict[str, list[Claim]] = {}
+        decided = []
+        for claim in claims:
+            target, reason = self.absorber(claim)
+            before = blocked.get(target, [])
+            if target and before:
+                additive = set(claim.effects) == {"delta"} and "y" not in claim.reads
+                others = all(set(c.effects) == {"delta"} and "y" not in c.reads for c in before)
+                if not (additive and others):
+                    reason, target = f"it takes effect after '{before[0].attachment}', which stays in the graph", ""
+            result = Claim(**{**{f: getattr(claim, f) for f in Claim.__dataclass_fields__},
+                              "absorbed": target, "reason": "" if target else reason})  # fmt: skip
+            if not target:
+                weight = claim.site.values.get("linear") or claim.site.parameters.get("weight", "")
+                blocked.setdefault(weight, []).append(result)
+            decided.append(result)
+        return decided
+
+    def absorber(self, claim: Claim) -> tuple[str, str]:
+        """The weight that can take a claim in, or why none can."""
+        site = claim.site
+        if claim.mode != "fold":
+            return "", f"the mode is {claim.mode}"
+        if site.kind == "norm":
+            runtime = {"x", "y"} & claim.reads
+            if {"delta", "output"} & set(claim.effects) or runtime:
+                return "", "a norm takes in changes of its gain and bias only"
+            return self.single(site.parameters["weight"], "norm") or ("", _SHARED)
+        if site.kind == "block":
+            weight = site.values.get("linear", "")
+            if not weight:
+                return "", "the block does not end in a linear map"
+            reason = self.not_affine(claim)
+            if not reason and (more := claim.reads & {"x", "r", "h"}):
+                reason = f"it reads '{min(more)}', and the map that ends the block does not"
+            return ("", reason) if reason else self.affine(claim, weight)
+        if site.kind == "linear":
+            if "weight" in claim.effects and claim.reads & {"x", "y", "h", "mask"}:
+                return "", "its weight depends on the input"
+            return self.affine(claim, site.parameters["weight"])
+        return "", {"attention": "attention's softmax is not linear in keys and values",
+                    "embedding": "tokens are added to the sequence"}[site.kind]  # fmt: skip
+
+    def affine(self, claim: Claim, weight: str) -> tuple[str, str]:
+        reason = self.not_affine(claim)
+        if reason:
+            return "", reason
+        return self.single(weight, "linear") or ("", _SHARED)
+
+    def single(self, weight: str, kind: str) -> tuple[str, str] | None:
+        """The weight, if one map of the graph alone uses it."""
+        maps = {s.values.get("product", s.path) for s in self.anatomy if s.parameters.get("weight") == weight and s.kind == kind}
+        return (weight, "") if len(maps) == 1 else None
+
+    def not_affine(self, claim: Claim) -> str:
+        """Why a claim's effects are not affine, naming the sub-expression; empty where they are. Tried on zeros."""
+        kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in ("index",) and is_static(v)))
+        key = (claim.method.name, kinds, tuple(claim.effects), claim.site.kind)
+        if key not in self.trials:
+            self.trials[key] = self.trial(claim)
+        return self.trials[key]
+
+    @staticmethod
+    def trial(claim: Claim) -> str:
+        interpreter = AffineInterpreter()
+        values: dict[str, Any] = {name: np.zeros(t.shape, np.float32) for name, t in claim.tensors.items()}
+        values |= {role: Affine.identity(role) for role in ("x", "y", "r", "h", "mask")}
+        values["norm"] = _no_norm
+        out, inputs = claim.site.sizes.get("out", 0), claim.site.sizes.get("in", 0)
+        values["b"] = np.zeros(out, np.float32)
+        values["W"] = Deferred(lambda: np.ones((out, inputs), np.float32))
+        scope = claim.scope(values, interpreter)
+        for name in ("input", "delta", "output"):
+            if name in claim.effects:
+                try:
+                    interpreter.evaluate(claim.effects[name], scope)
+                except EvaluationError as error:
+                    return str(error)
+        return ""
+
+
+def _no_norm(z: Any) -> Any:
+    raise NotAffine("a normalisation is not affine")
+
+
+_SHARED = "the weight is shared with other sites, which folding would change too"
+
+
+class _Misfit(Exception):
+    """A size that is none."""
+
+
+def _at(entry: Attachment) -> Place:
+    place = entry.place
+    return Place(place.path, place.line, place.column, f"{place.key}.{'parameter' if entry.by_parameter else 'at'}")
+
+
+def constants_of(site: Site, method: Method) -> dict[str, Any]:
+    """The sizes that formulas at a site may name."""
+    constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k != "vocab"}
+    constants["biased"] = "bias" in site.parameters
+    return constants
+
+
+def site_shapes(site: Site, method: Method) -> tuple[dict[str, Any], dict[str, Shape]]:
+    """Shapes of a site's values, and of what each definition must yield. `B`, `S`, `T` stay symbolic."""
+    B, S, T = Dim.of("B"), Dim.of("S"), Dim.of("T")
+    size = site.sizes
+    if site.kind == "attention":
+        heads, kv, dh = size.get("heads", 0), size.get("kv_heads", 0), size.get("head_dim", 0)
+        kv_shape = Shape((B, kv, T, dh), "keys and values")
+        values: dict[str, Any] = {"q": Shape((B, heads, S, dh), "queries"), "k": kv_shape, "v": kv_shape}
+        expected = {"keys": kv_shape, "values": kv_shape}
+    elif site.kind == "embedding":
+        values, expected = {}, {"prepend": Shape((Dim.of("P"), size["d"]), "[length, d]")}
+    else:
+        inputs, outputs = size.get("in", size.get("d", 0)), size.get("out", size.get("d", 0))
+        x, y = Shape((B, S, inputs), f"input of {site.name}"), Shape((B, S, outputs), f"output of {site.name}")
+        W = Shape((outputs, inputs) if site.kind == "linear" else (outputs,), f"weight of {site.name}")
+        b = Shape((outputs,), f"bias of {site.name}")
+        values = {"x": x, "y": y, "W": W, "b": b, "r": Shape(y.dims, "residual stream"), "h": Shape(y.dims, "layer input")}
+        expected = {"input": x, "delta": y, "output": y, "weight": W, "bias": b}
+    values["mask"] = Shape((B, S), "attention mask")
+    return values, expected
+
+
+def resolve(expr: Expr, constants: Mapping[str, Any]) -> Expr:
+    """An expression without the conditionals that constants decide at its root."""
+    interpreter = ShapeInterpreter()
+    while isinstance(expr, Conditional):
+        try:
+            chosen = interpreter.evaluate(expr.test, constants)
+        except EvaluationError:
+            return expr
+        expr = expr.then if chosen else expr.other
+    return expr
+
+
+def walk_resolved(expr: Expr, constants: Mapping[str, Any]) -> list[Expr]:
+    """The expression and its parts, without branches that constants rule out."""
+    expr = resolve(expr, constants)
+    parts: list[Expr] = [expr]
+    children: tuple[Expr, ...] = ()
+    if isinstance(expr, Call):
+        children = (*expr.args, *(value for _, value in expr.keywords))
+    elif isinstance(expr, Conditional):
+        children = (expr.test, expr.then, expr.other)
+    elif hasattr(expr, "elements"):
+        children = expr.elements
+    for child in children:
+        parts.extend(walk_resolved(child, constants))
+    return parts

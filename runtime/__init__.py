@@ -1,0 +1,1 @@
+"""What runs: torch attachment for training and reference, sessions, verification, the command line."""

@@ -1,0 +1,448 @@
+"""Modules attached to a `transformers` model, which stays an ordinary model: `Trainer`, `generate` and checkpoints work.
+
+A site is reached through the torch module that owns its parameters: a linear map, a norm or a block by a hook on that
+module, an attention core through `transformers`' attention interface, an embedding by the model's own inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from peltc.compiler.anatomy import Site
+from peltc.compiler.base import survey_model
+from peltc.compiler.passes.insert import LEVELS
+from peltc.compiler.plan import Claim, Plan, make_plan
+from peltc.compiler.weights import load_tensors, start_tensors
+from peltc.runtime.torch_interpreter import TorchInterpreter
+from peltc.spec.diagnostics import fail
+from peltc.spec.formula import Deferred
+from peltc.spec.specification import Spec, load_spec
+
+Tensor = torch.Tensor
+INTERFACE = "peltc"
+
+
+def attach(
+    model: Any,
+    spec: Spec | str | Path | Mapping[str, Any],
+    weights: str | Path | Mapping[str, np.ndarray[Any, Any]] | None = None,
+) -> Any:
+    """Attach a spec's modules to a model, in place.
+
+    Everything but the spec's own parameters is frozen. The model gains `save_adapter(path)`, which writes a file that
+    the compiler reads, and `detach_adapter()`, which takes the modules off again.
+
+    Args:
+        model: a model of `transformers`.
+        spec: a spec, its file, or its content.
+        weights: a safetensors file or arrays by tensor name; the spec's own where absent, else start values.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PeltError: whatever keeps the spec from fitting the model, as when compiling.
+    """
+    if not isinstance(spec, Spec):
+        spec = load_spec(spec)
+    anatomy, fingerprint = survey_model(model)
+    plan = make_plan(spec, anatomy, fingerprint)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def read(name: str) -> np.ndarray[Any, Any]:
+        return parameters[name].detach().float().cpu().numpy()
+
+    source = weights if weights is not None else spec.folder / spec.weights if spec.weights else None
+    if isinstance(source, Mapping):
+        values = {name: np.asarray(array, np.float32) for name, array in source.items()}
+    else:
+        values = start_tensors(plan, read) if source is None else load_tensors(plan, Path(source))
+    return attach_plan(model, plan, values)
+
+
+def attach_plan(model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any]]) -> Any:
+    """Attach a plan's modules with given tensors; see `attach`."""
+    if hasattr(model, "pelt"):
+        raise fail("E209", "the model has modules attached already", hint="call model.detach_adapter() first")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    attached = Attached(model, plan, values)
+    model.pelt = attached
+    model.save_adapter = attached.save
+    model.detach_adapter = lambda: attached.remove(model)
+    return model
+
+
+class Attached(nn.Module):
+    """The modules of a plan: their parameters, and the hooks that bring them into the model's forward pass."""
+
+    def __init__(self, model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any]]):
+        super().__init__()
+        self.plan = plan
+        device = next(model.parameters()).device
+        for name, tensor in plan.tensors.items():
+            data = torch.from_numpy(np.array(values[name], np.float32)).to(device)
+            self.register_parameter(_key(name), nn.Parameter(data, requires_grad=not tensor.frozen))
+        self.handles: list[Any] = []
+        self.seen: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None
+        self.muted = False
+        self.fired: set[str] = set()
+        self.restore: list[Callable[[], None]] = []
+        self.install(model)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter by its name in the weights file."""
+        return self.get_parameter(_key(name))
+
+    def save(self, path: str | Path) -> None:
+        """Write the adapter's tensors as safetensors, float32, names as the compiler expects them."""
+        from safetensors.torch import save_file
+
+        tensors = {name: self.parameter(name).detach().float().cpu().contiguous() for name in self.plan.tensors}
+        save_file(tensors, str(path))
+
+    def remove(self, model: Any) -> None:
+        """Take the modules off the model."""
+        for handle in self.handles:
+            handle.remove()
+        for undo in self.restore:
+            undo()
+        for name in ("pelt", "save_adapter", "detach_adapter"):
+            delattr(model, name)
+
+    # installation
+
+    def install(self, model: Any) -> None:
+        """Register every hook, sites that lie within others first."""
+        groups: dict[str, list[Claim]] = {}
+        for claim in self.plan.claims:
+            groups.setdefault(claim.site.name, []).append(claim)
+        anchors = set()
+        for claim in self.plan.claims:
+            anchors |= {claim.site.anchors.get(role, "") for role in ("x", "r", "h") if role in claim.reads}
+        for anchor in sorted(a for a in anchors if a):
+            module = _owner(model, anchor)
+            self.handles.append(module.register_forward_pre_hook(self.watcher(anchor), with_kwargs=True))
+        self.handles.append(model.register_forward_pre_hook(self.opening(), with_kwargs=True))
+        ordered = sorted(
+            groups.values(), key=lambda g: (LEVELS[g[0].site.kind], g[0].site.role == "layer")
+        )
+        for claims in ordered:
+            getattr(self, f"install_{claims[0].site.kind}")(model, claims[0].site, claims)
+        self.handles.append(model.register_forward_hook(self.closing()))
+
+    def watcher(self, anchor: str) -> Callable[..., None]:
+        """Remember what a module reads."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.muted:
+                self.seen[anchor] = args[0] if args else next(iter(kwargs.values()))
+
+        return hook
+
+    def opening(self) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.mask = kwargs.get("attention_mask")
+            self.fired.clear()
+
+        return hook
+
+    def closing(self) -> Callable[..., None]:
+        """Every module must have taken part: a site that the forward pass goes around is an error, not a no-op."""
+        expected = {claim.site.name for claim in self.plan.claims}
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.seen.clear()
+            self.mask = None
+            if missed := expected - self.fired:
+                raise fail(
+                    "E209",
+                    f"the model's forward pass does not go through {sorted(missed)[0]}",
+                    expected="a model whose attention runs through transformers' attention interface"
+                    if "attention" in sorted(missed)[0]
+                    else "",
+                    hint="load the model with attn_implementation='sdpa'",
+                )
+
+        return hook
+
+    # evaluation
+
+    def scope(self, claim: Claim, interpreter: TorchInterpreter, **values: Any) -> dict[str, Any]:
+        dtype = interpreter.like.dtype if interpreter.like is not None else torch.float32
+        found: dict[str, Any] = {
+            name: Deferred(lambda t=tensor: self.parameter(t.name).to(dtype)) for name, tensor in claim.tensors.items()
+        }
+        for role in ("x", "r", "h"):
+            anchor = claim.site.anchors.get(role, "")
+            found[role] = Deferred(lambda a=anchor, r=role: self.recall(a, r, claim).to(dtype))
+        found["mask"] = Deferred(lambda: self.given_mask().to(dtype))
+        return claim.scope(found | values, interpreter)
+
+    def recall(self, anchor: str, role: str, claim: Claim) -> Tensor:
+        if anchor not in self.seen:
+            raise fail("E209", f"'{role}' of {claim.site.name} cannot be reached in torch")
+        return self.seen[anchor]
+
+    def given_mask(self) -> Tensor:
+        if self.mask is None:
+            raise fail("E208", "a formula reads `mask`, and the model was called without attention_mask")
+        return self.mask
+
+    def evaluate(self, claim: Claim, effect: str, like: Tensor, **values: Any) -> Tensor:
+        """A definition's value. Half-precision models compute their modules in float32, as they are trained."""
+        wide = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
+        interpreter = TorchInterpreter(self.training, wide)
+        lifted = {k: v.to(wide.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()}
+        result = interpreter.evaluate(claim.effects[effect], self.scope(claim, interpreter, **lifted))
+        if not isinstance(result, Tensor):
+            result = torch.as_tensor(result, dtype=wide.dtype, device=wide.device)
+        return result.to(like.dtype)
+
+    def outputs(self, site: Site, claims: list[Claim], y: Tensor, **values: Any) -> Tensor:
+        """Definitions of `delta` and `output`."""
+        for claim in claims:
+            if "delta" in claim.effects:
+                y = y + self.evaluate(claim, "delta", y, y=y, **values)
+            if "output" in claim.effects:
+                y = self.evaluate(claim, "output", y, y=y, **values)
+        return y
+
+    def quietly(self, module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        """A module's result with other parameters, this object's own hooks apart."""
+        before, self.muted = self.muted, True
+        try:
+            result: Tensor = functional_call(module, parameters, (x,)) if parameters else module(x)
+            return result
+        finally:
+            self.muted = before
+
+    # sites
+
+    def install_linear(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        module = _owner(model, site.parameters["weight"])
+        index = _rows(site)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self.muted:
+                return None
+            self.fired.add(site.name)
+            x, y = args[0], output
+            changed = False
+            for claim in claims:
+                if "input" in claim.effects:
+                    x, changed = self.evaluate(claim, "input", x, x=x), True
+            parameters: dict[str, Tensor] = {}
+            for role, short in (("weight", "W"), ("bias", "b")):
+                for claim in claims:
+                    if role in claim.effects:
+                        self.change(site, module, claim, role, short, parameters)
+            extra = parameters.pop("extra", None)
+            if changed or parameters:
+                fresh = self.quietly(module, parameters, x)
+                y = fresh if index is None else _put(y, index, fresh[..., index])
+            own = y if index is None else y[..., index]
+            if extra is not None:
+                own = own + extra
+            own = self.outputs(site, claims, own, x=x)
+            return own if index is None else _put(y, index, own)
+
+        self.handles.append(module.register_forward_hook(hook))
+
+    def change(
+        self, site: Site, module: nn.Module, claim: Claim, role: str, short: str, parameters: dict[str, Tensor]
+    ) -> None:
+        """A parameter as a claim defines it, [O, I] in the formula, put back into the module's own layout."""
+        index = _rows(site)
+        full = parameters.get(role, getattr(module, role, None))
+        if full is None:
+            like = next(module.parameters())
+            b = like.new_zeros(site.sizes["out"])
+            parameters["extra"] = self.evaluate(claim, role, b, **{short: parameters.get("extra", b)})
+            return
+        turned = full.T if role == "weight" and site.transposed else full
+        own = turned if index is None else turned[index]
+        new = self.evaluate(claim, role, own, **{short: own})
+        if index is not None:
+            new = turned.index_copy(0, index.to(turned.device), new)
+        parameters[role] = new.T if role == "weight" and site.transposed else new
+
+    def install_norm(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        module = _owner(model, site.parameters["weight"])
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if getattr(module, "_pelt_inner", False):
+                return None
+            self.fired.add(site.name)
+            parameters: dict[str, Tensor] = {}
+            for role, short in (("weight", "W"), ("bias", "b")):
+                for claim in claims:
+                    if role in claim.effects:
+                        own = parameters.get(role, getattr(module, role))
+                        parameters[role] = self.evaluate(claim, role, own, **{short: own})
+            y = output
+            if parameters:
+                module._pelt_inner = True  # type: ignore[assignment]
+                try:
+                    y = functional_call(module, parameters, args)
+                finally:
+                    module._pelt_inner = False  # type: ignore[assignment]
+            return self.outputs(site, claims, y, x=args[0])
+
+        self.handles.append(module.register_forward_hook(hook))
+
+    def install_block(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        anchor = site.anchors.get("y", "")
+        module = _owner(model, anchor) if anchor else _container(model, site)
+
+        def norm(z: Tensor) -> Tensor:
+            before, self.muted = self.muted, True
+            try:
+                inner = _owner(model, site.anchors["norm"])
+                result: Tensor = inner(z.to(next(inner.parameters()).dtype))
+                return result.to(z.dtype)
+            finally:
+                self.muted = before
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self.muted:
+                return None
+            self.fired.add(site.name)
+            y = output[0] if isinstance(output, tuple) else output
+            new = self.outputs(site, claims, y, norm=norm)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        self.handles.append(module.register_forward_hook(hook))
+
+    def install_attention(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        path = site.anchors["core"].rpartition(".")[0].rpartition(".")[0]
+        module = model.get_submodule(path)
+        self.restore.append(_route(model))
+
+        def change(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            self.fired.add(site.name)
+            for claim in claims:
+                k, v = key, value
+                if "keys" in claim.effects:
+                    key = self.evaluate(claim, "keys", k, k=k)
+                if "values" in claim.effects:
+                    value = self.evaluate(claim, "values", v, v=v)
+            return key, value
+
+        module._pelt_change = change
+        self.restore.append(lambda: delattr(module, "_pelt_change"))
+
+    def install_embedding(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        """Tokens before the sequence: the model is called with embedded tokens, its outputs are cut."""
+        table = model.get_input_embeddings()
+        length = {"P": 0}
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.fired.add(site.name)
+            ids = args[0] if args else kwargs.pop("input_ids", None)
+            text = kwargs.pop("inputs_embeds", None)
+            text = table(ids) if text is None else text
+            tokens = torch.cat([self.evaluate(c, "prepend", text) for c in claims])
+            length["P"] = len(tokens)
+            kwargs["inputs_embeds"] = torch.cat([tokens.expand(len(text), *tokens.shape), text], 1)
+            for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
+                if kwargs.get(name) is not None:
+                    given = kwargs[name]
+                    kwargs[name] = torch.cat([given.new_full((len(given), len(tokens)), fill), given], 1)
+            return (), kwargs
+
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            whole = kwargs["inputs_embeds"].shape[1]
+            for name in [] if isinstance(output, tuple) else list(output.keys()):
+                value = output[name]
+                sequence = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == whole
+                if sequence and not (name == "logits" and "decoder_input_ids" in kwargs):
+                    output[name] = value[:, length["P"] :]
+            return output
+
+        self.handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(after, with_kwargs=True))
+
+
+def _key(name: str) -> str:
+    """A tensor's name as torch takes it for a parameter."""
+    return name.replace(".", "/")
+
+
+def _owner(model: Any, parameter: str) -> nn.Module:
+    module: nn.Module = model.get_submodule(parameter.rpartition(".")[0])
+    return module
+
+
+def _container(model: Any, site: Site) -> nn.Module:
+    """The module of a whole layer: the last list item on the way to a parameter of the layer."""
+    parts = site.anchors["x"].split(".")
+    last = max(i for i, part in enumerate(parts) if part.isdigit() and isinstance(
+        model.get_submodule(".".join(parts[:i])), nn.ModuleList) and not any(
+        q.isdigit() for q in parts[:i]))  # fmt: skip
+    module: nn.Module = model.get_submodule(".".join(parts[: last + 1]))
+    return module
+
+
+def _rows(site: Site) -> Tensor | None:
+    if site.rows is None:
+        return None
+    return torch.cat([torch.arange(a, b) for a, b in site.rows])
+
+
+def _put(y: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    return y.index_copy(-1, index.to(y.device), part)
+
+
+def _route(model: Any) -> Callable[[], None]:
+    """Send the model's attention through this module; returns how to undo it."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+
+    def masks(*args: Any, **kwargs: Any) -> Any:
+        # A mask that is left out because it is plainly causal could not be made longer.
+        kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(*args, **kwargs)
+
+    if INTERFACE not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
+        AttentionInterface.register(INTERFACE, _attention)
+        AttentionMaskInterface.register(INTERFACE, masks)
+    before = model.config._attn_implementation
+    if before == INTERFACE:
+        return lambda: None
+    if before != "sdpa":
+        raise fail("E209", f"the model's attention is '{before}'", expected="attn_implementation='sdpa'",
+                   hint="load the model with attn_implementation='sdpa'")  # fmt: skip
+    model.set_attn_implementation(INTERFACE)
+    return lambda: model.set_attn_implementation(before)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """`sdpa` attention over the keys and values that the modules define."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    change = getattr(module, "_pelt_change", None)
+    if change is not None:
+        length = key.shape[-2]
+        key, value = change(key, value)
+        more = key.shape[-2] - length
+        if more:
+            if attention_mask is not None:
+                attention_mask = _longer(attention_mask, more, attention_mask.dtype == torch.bool)
+            if kwargs.get("position_bias") is not None:
+                kwargs["position_bias"] = _longer(kwargs["position_bias"], more, False)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _longer(mask: Tensor, more: int, fill: bool) -> Tensor:
+    return torch.cat([mask.new_full((*mask.shape[:-1], more), fill), mask], -1)

@@ -1,0 +1,175 @@
+"""`peltc.compile`: from a spec and a model to a verified artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.artifact import MANIFEST, read_manifest, staged, write_manifest
+from peltc.compiler.base import Base, open_base
+from peltc.compiler.pipeline import build
+from peltc.compiler.plan import Plan, make_plan
+from peltc.compiler.weights import load_tensors, start_tensors
+from peltc.spec.diagnostics import Place, fail
+from peltc.spec.document import parse
+from peltc.spec.specification import Spec, build_spec, load_spec
+
+Array = np.ndarray[Any, Any]
+Talk = Callable[[str], None]
+ADAPTER = "adapter.safetensors"
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def plan_for(
+    spec: Spec, model: str | Path, *, architecture: str | None = None, mode: str | None = None, talk: Talk = silent
+) -> tuple[Plan, Base]:
+    """The plan of a spec on a model, and the model's base.
+
+    Raises:
+        PeltError: what is wrong with the model or keeps the spec from fitting it.
+    """
+    base = open_base(model, architecture=architecture, precision=spec.precision, talk=talk)
+    return make_plan(spec, base.anatomy, base.fingerprint, mode), base
+
+
+def compile(
+    spec: Spec | str | Path | Mapping[str, Any],
+    model: str | Path,
+    out: str | Path,
+    weights: str | Path | Mapping[str, Array] | None = None,
+    *,
+    architecture: str | None = None,
+    mode: str | None = None,
+    verify: bool = True,
+    self_contained: bool = False,
+    talk: Talk = silent,
+) -> dict[str, Any]:
+    """Compile a spec on a model into an artifact.
+
+    Args:
+        spec: a spec, its file, or its content.
+        model: a model folder, or a hub id.
+        out: the artifact's folder; an artifact that is there is replaced when all went well.
+        weights: a safetensors file or arrays by tensor name, in place of the spec's own.
+        architecture: a class of `transformers` in place of the config's.
+        mode: `fold` or `static`, in place of the spec's.
+        verify: hold the artifact against PyTorch before it takes its place.
+        self_contained: copy the checkpoint into the artifact rather than link it.
+        talk: told, line by line, what happens and what to know.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        PeltError: whatever the spec, the model, the weights or the disk do not allow; and E701 where verification
+            fails. `out` is left as it was.
+    """
+    if not isinstance(spec, Spec):
+        spec = load_spec(spec)
+    plan, base = plan_for(spec, model, architecture=architecture, mode=mode, talk=talk)
+    if base.converted:
+        talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
+    tensors, source = adapter_tensors(plan, base, weights, talk)
+    embeds = None
+    if plan.prepends:
+        embeds = open_base(model, architecture=architecture, precision=spec.precision, variant="embeds", talk=talk)
+    with staged(Path(out)) as folder:
+        manifest = build(plan, base, tensors, folder, embeds=embeds, weights_from=source, self_contained=self_contained)
+        save_adapter(folder, tensors)
+        for entry in manifest["folded"]:
+            if entry["warning"]:
+                talk(
+                    f"warning: storing '{entry['parameter']}' in {base.precision} takes {entry['rounding_loss']:.0%} of"
+                    f" the change; `mode: static` keeps it, and so does `precision: float32`"
+                )
+        if verify:
+            from peltc.runtime.verify import verify_folder
+
+            talk("verifying against PyTorch")
+            manifest["verification"] = verify_folder(folder, plan, base, tensors, str(out))
+            write_manifest(folder, manifest)
+    return manifest
+
+
+def adapter_tensors(
+    plan: Plan, base: Base, weights: str | Path | Mapping[str, Array] | None, talk: Talk
+) -> tuple[dict[str, Array], str]:
+    """The adapter's tensors and where they come from."""
+    if isinstance(weights, Mapping):
+        return check_arrays(plan, weights), "arrays"
+    spec = plan.spec
+    if weights is None and spec.weights:
+        weights = inside(spec.folder, spec.weights, spec.path)
+    if weights is not None:
+        return load_tensors(plan, Path(weights)), str(Path(weights).name)
+    if plan.tensors:
+        talk("warning: no weights given; the modules have their start values")
+    return start_tensors(plan, lambda name: base.stored(name).array()), "start values"
+
+
+def inside(folder: Path, name: str, spec: str) -> Path:
+    """A file that a spec names, which must lie in or under the spec's folder.
+
+    Raises:
+        PeltError: E406 the path leads out.
+    """
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise fail("E406", f"the weights '{name}' lie outside the spec's folder", Place(spec, key="weights"),
+                   "a path inside it", "give the file by --weights")  # fmt: skip
+    return file
+
+
+def check_arrays(plan: Plan, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays by tensor name, held against the plan.
+
+    Raises:
+        PeltError: E402, E403, E404.
+    """
+    from safetensors.numpy import save_file
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ADAPTER
+        save_file({n: np.ascontiguousarray(a, np.float32) for n, a in weights.items()}, file)
+        return load_tensors(plan, file)
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Array]) -> None:
+    """Keep the adapter's tensors in the artifact, so that it can be verified again."""
+    from safetensors.numpy import save_file
+
+    save_file({n: np.ascontiguousarray(a) for n, a in tensors.items()}, folder / ADAPTER)
+
+
+def verify(out: str | Path, model: str | Path, *, talk: Talk = silent) -> dict[str, Any]:
+    """Hold an artifact against PyTorch once more, and write the figures into its manifest.
+
+    Raises:
+        PeltError: E603 no artifact; E608 another base; E609 a changed file; E701 outputs that differ.
+    """
+    from peltc.compiler.artifact import digest
+    from peltc.runtime.verify import verify_folder
+
+    folder = Path(out)
+    manifest = read_manifest(folder)
+    spec = build_spec(parse(manifest["spec"], f"{folder / MANIFEST}"), manifest["spec"])
+    architecture = manifest["base"]["architecture"]
+    plan, base = plan_for(spec, model, architecture=architecture, talk=talk)
+    if base.fingerprint != manifest["base"]["fingerprint"]:
+        raise fail("E608", f"'{model}' is not the model that this artifact was compiled from", Place(str(folder)),
+                   f"the base with the fingerprint {manifest['base']['fingerprint'][:12]}...")  # fmt: skip
+    tensors = load_tensors(plan, folder / ADAPTER)
+    for name, array in tensors.items():
+        if digest(np.ascontiguousarray(array)) != manifest["weights"]["tensors"][name]["sha256"]:
+            raise fail("E609", f"the tensor '{name}' has changed since the artifact was written", Place(str(folder)))
+    manifest["verification"] = verify_folder(folder, plan, base, tensors)
+    write_manifest(folder, manifest)
+    return manifest

@@ -1,0 +1,115 @@
+"""Sessions: an artifact loaded on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.artifact import read_manifest
+from peltc.spec.diagnostics import Place, fail
+
+Array = np.ndarray[Any, Any]
+
+
+def providers(wanted: Sequence[str] | None = None) -> list[str]:
+    """Execution providers in order of preference: CUDA where this build and the machine have it, the CPU always.
+
+    Raises:
+        PeltError: E604 a provider that this ONNX Runtime does not have.
+    """
+    import onnxruntime as ort
+
+    available = ort.get_available_providers()
+    if wanted is not None:
+        for name in wanted:
+            if name not in available:
+                raise fail("E604", f"this ONNX Runtime has no {name}", expected=f"one of: {', '.join(available)}")
+        return list(wanted)
+    return [p for p in ("CUDAExecutionProvider",) if p in available and _has_gpu()] + ["CPUExecutionProvider"]
+
+
+def _has_gpu() -> bool:
+    """Whether a CUDA device answers: the GPU build runs on machines without one, and says so on every session."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+class Session:
+    """An artifact, ready to run: `Session("out")(input_ids=..., attention_mask=...)` gives outputs by name.
+
+    Args:
+        folder: what `pelt-compile` wrote.
+        providers: execution providers in order of preference.
+        threads: threads of one operator; ONNX Runtime's choice where absent.
+
+    Raises:
+        PeltError: E603 no artifact; E604 an execution provider that is not there; E605 ONNX Runtime cannot open it.
+    """
+
+    def __init__(self, folder: str | Path, providers: Sequence[str] | None = None, threads: int | None = None):
+        import onnxruntime as ort
+
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        chosen = globals()["providers"](providers)
+        try:
+            self.inference = ort.InferenceSession(str(self.folder / "model.onnx"), options, providers=chosen)
+        except Exception as error:
+            reason = str(error).splitlines()[0][:300]
+            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", Place(str(self.folder))) from None
+        self.inputs = {i.name: i for i in self.inference.get_inputs()}
+        self.outputs = [o.name for o in self.inference.get_outputs()]
+
+    def __call__(self, **inputs: Any) -> dict[str, Array]:
+        """Run the model.
+
+        Args:
+            inputs: arrays [B, S] by input name, or torch tensors. A mask that is left out is all ones, token types
+                that are left out are all zeros.
+
+        Raises:
+            PeltError: E606 an input that the model does not have, one that is missing, or one of the wrong rank.
+        """
+        unknown = [name for name in inputs if name not in self.inputs]
+        if unknown:
+            raise fail("E606", f"the model takes no input '{unknown[0]}'", expected=", ".join(self.inputs))
+        feeds = {}
+        for name, spec in self.inputs.items():
+            value = inputs.get(name)
+            if value is None:
+                if name not in ("attention_mask", "token_type_ids") or inputs.get("input_ids") is None:
+                    raise fail("E606", f"the input '{name}' is missing", expected=", ".join(self.inputs))
+                value = np.full(np.shape(inputs["input_ids"]), int(name == "attention_mask"))
+            array = np.asarray(value, np.int64 if spec.type == "tensor(int64)" else None)
+            if array.ndim != len(spec.shape):
+                raise fail("E606", f"the input '{name}' has the shape {list(array.shape)}", expected=str(spec.shape))
+            feeds[name] = array
+        return dict(zip(self.outputs, self.inference.run(None, feeds), strict=True))
+
+    def tokenize(self, text: str | Sequence[str]) -> dict[str, Array]:
+        """Inputs from text, by the tokenizer in the artifact.
+
+        Raises:
+            PeltError: E607 the artifact has no tokenizer.
+        """
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise fail("E607", "the artifact has no tokenizer.json", Place(str(self.folder)),
+                       hint="put the model's tokenizer beside it and compile again")  # fmt: skip
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.enable_padding(length=None)
+        encoded = tokenizer.encode_batch([text] if isinstance(text, str) else list(text))
+        found = {
+            "input_ids": np.array([e.ids for e in encoded], np.int64),
+            "attention_mask": np.array([e.attention_mask for e in encoded], np.int64),
+            "token_type_ids": np.array([e.type_ids for e in encoded], np.int64),
+        }
+        return {name: array for name, array in found.items() if name in self.inputs}

@@ -1,0 +1,161 @@
+"""Verification: the artifact on ONNX Runtime against PyTorch with the modules attached, elementwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.base import Base
+from peltc.compiler.plan import Plan
+from peltc.runtime.session import Session
+from peltc.spec.diagnostics import Place, fail
+
+Array = np.ndarray[Any, Any]
+
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Largest |difference| as a share of the largest |reference|, by the type of the computation. Where the bare base's
+own export differs from PyTorch by more than half of it, twice that difference counts."""
+
+SHAPES = ((1, 7, 0), (3, 12, 5), (2, 19, 3))
+"""Batch, length, and how many positions of the last sequence are padding."""
+
+
+def example(base: Base, batch: int, length: int, padding: int, seed: int) -> dict[str, Array]:
+    """Random inputs: token ids that are no special tokens, a mask with padding, inputs of the decoder where it has
+    some. Decoder-only models are padded on the left, as they are when they generate."""
+    random = np.random.default_rng(seed)
+    vocab = int(base.config.get("vocab_size", 100))
+    low = min(10, vocab // 2)
+    ids = random.integers(low, vocab, (batch, length))
+    mask = np.ones((batch, length), np.int64)
+    left = any(site.stack == "decoder" for site in base.anatomy) and not base.config.get("is_encoder_decoder")
+    if padding:
+        gone = slice(None, padding) if left else slice(length - padding, None)
+        mask[-1, gone] = 0
+        ids[-1, gone] = base.config.get("pad_token_id") or 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in base.export["kwargs"]:
+        inputs["token_type_ids"] = (np.arange(length)[None] >= length // 2).astype(np.int64).repeat(batch, 0)
+    if "decoder_input_ids" in base.export["kwargs"]:
+        inputs["decoder_input_ids"] = random.integers(low, vocab, (batch, max(2, length - 3)))
+    return {name: array for name, array in inputs.items() if name in base.export["kwargs"]}
+
+
+def load_model(base: Base) -> Any:
+    """The base as a torch model with its weights, in the type of the computation."""
+    import torch
+    import transformers
+
+    from peltc.compiler.export import quiet
+
+    with quiet():
+        cls = getattr(transformers, base.architecture)
+        model, report = cls.from_pretrained(
+            base.folder, dtype=getattr(torch, base.precision), output_loading_info=True
+        )
+    if report["missing_keys"]:
+        from peltc.compiler.base import missing_weights
+
+        raise missing_weights(sorted(report["missing_keys"]), base.checkpoint, base.folder)
+    return model.eval()
+
+
+def reference(model: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What the torch model answers, by output name."""
+    import torch
+
+    with torch.no_grad():
+        feeds = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        try:
+            output = model(**feeds, **extra)
+        except TypeError:
+            output = model(**feeds)
+    return {name: value.numpy() for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def compare(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:
+    """Outputs of both on every shape: the largest difference and the largest reference, per output."""
+    figures = []
+    for seed, (batch, length, padding) in enumerate(SHAPES):
+        inputs = example(base, batch, length, padding, seed)
+        expected = reference(model, inputs)
+        found = session(**inputs)
+        for name, array in found.items():
+            if name not in expected:
+                raise fail("E702", f"PyTorch gives no output '{name}'", Place(str(session.folder)))
+            if array.shape != expected[name].shape:
+                raise fail("E702", f"'{name}' has the shape {list(array.shape)}, PyTorch's {list(expected[name].shape)}")
+            difference = np.abs(array.astype(np.float64) - expected[name].astype(np.float64))
+            figures.append(
+                {
+                    "batch": batch,
+                    "length": length,
+                    "padding": padding,
+                    "output": name,
+                    "difference": float(difference.max()) if np.isfinite(difference).all() else float("inf"),
+                    "reference": float(np.abs(expected[name]).max()),
+                }
+            )
+    return figures
+
+
+def worst(figures: list[dict[str, Any]]) -> float:
+    """The largest relative difference."""
+    return max(f["difference"] / max(f["reference"], 1e-30) for f in figures)
+
+
+def verify_folder(folder: Path, plan: Plan, base: Base, tensors: Mapping[str, Array], location: str = "") -> dict[str, Any]:
+    """Hold an artifact against PyTorch.
+
+    Returns:
+        The figures for the manifest.
+
+    Raises:
+        PeltError: E701 the outputs differ by more than the tolerance.
+    """
+    from peltc.runtime.attach import attach_plan
+
+    session = Session(folder, ["CPUExecutionProvider"])
+    model = load_model(base)
+    tolerance = TOLERANCE[base.precision]
+    attached = attach_plan(model, plan, tensors).eval()
+    figures = compare(session, attached, base)
+    found, own = worst(figures), None
+    if not found <= tolerance:
+        attached.detach_adapter()
+        own = base_error(base, model)
+        tolerance = max(tolerance, 2 * own)
+    if not found <= tolerance:
+        at = max(figures, key=lambda f: f["difference"] / max(f["reference"], 1e-30))
+        raise fail(
+            "E701",
+            f"the compiled model differs from PyTorch by {found:.2e} of the largest value, in '{at['output']}' at"
+            f" batch {at['batch']}, length {at['length']}",
+            Place(location or str(folder)),
+            f"at most {tolerance:.1e} in {base.precision}",
+            "please report this: spec, model and versions",
+        )
+    return {
+        "tolerance": tolerance,
+        "worst": found,
+        "base_error": own,
+        "against": "PyTorch with the modules attached",
+        "providers": ["CPUExecutionProvider"],
+        "shapes": figures,
+    }
+
+
+def base_error(base: Base, model: Any) -> float:
+    """The difference between the bare base's own export and PyTorch."""
+    import tempfile
+
+    from peltc.compiler.pipeline import build
+    from peltc.spec.specification import Spec
+
+    with tempfile.TemporaryDirectory() as folder:
+        build(Plan(Spec("base", ()), base.fingerprint, ()), base, {}, Path(folder))
+        return worst(compare(Session(folder, ["CPUExecutionProvider"]), model, base))
