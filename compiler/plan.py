@@ -293,6 +293,11 @@ class _Planner:
                 effects[name] = resolved
         if "bias" in effects and site.kind == "norm" and not constants["biased"]:
             del effects["bias"]
+        stacks = {s.stack for s in self.anatomy if s.stack}
+        if "prepend" in effects and len(stacks) > 1 and site.stack == "decoder":
+            self.find("E208", "tokens before the sequence of an encoder-decoder model's decoder are not available",
+                      _at(entry), "the encoder's embedding", "encoder.embedding.word")  # fmt: skip
+            return None
         claim = Claim(entry.name, method, site, options, tensors, effects, constants["index"], constants["count"],
                       constants, mode)  # fmt: skip
         return claim if self.check_shapes(entry, claim, shapes) else None

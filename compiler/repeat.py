@@ -200,8 +200,9 @@ def same(one: Any, other: Any, apart: int = 0, seen: set[tuple[int, int]] | None
     if isinstance(one, int) and not isinstance(one, bool):
         return bool(other - one in (0, apart))
     if isinstance(one, str):
-        return one == other or re.sub(r"\d+", lambda found: str(int(found[0]) + apart), one) == other
-    return isinstance(one == other, bool) and bool(one == other)  # arrays and the like answer with something else, and count as different
+        return bool(one == other or re.sub(r"\d+", lambda found: str(int(found[0]) + apart), one) == other)
+    equal: object = one == other
+    return equal is True  # arrays and the like answer with something else, and count as different
 
 
 @contextlib.contextmanager

@@ -613,7 +613,7 @@ class _Survey:
     def embeddings(self, stacks: dict[str, list[list[Block]]]) -> Iterator[Site]:
         """The tables of token embeddings, and the whole module's output: where the stream begins."""
         for stack, layers in stacks.items():
-            prefix = "decoder." if stack == "decoder" and len(stacks) > 1 else ""
+            prefix = f"{stack}." if len(stacks) > 1 else ""
             start = layers[0][0].r
             behind = self.flow.ancestors(start)
             tables = []

@@ -1,1 +1,56 @@
-"""peltc: parameter-efficient fine-tuning modules, compiled into ONNX deployments."""
+"""peltc: parameter-efficient fine-tuning modules, compiled into ONNX deployments.
+
+    import peltc
+
+    spec = peltc.load_spec("spec.yaml")
+    model = peltc.attach(model, spec)               # train it with transformers.Trainer, then model.save_adapter(...)
+    peltc.compile(spec, "model/", "out/", weights="adapter.safetensors")
+    outputs = peltc.Session("out/")(input_ids=ids, attention_mask=mask)
+
+Everything is imported when first used: reading a spec needs no torch, and neither does compiling on a known base.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peltc.compiler.anatomy import Anatomy as Anatomy
+    from peltc.compiler.anatomy import Site as Site
+    from peltc.compiler.plan import Plan as Plan
+    from peltc.runtime.api import plan as plan
+    from peltc.runtime.api import survey as survey
+    from peltc.runtime.attach import attach as attach
+    from peltc.runtime.compile import compile as compile
+    from peltc.runtime.compile import verify as verify
+    from peltc.runtime.session import Session as Session
+    from peltc.spec.diagnostics import Diagnostic as Diagnostic
+    from peltc.spec.diagnostics import PeltError as PeltError
+    from peltc.spec.specification import Spec as Spec
+    from peltc.spec.specification import load_spec as load_spec
+
+_WHERE = {
+    "load_spec": "peltc.spec.specification", "Spec": "peltc.spec.specification",
+    "PeltError": "peltc.spec.diagnostics", "Diagnostic": "peltc.spec.diagnostics",
+    "Anatomy": "peltc.compiler.anatomy", "Site": "peltc.compiler.anatomy", "Plan": "peltc.compiler.plan",
+    "survey": "peltc.runtime.api", "plan": "peltc.runtime.api", "compile": "peltc.runtime.compile",
+    "verify": "peltc.runtime.compile", "attach": "peltc.runtime.attach", "Session": "peltc.runtime.session",
+}  # fmt: skip
+
+__all__ = [
+    "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "compile", "load_spec", "plan",
+    "survey", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("peltc")
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'peltc' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

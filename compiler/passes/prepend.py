@@ -17,23 +17,15 @@ import onnx_ir as ir
 from peltc.compiler.emit import Emitter, replace_uses
 from peltc.compiler.numeric import NumericInterpreter
 from peltc.compiler.plan import Claim
-from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
 
 
 def prepend(model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array]) -> None:
-    """Put the claims' tokens before the sequence, in place. The first claim's tokens come first.
-
-    Raises:
-        PeltError: E208 the model embeds tokens in a way that a lookup does not tell.
-    """
+    """Put the claims' tokens before the sequence, in place. The first claim's tokens come first."""
     graph = model.graph
     embedded = next(v for v in graph.inputs if v.name == "inputs_embeds")
     claim = claims[0]
-    if claim.site.stack == "decoder" and any(v.name == "decoder_input_ids" for v in graph.inputs):
-        raise fail("E208", "tokens before a decoder's sequence are not available for encoder-decoder models",
-                   expected="the encoder's embedding")  # fmt: skip
     marks = {"pelt.attachment": claim.attachment, "pelt.method": claim.method.name, "pelt.site": claim.site.name}
     emitter = Emitter(graph, embedded.dtype or ir.DataType.FLOAT, f"pelt.{claim.attachment}", marks)
     numeric = NumericInterpreter()
@@ -46,9 +38,10 @@ def prepend(model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array]) 
     )  # fmt: skip
     length = len(tokens)
 
+    shapes = [output.shape for output in graph.outputs]
     for node in graph:  # inside, the sequence is longer than the inputs' axis of that name
         for value in node.outputs:
-            if value.shape is not None and not value.is_graph_output():
+            if value.shape is not None:
                 value.shape = ir.Shape("positions" if str(size) == "sequence" else size for size in value.shape)
 
     table = claim.site.parameters["weight"]
@@ -67,10 +60,12 @@ def prepend(model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array]) 
             wide = _before(value, emitter.constant(fill, value.name), ids, [1, length], emitter)
             replace_uses(value, wide, emitter.added, graph)
     graph.inputs[graph.inputs.index(embedded)] = ids
-    for output in list(graph.outputs):
-        if output.shape is not None and len(output.shape) > 1 and str(output.shape[1]) == "sequence":
+    for i, (output, shape) in enumerate(zip(list(graph.outputs), shapes, strict=True)):
+        if shape is not None and len(shape) > 1 and str(shape[1]) == "sequence":
             cut = emitter.node("Slice", [output, *(emitter.integers([n]) for n in (length, 2**62, 1))])
-            replace_uses(output, cut, {cut.producer()} - {None}, graph)  # type: ignore[arg-type]
+            cut.name, output.name = output.name, f"{output.name}.whole"
+            cut.shape, cut.type = shape, output.type
+            graph.outputs[i] = cut  # only what leaves the graph is cut; inside, everybody sees all positions
     graph.sort()
 
 

@@ -1,0 +1,308 @@
+"""The command line. Results go to stdout, talk to stderr; exit codes: 0, 1 the user's input, 2 usage, 70 our bug."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peltc.spec.diagnostics import PeltError
+
+INPUT, USAGE, BUG, INTERRUPTED = 1, 2, 70, 130
+
+
+def run(arguments: Sequence[str], name: str = "pelt") -> int:
+    """Run a command line; returns the exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(list(arguments), prog_name=name, standalone_mode=False)
+        return 0
+    except PeltError as error:
+        if "--json" in arguments:
+            click.echo(json.dumps({"errors": [d.to_dict() for d in error.diagnostics]}, indent=1))
+        for diagnostic in error.diagnostics:
+            click.echo(f"{diagnostic}\n", err=True)
+        count = len(error.diagnostics)
+        click.echo(f"{count} error{'s' if count > 1 else ''}", err=True)
+        return INPUT
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was changed", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        click.echo("\nThis is a bug in peltc; please report it with the lines above.", err=True)
+        return BUG
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def talking(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A function that says a line on stderr; on a terminal, what is being done stays in sight with its seconds."""
+    started = time.monotonic()
+
+    def talk(line: str) -> None:
+        if not quiet or line.startswith("warning"):
+            click.echo(f"{time.monotonic() - started:6.1f} s  {line}", err=True)
+
+    yield talk
+
+
+_model = click.argument("model")
+_spec = click.argument("spec", type=click.Path(dir_okay=False))
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+_quiet = click.option("--quiet", "-q", is_flag=True, help="Say warnings and errors only.")
+_architecture = click.option("--architecture", metavar="CLASS", help="A class of transformers, in place of the config's.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="peltc")
+def cli() -> None:
+    """Compile parameter-efficient fine-tuning modules and a transformer checkpoint into an ONNX deployment."""
+
+
+@cli.command("compile")
+@_spec
+@_model
+@click.option("-o", "--out", required=True, type=click.Path(), help="The artifact's folder.")
+@click.option("--weights", type=click.Path(), help="The adapter's tensors, safetensors; in place of the spec's.")
+@click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
+@click.option("--verify/--no-verify", default=True, help="Hold the artifact against PyTorch.", show_default=True)
+@click.option("--self-contained", is_flag=True, help="Copy the checkpoint into the artifact rather than link it.")
+@_architecture
+@_json
+@_quiet
+def compile_command(
+    spec: str, model: str, out: str, weights: str | None, mode: str | None, verify: bool, self_contained: bool,
+    architecture: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens."""
+    from peltc.runtime.compile import compile
+
+    with talking(quiet) as talk:
+        manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, verify=verify,
+                           self_contained=self_contained, talk=talk)  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(manifest, indent=1))
+        return
+    absorbed = sum(1 for m in manifest["modules"] if m["absorbed"])
+    staying = len(manifest["modules"]) - absorbed
+    click.echo(f"{out}: {absorbed} modules folded into weights, {staying} in the graph")
+    for reason in dict.fromkeys(m["reason"] for m in manifest["modules"] if m["reason"]):
+        click.echo(f"  in the graph, since {reason}")
+    linked = ", ".join(f"{f['file']} ({f['how']}, {f['bytes']:,} bytes)" for f in manifest["base"]["files"])
+    click.echo(f"  written: {manifest['bytes_written']:,} bytes; base: {linked or 'none'}")
+    if manifest["verification"]:
+        found = manifest["verification"]
+        click.echo(f"  equal to PyTorch within {found['worst']:.1e} (tolerance {found['tolerance']:.0e})")
+
+
+@cli.command()
+@_spec
+@_json
+def check(spec: str, as_json: bool) -> None:
+    """Read SPEC and say what is wrong with it; no model is needed."""
+    from peltc.spec.check import check_formulas
+    from peltc.spec.specification import load_spec
+
+    loaded = load_spec(spec)
+    check_formulas(loaded)
+    if as_json:
+        click.echo(json.dumps({"name": loaded.name, "attach": [a.name for a in loaded.attach]}))
+    else:
+        click.echo(f"{spec}: {len(loaded.attach)} attachment{'s' if len(loaded.attach) > 1 else ''}, no errors")
+
+
+@cli.command()
+@_model
+@click.option("--svg", type=click.Path(dir_okay=False), help="Draw the reference architecture into a file.")
+@_architecture
+@_json
+@_quiet
+def sites(model: str, svg: str | None, architecture: str | None, as_json: bool, quiet: bool) -> None:
+    """Show where modules can attach in MODEL."""
+    from peltc.compiler.base import open_base
+
+    with talking(quiet) as talk:
+        base = open_base(model, architecture=architecture, talk=talk)
+    anatomy = base.anatomy
+    if svg:
+        from peltc.compiler.drawing import draw
+
+        Path(svg).write_text(draw(anatomy, f"{base.architecture}"), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps([site.row() for site in anatomy], indent=1))
+        return
+    rows = [("SITE", "KIND", "SIZE", "PARAMETERS")]
+    for site in anatomy.named:
+        rows.append((site.path, site.kind, _size(site), _parameters(site)))
+    _table(rows)
+    if anatomy.unnamed:
+        click.echo(f"\n{len(anatomy.unnamed)} linear maps have no role; attach to them by `parameter:`")
+        for site in anatomy.unnamed:
+            click.echo(f"  {site.parameters['weight']}")
+    if svg:
+        click.echo(f"drawn into {svg}", err=True)
+
+
+def _size(site: Any) -> str:
+    size = site.sizes
+    if site.kind == "attention":
+        kv = f" / {size['kv_heads']}" if size["kv_heads"] != size["heads"] else ""
+        return f"{size['heads']}{kv} heads x {size['head_dim']}"
+    if "in" in size and site.kind in ("linear", "embedding"):
+        return f"{size['in']} -> {size['out']}"
+    return str(size.get("d", ""))
+
+
+def _parameters(site: Any) -> str:
+    names = ", ".join(dict.fromkeys(site.parameters.values()))
+    if site.rows:
+        names += " rows " + ", ".join(f"{a}:{b}" for a, b in site.rows[:4]) + (", ..." if len(site.rows) > 4 else "")
+    return names
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@cli.command()
+@_spec
+@_model
+@click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
+@_architecture
+@_json
+@_quiet
+def plan(spec: str, model: str, mode: str | None, architecture: str | None, as_json: bool, quiet: bool) -> None:
+    """Show every decision about SPEC on MODEL; nothing is written."""
+    from peltc.runtime.compile import plan_for
+    from peltc.spec.specification import load_spec
+
+    with talking(quiet) as talk:
+        made, base = plan_for(load_spec(spec), model, architecture=architecture, mode=mode, talk=talk)
+    if as_json:
+        click.echo(json.dumps(made.to_json(), indent=1))
+        return
+    rows = [("ATTACHMENT", "SITE", "EFFECT", "DECISION", "PARAMETERS")]
+    for claim in made.claims:
+        decision = f"folds into {claim.absorbed}" if claim.absorbed else f"stays: {claim.reason}"
+        tensors = ", ".join(f"{n} {list(t.shape)}" for n, t in claim.tensors.items())
+        rows.append((claim.attachment, claim.site.name, "+".join(claim.effects), decision, tensors))
+    _table(rows)
+    total = sum(_count(site.shape) for site in base.parameters.values())
+    click.echo(f"\n{made.trained():,} trained values, {made.trained() / max(total, 1):.3%} of the base's {total:,}")
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_json
+def methods(name: str | None, as_json: bool) -> None:
+    """List the methods; with a NAME, show one: source, options, formulas."""
+    from peltc.spec.method import shipped
+    from peltc.spec.typology import row_of
+
+    known = shipped()
+    if name is not None and name not in known:
+        from peltc.spec.diagnostics import fail, nearest, one_of
+
+        raise fail("E201", f"there is no method '{name}'", expected=one_of(sorted(known)), hint=nearest(name, known))
+    chosen = [known[name]] if name else list(known.values())
+    if as_json:
+        click.echo(json.dumps([{"method": m.name, "title": m.title, "source": m.source, "site": m.site,
+                                "options": {o.name: dict(o.schema) for o in m.options}, **row_of(m)}
+                               for m in chosen], indent=1))  # fmt: skip
+        return
+    if name is None:
+        _table([("METHOD", "SITE", "TITLE"), *((m.name, m.site, m.title) for m in chosen)])
+        return
+    method = chosen[0]
+    click.echo(f"{method.title}\n{method.source}\nattaches to: {method.site}")
+    for option in method.options:
+        click.echo(f"  {option.name} = {option.default!r}  {option.doc}")
+    for key, expr in (*method.let, *method.effects):
+        click.echo(f"  {key}: {expr.text}")
+    for key, value in row_of(method).items():
+        click.echo(f"  {key.replace('_', ' ')}: {value}")
+    if method.notes:
+        click.echo(f"\n{method.notes}")
+
+
+@cli.command()
+@click.argument("out", type=click.Path())
+@click.argument("model")
+@_json
+@_quiet
+def verify(out: str, model: str, as_json: bool, quiet: bool) -> None:
+    """Hold the artifact OUT against PyTorch once more. MODEL is the base it was compiled from."""
+    from peltc.runtime.compile import verify as verify_again
+
+    with talking(quiet) as talk:
+        manifest = verify_again(out, model, talk=talk)
+    found = manifest["verification"]
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    rows = [("BATCH", "LENGTH", "PADDING", "OUTPUT", "DIFFERENCE", "LARGEST VALUE")]
+    rows += [(str(f["batch"]), str(f["length"]), str(f["padding"]), f["output"], f"{f['difference']:.1e}",
+              f"{f['reference']:.3g}") for f in found["shapes"]]  # fmt: skip
+    _table(rows)
+    click.echo(f"equal to PyTorch within {found['worst']:.1e} (tolerance {found['tolerance']:.0e})")
+
+
+@cli.command("run")
+@click.argument("out", type=click.Path())
+@click.option("--text", "texts", multiple=True, required=True, help="A text; may be given several times.")
+@_json
+def run_command(out: str, texts: tuple[str, ...], as_json: bool) -> None:
+    """Run the artifact OUT on texts, for a look."""
+    import numpy as np
+
+    from peltc.runtime.session import Session
+
+    session = Session(out)
+    results = session(**session.tokenize(texts))
+    if as_json:
+        click.echo(json.dumps({name: array.tolist() for name, array in results.items()}))
+        return
+    for name, array in results.items():
+        click.echo(f"{name} {list(array.shape)}")
+        for text, row in zip(texts, array, strict=True):
+            flat = np.asarray(row, np.float64).reshape(-1)
+            head = " ".join(f"{v:.4f}" for v in flat[:6]) + (" ..." if flat.size > 6 else "")
+            top = f"  largest at {int(flat.argmax())}" if row.ndim == 1 and flat.size <= 64 else ""
+            click.echo(f"  {text[:48]!r}: {head}{top}")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of specs, for editors."""
+    from peltc.spec.method import shipped
+    from peltc.spec.schema import spec_schema
+
+    click.echo(json.dumps(spec_schema(shipped()), indent=1, ensure_ascii=False))
