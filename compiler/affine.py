@@ -77,7 +77,9 @@ class Affine:
         return Affine({source: Map(np.array(1.0, np.float32))})
 
     def apply(self, change: Callable[[Map], Map], offset: Callable[[Array], Array]) -> Affine:
-        return Affine({s: change(m) for s, m in self.maps.items()}, None if self.offset is None else offset(self.offset))
+        return Affine(
+            {s: change(m) for s, m in self.maps.items()}, None if self.offset is None else offset(self.offset)
+        )
 
     def plus(self, other: Affine) -> Affine:
         maps = dict(self.maps)

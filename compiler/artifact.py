@@ -113,9 +113,9 @@ def write_data(model: ir.Model, file: Path) -> int:
             padding = -offset % ALIGNMENT
             stream.write(b"\0" * padding)
             offset += padding
-            data = tensor.numpy()
+            data: Any = tensor.numpy()
             stream.write(memoryview(data).cast("B") if data.dtype.kind in "fiub" else data.tobytes())
-            external = ir.ExternalTensor(file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape,
+            external = ir.ExternalTensor(file.name, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(data.shape),
                                          name=value.name or "", base_dir=file.parent)  # fmt: skip
             offset += tensor.nbytes
             value.const_value = external
@@ -207,7 +207,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        raise fail("E603", "the folder is no artifact: it has no pelt.json", Place(str(folder)), "what pelt-compile wrote") from None
+        raise fail(
+            "E603", "the folder is no artifact: it has no pelt.json", Place(str(folder)), "what pelt-compile wrote"
+        ) from None
     except ValueError as error:
         raise fail("E603", f"the manifest is not JSON: {error}", Place(str(file))) from None
     if not isinstance(manifest, dict) or manifest.get("pelt") != 1:

@@ -30,7 +30,9 @@ class Emitter:
         self.graph, self.dtype, self.owner, self.marks = graph, dtype, owner, dict(marks)
         self.added: set[ir.Node] = set()
 
-    def node(self, kind: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None) -> ir.Value:
+    def node(
+        self, kind: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None
+    ) -> ir.Value:
         """A node with one output."""
         name = self.unique(kind.lower())
         node = ir.node(kind, list(inputs), attributes=dict(attributes or {}), name=name)
@@ -50,7 +52,7 @@ class Emitter:
             values = values.astype(self.dtype.numpy())
         label = self.unique(name)
         tensor = ir.tensor(np.ascontiguousarray(values) if values.ndim else values, name=label)
-        value = ir.Value(name=label, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=label, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         value.metadata_props.update(self.marks)
         self.graph.register_initializer(value)
         return value
@@ -62,7 +64,9 @@ class Emitter:
         if known is not None:
             return known
         tensor = ir.tensor(np.array(numbers, np.int64), name=label)
-        value = ir.Value(name=label, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+        value = ir.Value(
+            name=label, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+        )
         self.graph.register_initializer(value)
         return value
 
@@ -155,6 +159,7 @@ class OnnxInterpreter(NumericInterpreter):
         return self.binary("MatMul", a, b)
 
     def on_linear(self, x: Any, weight: Any, bias: Any) -> Any:
+        product: Any
         if isinstance(weight, np.ndarray):
             product = Product(self.value(x), weight.T)
         else:

@@ -151,7 +151,8 @@ def export_model(model: Any, variant: str = "ids", whole: bool = False) -> Expor
 def _trace(model: Any, inputs: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
     """What `transformers` exports, as it comes."""
     import torch
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     from peltc.compiler.base import OPSET
 

@@ -113,7 +113,7 @@ class Flow:
         pending = [value]
         while pending:
             current = pending.pop()
-            if current.name in self.parameters:
+            if current.name is not None and current.name in self.parameters:
                 found.add(current.name)
             elif (node := current.producer()) is not None:
                 pending.extend(v for v in node.inputs if v is not None)
@@ -184,7 +184,7 @@ class Flow:
     def _linear(self, node: ir.Node) -> Linear | None:
         if node.op_type not in ("MatMul", "Gemm") or node.inputs[0] not in self.hidden:
             return None
-        source, flips = node.inputs[1], node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+        source, flips = node.inputs[1], _flag(node, "transB")
         while source is not None and source.name not in self.parameters:
             producer = source.producer()
             if producer is None or producer.op_type not in ("Transpose", "Cast", "Identity"):
@@ -193,7 +193,7 @@ class Flow:
             source = producer.inputs[0]
         if source is None or source.name is None or len(self.parameters[source.name]) != 2:
             return None
-        if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+        if _flag(node, "transA"):
             return None
         shape = self.parameters[source.name]
         outputs, inputs = shape if flips else shape[::-1]
@@ -272,9 +272,7 @@ class Flow:
                     pending.append(source)
         if not mean or len(set(sources)) != 1 or sources[0] is normed:
             return None
-        x = sources[0]
-        producer = x.producer()
-        return x if producer is None or producer.op_type != "Cast" else x
+        return sources[0]
 
     def _leaves_chain(self, node: ir.Node, value: ir.Value, normed: ir.Value) -> bool:
         """Whether a step already belongs to what comes before the norm: a full-width sum, or a product that is not by
@@ -290,6 +288,11 @@ class Flow:
 
     def _squares(self, value: ir.Value) -> bool:
         return all(reader.op_type in ("ReduceMean", "Cast") for reader in self.readers(value))
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    """Whether a Gemm transposes an operand."""
+    return node.op_type == "Gemm" and bool(node.attributes.get_int(name, 0))
 
 
 def _last(value: ir.Value) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class NumericInterpreter(Interpreter[Any]):
 
 def _erf(x: Array) -> Array:
     """The error function, by the standard library's, in float64."""
-    return np.vectorize(math.erf, otypes=[np.float64])(x).astype(x.dtype)
+    return np.asarray(np.vectorize(math.erf, otypes=[np.float64])(x)).astype(x.dtype)
 
 
 def gelu(x: Array) -> Array:
@@ -52,14 +53,18 @@ ACTIVATION: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def _apply(function: Callable[[Array], Array], x: Array) -> Array:
+    return function(x)
+
+
 def linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    y = x @ weight.T
-    return y if bias is None else y + bias
+    y: Array = x @ weight.T
+    return y if bias is None else np.asarray(y + bias)
 
 
 def norm2(x: Array, axis: int) -> Array:
     """Summed in float64: a norm over thousands of squares is where float32 loses digits."""
-    return np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=axis, keepdims=True)).astype(x.dtype)
+    return np.asarray(np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=axis, keepdims=True)), x.dtype)
 
 
 def skew(x: Array, n: int) -> Array:
@@ -98,7 +103,7 @@ def concat(tensors: list[Array], axis: int) -> Array:
 def slice_axis(x: Array, start: int, stop: int, axis: int) -> Array:
     index: list[Any] = [slice(None)] * x.ndim
     index[axis] = slice(start, stop)
-    return x[tuple(index)]
+    return np.asarray(x[tuple(index)])
 
 
 def top_k_mask(z: Array, k: int) -> Array:
@@ -113,11 +118,13 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "divide": lambda a, b: a / b, "power": lambda a, b: a**b, "negate": lambda x: -x,
     "matmul": lambda a, b: a @ b, "linear": linear,
     "einsum": lambda operands, equation: np.einsum(equation, *operands, optimize=True),
-    "kron": lambda a, b: np.kron(a, b), "inverse": lambda x: np.linalg.inv(x), "eye": lambda n: np.eye(n, dtype=np.float32),
+    "kron": lambda a, b: np.kron(a, b), "inverse": lambda x: np.linalg.inv(x),
+    "eye": lambda n: np.eye(n, dtype=np.float32),
     "skew": skew, "block_diagonal": block_diagonal, "norm2": norm2,
-    **{name: (lambda f: lambda x: f(x))(f) for name, f in ACTIVATION.items()},
+    **{name: partial(_apply, f) for name, f in ACTIVATION.items()},
     "activation": lambda x, name: ACTIVATION[name](x),
-    "exp": lambda x: np.exp(x), "log": lambda x: np.log(x), "sqrt": lambda x: np.sqrt(x), "abs": lambda x: np.abs(x),
+    "exp": lambda x: np.exp(x), "log": lambda x: np.log(x), "sqrt": lambda x: np.sqrt(x),
+    "abs": lambda x: np.abs(x),
     "softmax": softmax, "detach": lambda x: x, "dropout": lambda x, p: x,
     "mean": lambda x, axis: x.mean(axis=axis, keepdims=True), "sum": lambda x, axis: x.sum(axis=axis, keepdims=True),
     "mean_seq": mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.swapaxes(-1, -2),

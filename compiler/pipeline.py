@@ -83,4 +83,5 @@ def fold(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> list[Folded]:
 
 def map_site(anatomy: Anatomy, weight: str) -> Site:
     """The linear site of a weight."""
-    return next(s for s in anatomy if s.kind == "linear" and s.parameters["weight"] == weight)
+    found: Site = next(s for s in anatomy if s.kind == "linear" and s.parameters["weight"] == weight)
+    return found

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from peltc.compiler.affine import Affine, AffineInterpreter, NotAffine
 from peltc.compiler.anatomy import Anatomy, Site
+from peltc.spec.check import site_shapes
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.dims import Dim, shape_text, simplify
 from peltc.spec.formula import Call, Conditional, Deferred, EvaluationError, Expr, Name, is_static
@@ -72,7 +74,7 @@ class Claim:
         known = {n: v for n, v in values.items() if n in offered or n not in RUNTIME_NAMES}
         scope: dict[str, Any] = {**self.constants, **known}
         for name, expr in self.method.let:
-            scope[name] = Deferred(lambda e=expr: interpreter.evaluate(e, scope))
+            scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
         return scope
 
     @cached_property
@@ -179,7 +181,9 @@ class _Planner:
 
     def claims(self, entry: Attachment) -> list[Claim]:
         sites = self.sites(entry)
-        layers = sorted({(site.stack, site.layer) for site in sites if site.layer is not None})
+        layers: list[tuple[str, int | None]] = list(
+            sorted({(site.stack, site.layer) for site in sites if site.layer is not None})
+        )
         found = []
         widest = {name: max((s.sizes.get(name, 0) for s in sites), default=0) for name in ("in", "out")}
         for index, site in enumerate(sites):
@@ -303,10 +307,15 @@ class _Planner:
         return claim if self.check_shapes(entry, claim, shapes) else None
 
     def tensor(
-        self, entry: Attachment, site: Site, parameter: Parameter, constants: Mapping[str, Any], shapes: ShapeInterpreter
+        self,
+        entry: Attachment,
+        site: Site,
+        parameter: Parameter,
+        constants: Mapping[str, Any],
+        shapes: ShapeInterpreter,
     ) -> Tensor:
         dims = [shapes.evaluate(axis, constants) for axis in parameter.shape]
-        sizes = tuple(simplify(d) if isinstance(d, Dim) else d for d in dims)
+        sizes: tuple[Any, ...] = tuple(simplify(d) if isinstance(d, Dim) else d for d in dims)
         for axis, size in zip(parameter.shape, sizes, strict=True):
             if not isinstance(size, int) or size < 1:
                 raise _Misfit(f"'{axis.text}' is {size}, and sizes are positive whole numbers")
@@ -323,7 +332,7 @@ class _Planner:
 
     def check_shapes(self, entry: Attachment, claim: Claim, shapes: ShapeInterpreter) -> bool:
         """Hold each definition's shape against what the site needs."""
-        values, expected = site_shapes(claim.site, claim.method)
+        values, expected = site_shapes(claim.site.kind, claim.site.sizes, claim.site.name, self.anatomy.width)
         for name, tensor in claim.tensors.items():
             declared = next(p for p in claim.method.parameters if p.name == name)
             origin = f"parameter {name} [{', '.join(a.text for a in declared.shape)}]"
@@ -349,10 +358,14 @@ class _Planner:
                 self.find("E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: {error}", place)
                 return False
             except Exception as error:
-                self.find("E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: in '{expr.text}': {error}", place)
+                self.find(
+                    "E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: in '{expr.text}': {error}", place
+                )
                 return False
         if claim.method.site == "attention" and not claim.site.sizes.get("heads"):
-            self.find("E205", f"the heads of {claim.site.name} could not be told apart in this model's graph", _at(entry))
+            self.find(
+                "E205", f"the heads of {claim.site.name} could not be told apart in this model's graph", _at(entry)
+            )
             return False
         return True
 
@@ -365,7 +378,7 @@ class _Planner:
             at.setdefault((claim.site.name, claim.site.kind), []).append(claim)
         entries = {entry.name: entry for entry in self.spec.attach}
         for (site, _), group in at.items():
-            for earlier, later in zip(group, group[1:], strict=False):
+            for earlier, later in pairwise(group):
                 readers = [c for c in (earlier, later) if "weight" in c.effects or "output" in c.effects]
                 if readers and entries[later.attachment].after != earlier.attachment:
                     self.find(
@@ -431,7 +444,11 @@ class _Planner:
 
     def single(self, weight: str, kind: str) -> tuple[str, str] | None:
         """The weight, if one map of the graph alone uses it."""
-        maps = {s.values.get("product", s.path) for s in self.anatomy if s.parameters.get("weight") == weight and s.kind == kind}
+        maps = {
+            s.values.get("product", s.path)
+            for s in self.anatomy
+            if s.parameters.get("weight") == weight and s.kind == kind
+        }
         return (weight, "") if len(maps) == 1 else None
 
     def not_affine(self, claim: Claim) -> str:
@@ -482,28 +499,6 @@ def constants_of(site: Site, method: Method) -> dict[str, Any]:
     constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k != "vocab"}
     constants["biased"] = "bias" in site.parameters
     return constants
-
-
-def site_shapes(site: Site, method: Method) -> tuple[dict[str, Any], dict[str, Shape]]:
-    """Shapes of a site's values, and of what each definition must yield. `B`, `S`, `T` stay symbolic."""
-    B, S, T = Dim.of("B"), Dim.of("S"), Dim.of("T")
-    size = site.sizes
-    if site.kind == "attention":
-        heads, kv, dh = size.get("heads", 0), size.get("kv_heads", 0), size.get("head_dim", 0)
-        kv_shape = Shape((B, kv, T, dh), "keys and values")
-        values: dict[str, Any] = {"q": Shape((B, heads, S, dh), "queries"), "k": kv_shape, "v": kv_shape}
-        expected = {"keys": kv_shape, "values": kv_shape}
-    elif site.kind == "embedding":
-        values, expected = {}, {"prepend": Shape((Dim.of("P"), size["d"]), "[length, d]")}
-    else:
-        inputs, outputs = size.get("in", size.get("d", 0)), size.get("out", size.get("d", 0))
-        x, y = Shape((B, S, inputs), f"input of {site.name}"), Shape((B, S, outputs), f"output of {site.name}")
-        W = Shape((outputs, inputs) if site.kind == "linear" else (outputs,), f"weight of {site.name}")
-        b = Shape((outputs,), f"bias of {site.name}")
-        values = {"x": x, "y": y, "W": W, "b": b, "r": Shape(y.dims, "residual stream"), "h": Shape(y.dims, "layer input")}
-        expected = {"input": x, "delta": y, "output": y, "weight": W, "bias": b}
-    values["mask"] = Shape((B, S), "attention mask")
-    return values, expected
 
 
 def resolve(expr: Expr, constants: Mapping[str, Any]) -> Expr:

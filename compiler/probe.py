@@ -77,8 +77,7 @@ class Probe:
         if kind == "Squeeze" and x is not None:
             return [np.squeeze(x, tuple(int(a) for a in self.integers(node.inputs[1])))]
         if kind == "Expand" and x is not None:
-            shape = tuple(int(n) for n in self.integers(node.inputs[1]))
-            return [x * np.ones(shape, np.int64)]
+            return [x * np.ones(tuple(int(n) for n in self.integers(node.inputs[1])), np.int64)]
         if kind == "Split" and x is not None:
             axis, count = node.attributes.get_int("axis", 0), len(node.outputs)
             if len(node.inputs) > 1 and node.inputs[1] is not None:
@@ -86,7 +85,7 @@ class Probe:
             return list(np.array_split(x, count, axis))
         if kind == "Slice" and x is not None:
             starts, stops = self.integers(node.inputs[1]), self.integers(node.inputs[2])
-            axes = self.integers(node.inputs[3]) if len(node.inputs) > 3 else range(len(starts))
+            axes = self.integers(node.inputs[3]) if len(node.inputs) > 3 else list(range(len(starts)))
             steps = self.integers(node.inputs[4]) if len(node.inputs) > 4 else [1] * len(starts)
             index: list[Any] = [slice(None)] * x.ndim
             for axis, start, stop, step in zip(axes, starts, stops, steps, strict=True):
@@ -125,7 +124,7 @@ class Probe:
             raise Unprobed("a missing input")
         known = self.known.get(value)
         if known is not None:
-            return known.shape
+            return tuple(known.shape)
         if value.shape is None:
             raise Unprobed(f"'{value.name}' has no shape")
         sizes = []

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -238,12 +239,16 @@ def plan(model: Any, inputs: Mapping[str, Any]) -> list[Stack]:
     stacks = find_stacks(model)
     if not stacks:
         raise Irregular("no list of layers is long and equal enough")
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch logs an operation that has no memory-less form, besides raising it
     try:
         whole = rehearse(model, inputs, stacks)
         with shortened(model, stacks):
             short = rehearse(model, inputs, stacks)
     except Exception as error:
         raise Irregular(f"the rehearsal failed: {type(error).__name__}: {_first_line(error)}") from error
+    finally:
+        logging.disable(level)
     compare(whole, short, stacks)
     return stacks
 
@@ -257,7 +262,7 @@ def rehearse(model: Any, inputs: Mapping[str, Any], stacks: Sequence[Stack]) -> 
     or the one before, or else by that unit's label. Equal tapes are thus equal computations.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map
 
@@ -285,7 +290,8 @@ def rehearse(model: Any, inputs: Mapping[str, Any], stacks: Sequence[Stack]) -> 
         constant = getattr(leaf, "constant", leaf)
         if constant is None or constant.is_meta or type(constant) is not torch.Tensor:
             raise Irregular(f"a tensor of shape {list(leaf.shape)} comes from nowhere")
-        return ("constant", str(leaf.dtype), tuple(leaf.shape), repr(constant.tolist()))
+        with unset_fake_temporarily():
+            return ("constant", str(leaf.dtype), tuple(leaf.shape), repr(constant.tolist()))
 
     class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

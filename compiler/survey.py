@@ -33,6 +33,7 @@ THROUGH_SCORES = {
     "Clip",
     "Max",
 }
+LAYOUT_STEPS = {"Mul", "Div", "Transpose", "Reshape", "Expand", "Unsqueeze", "Identity", "Concat", "Squeeze", "Cast"}
 THROUGH_WEIGHTS = {"Cast", "Identity", "Where", "Mul", "Reshape", "Transpose", "Slice", "Expand"}
 COMPARISONS = {"Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
 
@@ -284,8 +285,7 @@ class _Survey:
                         if written is not None:
                             read, kv_heads = current, shape[1]
             node = current.producer()
-            if node is None or node.op_type not in ("Mul", "Div", "Transpose", "Reshape", "Expand", "Unsqueeze", "Identity",
-                                                    "Concat", "Squeeze", "Cast"):  # fmt: skip
+            if node is None or node.op_type not in LAYOUT_STEPS:
                 break
             hidden = [v for v in dict.fromkeys(node.inputs) if v is not None and v in self.flow.hidden]
             if len(hidden) != 1:
@@ -371,7 +371,7 @@ class _Survey:
             if linear in self.claimed or (found := self.residual(linear.y)) is None:
                 continue
             r, y, s = found
-            inner = [l for l in self.between(linear.x, r) if l not in self.claimed]
+            inner = [m for m in self.between(linear.x, r) if m not in self.claimed]
             if id(s) in streams or not inner:
                 continue
             block = Block("feed_forward", inner[0].x, y, r, s, {"down": linear})
@@ -387,7 +387,7 @@ class _Survey:
         for v in self.flow.behind(value, lambda v: v in table or v is stream):
             if v in table and table[v] not in found and self.flow.depends(table[v].x, stream):
                 found.append(table[v])
-        return sorted(found, key=lambda l: self.flow.order[l.node])
+        return sorted(found, key=lambda m: self.flow.order[m.node])
 
     def up_and_gate(self, block: Block, inner: list[Linear], down: Linear) -> None:
         """Tell the map behind the non-linearity from the map beside it, in a gated network."""
@@ -647,9 +647,8 @@ class _Survey:
     def tail(self, blocks: list[Block]) -> Iterator[Site]:
         """The maps after the last layer; the last of them is the head, unless its result is only a pooled token."""
         end = blocks[-1].out if blocks else None
-        last = [
-            l for l in self.flow.linears if l not in self.claimed and end is not None and self.flow.depends(l.x, end)
-        ]
+        unclaimed = [m for m in self.flow.linears if m not in self.claimed]
+        last = [m for m in unclaimed if end is not None and self.flow.depends(m.x, end)]
         for position, linear in enumerate(last):
             pooled = any(r.op_type == "Tanh" for r in self.flow.readers(linear.y)) and linear.outputs == linear.inputs
             final = position == len(last) - 1

@@ -35,7 +35,9 @@ def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
             found = shape_text(stored[name].shape)
             findings.append(Diagnostic("E404", f"the tensor '{name}' is {found}", place, shape_text(tensor.shape)))
         elif not is_float(stored[name].dtype):
-            findings.append(Diagnostic("E404", f"the tensor '{name}' holds {stored[name].dtype}", place, "a float type"))
+            findings.append(
+                Diagnostic("E404", f"the tensor '{name}' holds {stored[name].dtype}", place, "a float type")
+            )
     for name in stored:
         if name not in plan.tensors:
             findings.append(Diagnostic("E403", f"no module of the spec takes the tensor '{name}'", place,
@@ -68,10 +70,10 @@ def _start(claim: Claim, tensor: Tensor, read: Read, seed: int) -> Array:
     def weight() -> Array:
         array = np.asarray(read(site.parameters["weight"]), np.float32)
         array = array.T if site.transposed else array
-        return array[_index(claim)]
+        return np.asarray(array[_index(claim)])
 
     def bias() -> Array:
-        return np.asarray(read(site.parameters["bias"]), np.float32)[_index(claim)]
+        return np.asarray(np.asarray(read(site.parameters["bias"]), np.float32)[_index(claim)])
 
     scope = {**claim.constants, "W": Deferred(weight), "b": Deferred(bias)}
     try:

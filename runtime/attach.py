@@ -1,4 +1,4 @@
-"""Modules attached to a `transformers` model, which stays an ordinary model: `Trainer`, `generate` and checkpoints work.
+"""Modules attached to a `transformers` model, which stays an ordinary one: `Trainer`, `generate`, checkpoints work.
 
 A site is reached through the torch module that owns its parameters: a linear map, a norm or a block by a hook on that
 module, an attention core through `transformers`' attention interface, an embedding by the model's own inputs.
@@ -7,6 +7,7 @@ module, an attention core through `transformers`' attention interface, an embedd
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def attach(
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def read(name: str) -> np.ndarray[Any, Any]:
-        return parameters[name].detach().float().cpu().numpy()
+        return np.asarray(parameters[name].detach().float().cpu().numpy())
 
     source = weights if weights is not None else spec.folder / spec.weights if spec.weights else None
     if isinstance(source, Mapping):
@@ -132,9 +133,7 @@ class Attached(nn.Module):
             module = _owner(model, anchor)
             self.handles.append(module.register_forward_pre_hook(self.watcher(anchor), with_kwargs=True))
         self.handles.append(model.register_forward_pre_hook(self.opening(), with_kwargs=True))
-        ordered = sorted(
-            groups.values(), key=lambda g: (LEVELS[g[0].site.kind], g[0].site.role == "layer")
-        )
+        ordered = sorted(groups.values(), key=lambda g: (LEVELS[g[0].site.kind], g[0].site.role == "layer"))
         for claims in ordered:
             getattr(self, f"install_{claims[0].site.kind}")(model, claims[0].site, claims)
         self.handles.append(model.register_forward_hook(self.closing()))
@@ -179,18 +178,21 @@ class Attached(nn.Module):
     def scope(self, claim: Claim, interpreter: TorchInterpreter, **values: Any) -> dict[str, Any]:
         dtype = interpreter.like.dtype if interpreter.like is not None else torch.float32
         found: dict[str, Any] = {
-            name: Deferred(lambda t=tensor: self.parameter(t.name).to(dtype)) for name, tensor in claim.tensors.items()
+            name: Deferred(partial(self.lifted, tensor.name, dtype)) for name, tensor in claim.tensors.items()
         }
         for role in ("x", "r", "h"):
             anchor = claim.site.anchors.get(role, "")
-            found[role] = Deferred(lambda a=anchor, r=role: self.recall(a, r, claim).to(dtype))
+            found[role] = Deferred(partial(self.recall, anchor, role, claim, dtype))
         found["mask"] = Deferred(lambda: self.given_mask().to(dtype))
         return claim.scope(found | values, interpreter)
 
-    def recall(self, anchor: str, role: str, claim: Claim) -> Tensor:
+    def lifted(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.parameter(name).to(dtype)
+
+    def recall(self, anchor: str, role: str, claim: Claim, dtype: torch.dtype) -> Tensor:
         if anchor not in self.seen:
             raise fail("E209", f"'{role}' of {claim.site.name} cannot be reached in torch")
-        return self.seen[anchor]
+        return self.seen[anchor].to(dtype)
 
     def given_mask(self) -> Tensor:
         if self.mask is None:
@@ -201,7 +203,9 @@ class Attached(nn.Module):
         """A definition's value. Half-precision models compute their modules in float32, as they are trained."""
         wide = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
         interpreter = TorchInterpreter(self.training, wide)
-        lifted = {k: v.to(wide.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()}
+        lifted = {
+            k: v.to(wide.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()
+        }
         result = interpreter.evaluate(claim.effects[effect], self.scope(claim, interpreter, **lifted))
         if not isinstance(result, Tensor):
             result = torch.as_tensor(result, dtype=wide.dtype, device=wide.device)

@@ -69,7 +69,9 @@ _model = click.argument("model")
 _spec = click.argument("spec", type=click.Path(dir_okay=False))
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 _quiet = click.option("--quiet", "-q", is_flag=True, help="Say warnings and errors only.")
-_architecture = click.option("--architecture", metavar="CLASS", help="A class of transformers, in place of the config's.")
+_architecture = click.option(
+    "--architecture", metavar="CLASS", help="A class of transformers, in place of the config's."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -179,7 +181,7 @@ def _parameters(site: Any) -> str:
     return names
 
 
-def _table(rows: list[tuple[str, ...]]) -> None:
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -132,9 +132,9 @@ def check_arrays(plan: Plan, weights: Mapping[str, Array]) -> dict[str, Array]:
     Raises:
         PeltError: E402, E403, E404.
     """
-    from safetensors.numpy import save_file
-
     import tempfile
+
+    from safetensors.numpy import save_file
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / ADAPTER

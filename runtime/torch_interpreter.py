@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,11 +64,20 @@ _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+def _apply(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
 def _skew(x: Tensor, n: int) -> Tensor:
     rows, columns = torch.triu_indices(n, n, 1, device=x.device)
     upper = x.new_zeros(*x.shape[:-1], n, n)
     upper[..., rows, columns] = x
     return upper - upper.transpose(-1, -2)
+
+
+def _block_diagonal(x: Tensor) -> Tensor:
+    result: Tensor = torch.block_diag(*x)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _mean_seq(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -87,11 +97,12 @@ def _concat(tensors: list[Tensor], axis: int) -> Tensor:
 _MEANING: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b, "subtract": lambda a, b: a - b, "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b, "power": lambda a, b: a**b, "negate": lambda x: -x, "matmul": lambda a, b: a @ b,
-    "linear": lambda x, weight, bias: F.linear(x, weight, bias), "einsum": lambda operands, equation: torch.einsum(equation, *operands),
+    "linear": lambda x, weight, bias: F.linear(x, weight, bias),
+    "einsum": lambda operands, equation: torch.einsum(equation, *operands),
     "kron": lambda a, b: torch.kron(a, b), "inverse": lambda x: torch.linalg.inv(x), "skew": _skew,
-    "block_diagonal": lambda x: torch.block_diag(*x),
+    "block_diagonal": lambda x: _block_diagonal(x),
     "norm2": lambda x, axis: torch.linalg.vector_norm(x, dim=axis, keepdim=True),
-    **{name: (lambda f: lambda x: f(x))(f) for name, f in _ACTIVATION.items()},
+    **{name: partial(_apply, f) for name, f in _ACTIVATION.items()},
     "activation": lambda x, name: _ACTIVATION[name](x),
     "exp": lambda x: torch.exp(x), "log": lambda x: torch.log(x), "sqrt": lambda x: torch.sqrt(x),
     "abs": lambda x: torch.abs(x), "softmax": lambda x, axis: torch.softmax(x, axis), "detach": lambda x: x.detach(),

@@ -53,9 +53,7 @@ def load_model(base: Base) -> Any:
 
     with quiet():
         cls = getattr(transformers, base.architecture)
-        model, report = cls.from_pretrained(
-            base.folder, dtype=getattr(torch, base.precision), output_loading_info=True
-        )
+        model, report = cls.from_pretrained(base.folder, dtype=getattr(torch, base.precision), output_loading_info=True)
     if report["missing_keys"]:
         from peltc.compiler.base import missing_weights
 
@@ -88,7 +86,9 @@ def compare(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:
             if name not in expected:
                 raise fail("E702", f"PyTorch gives no output '{name}'", Place(str(session.folder)))
             if array.shape != expected[name].shape:
-                raise fail("E702", f"'{name}' has the shape {list(array.shape)}, PyTorch's {list(expected[name].shape)}")
+                raise fail(
+                    "E702", f"'{name}' has the shape {list(array.shape)}, PyTorch's {list(expected[name].shape)}"
+                )
             difference = np.abs(array.astype(np.float64) - expected[name].astype(np.float64))
             figures.append(
                 {
@@ -105,10 +105,12 @@ def compare(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:
 
 def worst(figures: list[dict[str, Any]]) -> float:
     """The largest relative difference."""
-    return max(f["difference"] / max(f["reference"], 1e-30) for f in figures)
+    return max(float(f["difference"]) / max(float(f["reference"]), 1e-30) for f in figures)
 
 
-def verify_folder(folder: Path, plan: Plan, base: Base, tensors: Mapping[str, Array], location: str = "") -> dict[str, Any]:
+def verify_folder(
+    folder: Path, plan: Plan, base: Base, tensors: Mapping[str, Array], location: str = ""
+) -> dict[str, Any]:
     """Hold an artifact against PyTorch.
 
     Returns:

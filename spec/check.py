@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from peltc.spec.diagnostics import Diagnostic, PeltError
-from peltc.spec.dims import Dim
+from peltc.spec.dims import Dim, Size
 from peltc.spec.formula import Conditional, Deferred, EvaluationError
 from peltc.spec.method import Method
 from peltc.spec.shapes import Shape, ShapeInterpreter, broadcast
@@ -35,7 +37,7 @@ def check_method(method: Method, options: dict[str, Any]) -> list[Diagnostic]:
         sizes |= {"in": sizes["d"], "out": sizes["d"]}
     constants = {**options, **sizes, "biased": True, "index": 0, "count": Dim.of("count")}
     interpreter = ShapeInterpreter()
-    values, expected = symbolic_shapes(method, sizes)
+    values, expected = site_shapes(method.site, sizes)
     findings = []
     for parameter in method.parameters:
         try:
@@ -47,41 +49,49 @@ def check_method(method: Method, options: dict[str, Any]) -> list[Diagnostic]:
             findings.append(Diagnostic("E310", f"the size of '{parameter.name}': {error}", method.place))
     scope: dict[str, Any] = {**values, **constants, "norm": lambda z: z}
     for name, expr in method.let:
-        scope[name] = Deferred(lambda e=expr: interpreter.evaluate(e, scope))
+        scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
     for name, expr in method.effects:
         try:
             found = interpreter.evaluate(expr, scope)
             found = found if isinstance(found, Shape) else Shape(())
             wanted = expected[name]
-            if name in ("delta", "output", "input", "weight", "bias") and not isinstance(expr, Conditional):
-                if broadcast(found, wanted).dims != wanted.dims:
-                    findings.append(
-                        Diagnostic("E310", f"'{name}' of '{method.name}' has the shape {found}", method.place,
-                                   f"the shape {wanted}")  # fmt: skip
-                    )
+            elementwise = method.site not in ("attention", "embedding") and not isinstance(expr, Conditional)
+            if elementwise and broadcast(found, wanted).dims != wanted.dims:
+                message = f"'{name}' of '{method.name}' has the shape {found}"
+                findings.append(Diagnostic("E310", message, method.place, f"the shape {wanted}"))
         except Exception as error:
             findings.append(Diagnostic("E310", f"'{name}' of '{method.name}': {error}", method.place))
     return findings
 
 
-def symbolic_shapes(method: Method, sizes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Shape]]:
-    """Shapes of a site's values and of what each definition must yield, `B`, `S` and `T` being symbols."""
+def site_shapes(
+    kind: str, sizes: Mapping[str, Any], label: str = "the site", width: Size | str = "width"
+) -> tuple[dict[str, Any], dict[str, Shape]]:
+    """Shapes of a site's values, and of what each definition must yield there.
+
+    Args:
+        kind: the kind of site.
+        sizes: `in` and `out`, or `d`, or `heads`, `kv_heads` and `head_dim`: numbers or symbols.
+        label: the site, for messages.
+        width: the model's, which is that of the layer's input.
+
+    Returns:
+        Values by name and definitions by name; `B`, `S`, `T` and `P` are symbols in both.
+    """
     B, S, T = Dim.of("B"), Dim.of("S"), Dim.of("T")
     mask = Shape((B, S), "attention mask")
-    if method.site == "attention":
+    h = Shape((B, S, Dim.of(width)), "layer input")
+    if kind == "attention":
         keys = Shape((B, sizes["kv_heads"], T, sizes["head_dim"]), "keys and values")
         queries = Shape((B, sizes["heads"], S, sizes["head_dim"]), "queries")
-        return {"q": queries, "k": keys, "v": keys, "mask": mask}, {"keys": keys, "values": keys}
-    if method.site == "embedding":
+        return {"q": queries, "k": keys, "v": keys, "mask": mask, "h": h}, {"keys": keys, "values": keys}
+    if kind == "embedding":
         return {}, {"prepend": Shape((Dim.of("P"), sizes["d"]), "[length, d]")}
-    inputs = sizes.get("in", sizes.get("d"))
-    outputs = sizes.get("out", sizes.get("d"))
-    x, y = Shape((B, S, inputs), "the site's input"), Shape((B, S, outputs), "the site's output")
-    weight = Shape((outputs, inputs) if method.site == "linear" else (outputs,), "the site's weight")
-    bias = Shape((outputs,), "the site's bias")
-    values = {"x": x, "y": y, "mask": mask, "h": Shape((B, S, Dim.of("width")), "layer input")}
-    if method.site in ("linear", "norm"):
-        values |= {"W": weight, "b": bias}
-    if method.site == "block":
-        values["r"] = Shape(y.dims, "residual stream")
+    inputs: Any = sizes.get("in", sizes.get("d"))
+    outputs: Any = sizes.get("out", sizes.get("d"))
+    x, y = Shape((B, S, inputs), f"input of {label}"), Shape((B, S, outputs), f"output of {label}")
+    weight = Shape((outputs, inputs) if kind == "linear" else (outputs,), f"weight of {label}")
+    bias = Shape((outputs,), f"bias of {label}")
+    values = {"x": x, "y": y, "mask": mask, "h": h}
+    values |= {"r": Shape(y.dims, "residual stream")} if kind == "block" else {"W": weight, "b": bias}
     return values, {"input": x, "delta": y, "output": y, "weight": weight, "bias": bias}

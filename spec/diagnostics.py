@@ -25,6 +25,9 @@ class Place:
         return "  ".join(part for part in (where, self.key) if part)
 
 
+NOWHERE = Place()
+
+
 @dataclass(frozen=True)
 class Diagnostic:
     """One finding.
@@ -39,7 +42,7 @@ class Diagnostic:
 
     code: str
     message: str
-    place: Place = Place()
+    place: Place = NOWHERE
     expected: str = ""
     hint: str = ""
 

@@ -60,7 +60,8 @@ class Dim:
         divisor = Dim.of(other)
         if len(divisor.terms) != 1:
             raise ValueError(f"cannot divide {self} by {divisor}")
-        (names, factor), terms = divisor.terms[0], {}
+        names, factor = divisor.terms[0]
+        terms: dict[Monomial, int] = {}
         for monomial, x in self.terms:
             rest = list(monomial)
             missing = [name for name in names if name not in rest or rest.remove(name)]  # type: ignore[func-returns-value]

@@ -123,11 +123,10 @@ def read(path: str | Path) -> Document:
 
 def _check_depth(text: str, path: str) -> None:
     """Refuse what would cost more than a spec is worth before any tree is built: depth, size, aliases, tags."""
-    depth = nodes = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    depth = 0
+    for nodes, event in enumerate(yaml.parse(text, Loader=_Loader)):
         mark = event.start_mark
         place = Place(path, mark.line + 1, mark.column + 1) if mark else Place(path)
-        nodes += 1
         if nodes > MAX_NODES:
             raise fail("E104", "the document has too many nodes", place, f"at most {MAX_NODES:,}")
         if isinstance(event, yaml.AliasEvent):
@@ -139,7 +138,7 @@ def _check_depth(text: str, path: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if getattr(event, "tag", None) is not None:
-            raise fail("E103", f"tag '{event.tag}'", place, "a document without tags")
+            raise fail("E103", f"tag '{getattr(event, 'tag', None)}'", place, "a document without tags")
 
 
 def _build(

@@ -160,8 +160,8 @@ class _Reader:
                 return Call(_COMPARE[type(op)], (sub(left), sub(right)), (), text)
             case ast.BoolOp(op=op, values=[first, *rest]):
                 result, name = sub(first), "and" if isinstance(op, ast.And) else "or"
-                for value in rest:
-                    result = Call(name, (result, sub(value)), (), text)
+                for operand in rest:
+                    result = Call(name, (result, sub(operand)), (), text)
                 return result
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 known = (*FUNCTIONS, *self.functions)

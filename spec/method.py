@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
+from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.document import Document
 from peltc.spec.document import parse as parse_document
 from peltc.spec.formula import Call, Expr, Name, calls, names, parse
@@ -92,7 +92,7 @@ class Method:
     effects: tuple[tuple[str, Expr], ...]
     start: str = ""
     notes: str = ""
-    place: Place = Place()
+    place: Place = NOWHERE
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -226,18 +226,41 @@ def build(document: Document, name: str, keys: tuple[str | int, ...] = ()) -> Me
     )
 
 
-@cache
-def shipped() -> dict[str, Method]:
-    """The methods that come with the compiler, by name."""
-    from peltc.spec.schema import validate
+class _Shipped(Mapping[str, Method]):
+    """The method files, each read when first asked for: a spec names few of them."""
 
-    methods = {}
-    for file in sorted(resources.files("peltc.spec.methods").iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".yaml"):
-            document = parse_document(file.read_text(encoding="utf-8"), file.name)
+    def __init__(self) -> None:
+        files = resources.files("peltc.spec.methods").iterdir()
+        self.files = {f.name.removesuffix(".yaml"): f for f in sorted(files, key=lambda f: f.name) if _is_yaml(f.name)}
+        self.read: dict[str, Method] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, name: str) -> Method:
+        if name not in self.read:
+            from peltc.spec.schema import validate
+
+            document = parse_document(self.files[name].read_text(encoding="utf-8"), self.files[name].name)
             validate(document, "method")
-            methods[document.tree["method"]] = build(document, document.tree["method"])
-    return methods
+            if document.tree["method"] != name:
+                message = f"the file is called '{name}' and its method '{document.tree['method']}'"
+                raise PeltError(Diagnostic("E201", message, document.place("method"), "one name"))
+            self.read[name] = build(document, name)
+        return self.read[name]
+
+
+def _is_yaml(name: str) -> bool:
+    return name.endswith(".yaml")
+
+
+@cache
+def shipped() -> Mapping[str, Method]:
+    """The methods that come with the compiler, by name."""
+    return _Shipped()
 
 
 def initialiser(expr: Expr) -> tuple[str, tuple[Expr, ...]] | None:

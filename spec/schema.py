@@ -61,10 +61,15 @@ def option_schema(option: Option) -> dict[str, Any]:
     return {**described, **default, "anyOf": [one, {"type": "array", "minItems": 1, "items": one}]}
 
 
-def spec_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
-    """The schema of a spec in which `methods` can be named."""
+def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = None) -> dict[str, Any]:
+    """The schema of a spec in which `methods` can be named.
+
+    Args:
+        named: the methods that the document at hand names, where the others' options need not be spelt out.
+    """
     cases = []
-    for name, method in methods.items():
+    for name in methods if named is None else [n for n in methods if n in set(named)]:
+        method = methods[name]
         properties = {"method": {"const": name, "description": method.title}, **_COMMON}
         properties |= {option.name: option_schema(option) for option in method.options}
         cases.append(
@@ -126,7 +131,10 @@ def validate(document: Document, schema: str | Mapping[str, Any]) -> None:
 
 def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic]:
     keys = tuple(error.absolute_path)
-    place, value, rule = document.place(*keys), error.instance, error.validator_value
+    place = document.place(*keys)
+    value: Any = error.instance
+    rule: Any = error.validator_value
+    within: Any = error.schema
     match error.validator:
         case "anyOf" if error.context:
             yield from _best_branch(document, error)
@@ -134,8 +142,8 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
             for inner in error.context or ():
                 yield from _diagnose(document, inner)
         case "additionalProperties":
-            known = [k for k in error.schema.get("properties", {}) if k not in value]
-            for key in _extra(value, error.schema):
+            known = [k for k in within.get("properties", {}) if k not in value]
+            for key in _extra(value, within):
                 where = document.place(*keys, key)
                 yield Diagnostic("E110", f"unknown key '{key}'", where, one_of(sorted(known)), nearest(key, known))
         case "required":
@@ -156,7 +164,7 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
             )
             yield Diagnostic("E114", f"{_show(value)} is out of range", place, f"a number {bound} {rule}")
         case "pattern":
-            wanted = error.schema.get("description", f"text that matches {rule}")
+            wanted = within.get("description", f"text that matches {rule}")
             yield Diagnostic("E115", f"{_show(value)} does not have the right form", place, wanted)
         case "minItems" | "minLength" | "minProperties":
             yield Diagnostic("E115", "there is nothing here", place, f"at least {rule}")
@@ -170,7 +178,9 @@ def _best_branch(document: Document, error: ValidationError) -> Iterator[Diagnos
     for inner in error.context or ():
         branches.setdefault(int(inner.schema_path[0]), []).append(inner)
     if all(e.validator == "required" for inner in branches.values() for e in inner):
-        wanted = " or ".join(f"'{key}'" for inner in branches.values() for e in inner for key in e.validator_value)
+        wanted = " or ".join(
+            f"'{key}'" for inner in branches.values() for e in inner for key in _words(e.validator_value)
+        )
         yield Diagnostic("E111", f"one of the keys {wanted} is missing", document.place(*error.absolute_path))
         return
     depth = len(error.absolute_path)
@@ -189,6 +199,10 @@ def _best_branch(document: Document, error: ValidationError) -> Iterator[Diagnos
         return
     for inner in chosen:
         yield from _diagnose(document, inner)
+
+
+def _words(rule: Any) -> list[str]:
+    return [str(word) for word in rule]
 
 
 def _extra(value: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterable[str]:

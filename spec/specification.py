@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail
 from peltc.spec.document import Document, parse, read
 from peltc.spec.method import Method, build, shipped
 from peltc.spec.schema import RESERVED, spec_schema, validate
@@ -37,7 +38,7 @@ class Attachment:
     expect: int | None = None
     mode: str | None = None
     after: str = ""
-    place: Place = Place()
+    place: Place = NOWHERE
 
 
 @dataclass(frozen=True)
@@ -86,23 +87,27 @@ def build_spec(document: Document, text: str = "") -> Spec:
     tree = document.tree
     if not isinstance(tree, dict):
         raise fail("E112", "the spec is not a mapping", document.place(), "a mapping with the keys 'pelt' and 'attach'")
-    known = dict(shipped())
+    known: Mapping[str, Method] = shipped()
     own = tree.get("methods") or {}
     if isinstance(own, dict) and own:
         validate(document, {"properties": {"methods": spec_schema({})["properties"]["methods"]}})
         findings: list[Diagnostic] = []
+        added: dict[str, Method] = {}
         for name in own:
             if name in known:
                 place = document.place("methods", name)
                 findings.append(Diagnostic("E201", f"there is a shipped method '{name}'", place, "a name of its own"))
                 continue
             try:
-                known[name] = build(document, name, ("methods", name))
+                added[name] = build(document, name, ("methods", name))
             except PeltError as error:
                 findings.extend(error.diagnostics)
         if findings:
             raise PeltError(findings)
-    validate(document, spec_schema(known))
+        known = ChainMap(added, known)  # type: ignore[arg-type]
+    entries = tree.get("attach")
+    named = [e.get("method") for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+    validate(document, spec_schema(known, [name for name in named if isinstance(name, str)]))
     attach = tuple(_attachment(document, i, entry, known) for i, entry in enumerate(tree["attach"]))
     _check_names(attach)
     deploy = tree.get("deploy") or {}
@@ -146,7 +151,7 @@ def _check_names(attach: tuple[Attachment, ...]) -> None:
                     f"no attachment '{entry.after}' stands before this one",
                     entry.place,
                     "the name of an earlier attachment",
-                )  # fmt: skip
+                )
             )
         if entry.name in seen:
             findings.append(

@@ -19,7 +19,9 @@ def row_of(method: Method) -> dict[str, str]:
     return {
         "intra_connectivity": _intra(method),
         "inter_connectivity": "dynamic" if _gated(method) else "fixed",
-        "parameters_adapted": "reparameterisation" if {"weight", "bias"} & set(effects) or _low_rank(method) else "addition",
+        "parameters_adapted": "reparameterisation"
+        if {"weight", "bias"} & set(effects) or _low_rank(method)
+        else "addition",
         "parameter_sharing": _sharing(method),
         "input_type": _input(method, reads),
         "insertion_form": "sequential" if ("y" in reads or "input" in effects or method.site == "norm") else "parallel",
@@ -104,7 +106,9 @@ def _integration(method: Method, effects: dict[str, Expr]) -> str:
         return "scaled addition" if scaled else "direct addition"
     if {"output", "input"} & set(effects):
         rescales = any(
-            isinstance(node, Call) and node.function == "multiply" and any(isinstance(a, Name) and a.id in ("x", "y") for a in node.args)
+            isinstance(node, Call)
+            and node.function == "multiply"
+            and any(isinstance(a, Name) and a.id in ("x", "y") for a in node.args)
             for expr in effects.values()
             for node in walk(expr)
         )

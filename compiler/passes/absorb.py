@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,9 @@ def fold_map(
             if name in claim.effects:
                 state[key] = np.asarray(numeric.evaluate(claim.effects[name], scope(claim, numeric)), np.float32)
     W_now, b_now = state["W"], state["b"]
-    plain = set(x.maps) == {"x"} and x.maps["x"].matrix is None and np.all(x.maps["x"].diagonal == 1) and x.offset is None
+    plain = (
+        set(x.maps) == {"x"} and x.maps["x"].matrix is None and np.all(x.maps["x"].diagonal == 1) and x.offset is None
+    )
     late = [c for c in claims if {"delta", "output"} & set(c.effects)]
     if plain and not late:
         return W_now, b_now
@@ -143,7 +146,7 @@ def _substitute(value: Any, x: Affine, y: Affine | None) -> Affine:
         outer = value.maps.get(source)
         if outer is None or inner is None:
             continue
-        moved = inner.apply(lambda m, o=outer: _compose(m, o), lambda c, o=outer: _move(c, o))
+        moved = inner.apply(partial(_compose, outer=outer), partial(_move, outer=outer))
         result = result.plus(moved)
     return result
 

@@ -40,13 +40,16 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, Folded], table: Base 
                 value.replace_all_uses_with(bound[key])
                 continue
             dtype = ir.DataType.from_numpy(stored.dtype)
-            tensor = ir.ExternalTensor(stored.file.name, stored.offset, stored.length, dtype,
-                                       shape=ir.Shape(stored.shape), name=name, base_dir=stored.file.parent)  # fmt: skip
+            file, shape = stored.file, ir.Shape(stored.shape)
+            tensor = ir.ExternalTensor(file.name, stored.offset, stored.length, dtype, shape=shape, name=name,
+                                       base_dir=file.parent)  # fmt: skip
             bound[key] = value
         computed = value.dtype or tensor.dtype
         if stored.dtype != computed.numpy():
             # The cast stays where a fold made it a formality, so that a folded graph has the base's own nodes.
-            held = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            held = ir.Value(
+                name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             value.name = f"{name}.computed"
             cast = ir.node("Cast", [held], attributes={"to": computed.value}, name=value.name)
             replaced = cast.outputs[0]
@@ -72,7 +75,9 @@ def add_biases(model: ir.Model, biases: Mapping[str, tuple[str, Folded]]) -> Non
     for written, (label, folded) in biases.items():
         y = values[written]
         tensor = ir.tensor(folded.array, name=label)
-        bias = ir.Value(name=label, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        bias = ir.Value(
+            name=label, shape=ir.Shape(folded.array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         model.graph.register_initializer(bias)
         uses = tuple(y.uses())
         node = ir.node("Add", [y, bias], name=f"{label}.add")

@@ -10,6 +10,7 @@ gives the base graph back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import onnx_ir as ir
 
 from peltc.compiler.anatomy import Rows, Site
 from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
-from peltc.compiler.plan import Claim, site_shapes
+from peltc.compiler.plan import Claim
+from peltc.spec.check import site_shapes
 from peltc.spec.diagnostics import fail
 from peltc.spec.dims import Dim, simplify
 from peltc.spec.formula import Deferred, Expr
@@ -72,8 +74,8 @@ class _Inserter:
         found: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
         for role in ("x", "y", "r", "h", "q", "k", "v"):
             if claim.site.values.get(role):
-                found[role] = Deferred(lambda role=role: self.current(claim.site.values[role]))
-        found["mask"] = Deferred(lambda: self.mask(interpreter))
+                found[role] = Deferred(partial(self.current, claim.site.values[role]))
+        found["mask"] = Deferred(partial(self.mask, interpreter))
         return claim.scope(found | values, interpreter)
 
     def mask(self, interpreter: OnnxInterpreter) -> ir.Value:
@@ -127,7 +129,9 @@ class _Inserter:
         if apart:
             last = next(c for c in claims if "input" in c.effects)
             emitter = self.emitter(last, y)
-            new = emitter.node("MatMul", [x, self.oriented(self.rows(site, self.full_weight(site, emitter), emitter), emitter)])
+            new = emitter.node(
+                "MatMul", [x, self.oriented(self.rows(site, self.full_weight(site, emitter), emitter), emitter)]
+            )
             bias = site.parameters.get("bias")
             if bias:
                 new = emitter.node("Add", [new, self.rows(site, self.weights.get(bias, self.values[bias]), emitter)])
@@ -279,7 +283,8 @@ class _Inserter:
         total = self.values[site.values["masked"]].producer()
         context = self.values[site.values["context"]]
         assert total is not None
-        mask = next(v for v in total.inputs if v is not None and v.name == site.values["mask"] or v in self.widened)
+        widened = set(self.extended.values())
+        mask = next(v for v in total.inputs if v is not None and (v.name == site.values["mask"] or v in widened))
         origin, fill = _mask_origin(mask)
         emitter = self.emitter(claim, mask)
         wider = self.wider(origin, fill, positions, emitter)
@@ -287,10 +292,6 @@ class _Inserter:
         for use in tuple(context.uses()):
             if use.node.op_type == "Where" and use.idx > 0 and (rows := use.node.inputs[0]) is not None:
                 _swap(use.node, rows, self.rebuilt(origin, rows, wider, positions, emitter))
-
-    @property
-    def widened(self) -> set[ir.Value]:
-        return set(self.extended.values())
 
     def wider(self, origin: ir.Value, fill: float, positions: int, emitter: Emitter) -> ir.Value:
         """A mask [..., T] as [..., P + T]."""
@@ -301,14 +302,18 @@ class _Inserter:
             shape = emitter.node("Concat", [lead, emitter.integers([positions])], {"axis": 0})
             shape.type = lead.type
             kind = origin.dtype or ir.DataType.FLOAT
-            constant = emitter.constant(np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy()))
+            constant = emitter.constant(
+                np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy())
+            )
             constant.type = ir.TensorType(kind)
             block = emitter.node("Expand", [constant, shape])
             self.extended[key] = emitter.node("Concat", [block, origin], {"axis": -1})
             self.extended[key].type = origin.type
         return self.extended[key]
 
-    def rebuilt(self, origin: ir.Value, target: ir.Value, wider: ir.Value, positions: int, emitter: Emitter) -> ir.Value:
+    def rebuilt(
+        self, origin: ir.Value, target: ir.Value, wider: ir.Value, positions: int, emitter: Emitter
+    ) -> ir.Value:
         """What was derived from a mask, derived from the wider one; shared by the layers that share the mask."""
         key = (origin, target, positions)
         if key not in self.extended:
@@ -322,12 +327,14 @@ class _Inserter:
 def added_positions(claim: Claim, expr: Expr) -> int:
     """By how many positions a definition of keys or values makes them longer."""
     shapes = ShapeInterpreter()
-    values, _ = site_shapes(claim.site, claim.method)
+    values, _ = site_shapes(claim.site.kind, claim.site.sizes)
     values |= {name: Shape(t.shape) for name, t in claim.tensors.items()}
     found = shapes.evaluate(expr, claim.scope(values, shapes))
     more = simplify(Dim.of(found.dims[-2]) - Dim.of("T"))
     if not isinstance(more, int) or more < 0:
-        raise fail("E310", f"'{expr.text}' gives {found.dims[-2]} keys", expected="the keys there are, and more before them")
+        raise fail(
+            "E310", f"'{expr.text}' gives {found.dims[-2]} keys", expected="the keys there are, and more before them"
+        )
     return more
 
 

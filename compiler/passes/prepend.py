@@ -29,13 +29,11 @@ def prepend(model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array]) 
     marks = {"pelt.attachment": claim.attachment, "pelt.method": claim.method.name, "pelt.site": claim.site.name}
     emitter = Emitter(graph, embedded.dtype or ir.DataType.FLOAT, f"pelt.{claim.attachment}", marks)
     numeric = NumericInterpreter()
-    tokens = np.concatenate(
-        [
-            np.asarray(numeric.evaluate(c.effects["prepend"], c.scope({n: tensors[t.name] for n, t in c.tensors.items()},
-                                                                      numeric)), np.float32)
-            for c in claims
-        ]
-    )  # fmt: skip
+    parts = []
+    for c in claims:
+        scope = c.scope({name: tensors[t.name] for name, t in c.tensors.items()}, numeric)
+        parts.append(np.asarray(numeric.evaluate(c.effects["prepend"], scope), np.float32))
+    tokens = np.concatenate(parts)
     length = len(tokens)
 
     shapes = [output.shape for output in graph.outputs]
@@ -60,11 +58,11 @@ def prepend(model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array]) 
             wide = _before(value, emitter.constant(fill, value.name), ids, [1, length], emitter)
             replace_uses(value, wide, emitter.added, graph)
     graph.inputs[graph.inputs.index(embedded)] = ids
-    for i, (output, shape) in enumerate(zip(list(graph.outputs), shapes, strict=True)):
-        if shape is not None and len(shape) > 1 and str(shape[1]) == "sequence":
+    for i, (output, before) in enumerate(zip(list(graph.outputs), shapes, strict=True)):
+        if before is not None and len(before) > 1 and str(before[1]) == "sequence":
             cut = emitter.node("Slice", [output, *(emitter.integers([n]) for n in (length, 2**62, 1))])
             cut.name, output.name = output.name, f"{output.name}.whole"
-            cut.shape, cut.type = shape, output.type
+            cut.shape, cut.type = before, output.type
             graph.outputs[i] = cut  # only what leaves the graph is cut; inside, everybody sees all positions
     graph.sort()
 
