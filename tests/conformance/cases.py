@@ -1,0 +1,105 @@
+"""What is attached in the conformance suite: every shipped method, in every variant that takes another path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+QV = ["attention.query", "attention.value"]
+BLOCK = "feed_forward.block"
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"method": "lora", "at": QV, "r": 4}],
+    "lora-everywhere": [{"method": "lora", "at": ["*attention.*", "feed_forward.*", "head"], "r": 2}],
+    "lora-rank-stabilised": [{"method": "lora", "at": QV, "r": 4, "rank_stabilised": True}],
+    "dora": [{"method": "dora", "at": QV, "r": 4}],
+    "adalora": [{"method": "adalora", "at": QV, "r": 4}],
+    "loha": [{"method": "loha", "at": QV, "r": 4}],
+    "lokr": [{"method": "lokr", "at": [*QV, "feed_forward.up"], "r": 2}],
+    "lokr-full": [{"method": "lokr", "at": QV, "r": 0}],
+    "vera": [{"method": "vera", "at": QV, "r": 16}],
+    "ia3": [
+        {"method": "ia3", "at": ["attention.key", "attention.value"]},
+        {"method": "ia3", "name": "ia3_ff", "at": "feed_forward.down", "position": "input"},
+    ],
+    "bitfit": [{"method": "bitfit", "at": ["*attention.*", "feed_forward.*"]}],
+    "norm_tuning": [{"method": "norm_tuning", "at": "*norm"}],
+    "bottleneck": [{"method": "bottleneck", "at": ["*attention.block", BLOCK], "reduction": 4}],
+    "bottleneck-sum": [{"method": "bottleneck", "at": BLOCK, "reads": "sum", "size": 6, "activation": "gelu"}],
+    "bottleneck-normed": [{"method": "bottleneck", "at": BLOCK, "reads": "normed", "reduction": 4}],
+    "bottleneck-layer": [{"method": "bottleneck", "at": "layer", "reduction": 4, "activation": "silu"}],
+    "bottleneck-linear": [{"method": "bottleneck", "at": BLOCK, "reduction": 4, "activation": "identity"}],
+    "parallel_adapter": [{"method": "parallel_adapter", "at": BLOCK, "reduction": 4}],
+    "parallel_adapter-residual": [{"method": "parallel_adapter", "at": BLOCK, "reduction": 4, "reads": "residual"}],
+    "compacter": [{"method": "compacter", "at": ["*attention.block", BLOCK], "reduction": 4, "n": 2}],
+    "linear_adapter": [{"method": "linear_adapter", "at": ["attention.output", "feed_forward.down"], "size": 4}],
+    "prefix": [{"method": "prefix", "at": "*attention", "length": 3, "hidden": 8}],
+    "prefix-flat": [{"method": "prefix", "at": "attention", "length": 3, "reparameterise": False, "layers": [1]}],
+    "prompt": [{"method": "prompt", "at": "embedding.word", "length": 3}],
+    "oft": [{"method": "oft", "at": QV, "block": 8}],
+    "oft-exact": [{"method": "oft", "at": QV, "block": 8, "neumann": False}],
+    "several": [
+        {"method": "lora", "at": ["attention.*", "feed_forward.*"], "r": 2},
+        {"method": "bottleneck", "at": BLOCK, "reduction": 4},
+        {"method": "prefix", "at": "attention", "length": 2, "reparameterise": False},
+        {"method": "norm_tuning", "at": "*norm"},
+    ],
+    "several-at-one-site": [
+        {"method": "lora", "at": QV, "r": 2},
+        {"method": "lora", "name": "second", "at": "attention.query", "r": 3},
+        {"method": "ia3", "at": "attention.query", "after": "second"},
+        {"method": "ia3", "name": "values", "at": "attention.value", "after": "lora"},
+    ],
+    "own-nonlinear": [{"method": "bend", "at": QV, "s": 0.5}],
+    "own-affine": [{"method": "shear", "at": QV}],
+}
+
+OWN: dict[str, Any] = {
+    "bend": {
+        "title": "A user's own, which stays in the graph",
+        "source": "these tests",
+        "site": "linear",
+        "options": {"s": {"type": "number", "default": 1.0}},
+        "parameters": {"A": {"shape": ["out", "in"], "init": "zeros"}},
+        "delta": "s * tanh(linear(x, A))",
+    },
+    "shear": {
+        "title": "A user's own, which folds by itself",
+        "source": "these tests",
+        "site": "linear",
+        "parameters": {"u": {"shape": ["out"], "init": "zeros"}, "A": {"shape": ["out", "in"], "init": "zeros"}},
+        "output": "y * (1 + u) - 2 * linear(x, A) + u",
+    },
+}
+
+FOLDS = {
+    "lora", "lora-everywhere", "lora-rank-stabilised", "dora", "adalora", "loha", "lokr", "lokr-full", "vera", "ia3",
+    "norm_tuning", "oft", "oft-exact", "several-at-one-site", "own-affine", "lora", "bottleneck-linear",
+    "linear_adapter", "bitfit",
+}  # fmt: skip
+"""Cases whose effect is affine: nothing of them stays in the graph."""
+
+NEED_BIAS = {"bitfit", "linear_adapter", "bottleneck-linear", "own-affine"}
+"""Of these, cases that change biases: a map without one gets one, in one more addition."""
+
+
+def spec(case: str, family: str, mode: str = "fold", precision: str = "checkpoint") -> dict[str, Any]:
+    """The content of a spec."""
+    entries = [dict(entry) for entry in CASES[case]]
+    for entry in entries:
+        if entry["method"] == "prompt" and family == "t5":
+            entry["at"] = "encoder.embedding.word"
+    own = {entry["method"] for entry in entries} & set(OWN)
+    methods = {"methods": {name: OWN[name] for name in sorted(own)}} if own else {}
+    return {"pelt": 1, "attach": entries, **methods, "deploy": {"mode": mode, "precision": precision}}
+
+
+def tensors(plan: Any, scale: float = 0.1, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors for a plan: none is zero, and those that multiply lie around one."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for name, tensor in plan.tensors.items():
+        around = 1.0 if name.rsplit(".", 1)[1] in ("l", "m", "gain") else 0.0
+        found[name] = random.normal(around, scale, tensor.shape).astype(np.float32)
+    return found

@@ -1,0 +1,193 @@
+"""Every method on every model family, folded and static, against PyTorch; driven from the list of methods.
+
+A cell compiles with verification on, which holds ONNX Runtime's outputs against PyTorch's elementwise, and then looks
+at the graph: what folds leaves the base's operators as they were, what stays is marked, axes stay symbolic.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import models
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from peltc.compiler.base import open_base
+from peltc.compiler.pipeline import build
+from peltc.compiler.plan import Plan
+from peltc.runtime.compile import compile, plan_for
+from peltc.runtime.session import Session
+from peltc.runtime.verify import TOLERANCE, example, verify_folder
+from peltc.spec.diagnostics import PeltError
+from peltc.spec.method import shipped
+from peltc.spec.specification import Spec, load_spec
+
+CELLS = [pytest.param(family, case, marks=pytest.mark.xdist_group(family))
+         for family in models.FAMILIES for case in cases.CASES]  # fmt: skip
+
+
+def histogram(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+def bare(folder: Path, out: Path, precision: str = "checkpoint", variant: str = "ids") -> ir.Model:
+    """The base compiled with nothing attached."""
+    base = open_base(folder, precision=precision, variant=variant)
+    out.mkdir(parents=True, exist_ok=True)
+    build(Plan(Spec("base", ()), base.fingerprint, ()), base, {}, out)
+    return ir.load(out / "model.onnx")
+
+
+def test_every_shipped_method_has_a_case() -> None:
+    used = {entry["method"] for entries in cases.CASES.values() for entry in entries}
+    assert set(shipped()) <= used
+
+
+@pytest.mark.parametrize(("family", "case"), CELLS)
+def test_cell(
+    family: str, case: str, model_folder: Callable[..., Path], tmp_path: Path, figures: Callable[[str, float], None]
+) -> None:
+    folder = model_folder(family)
+    spec = load_spec(cases.spec(case, family))
+    plan, base = plan_for(spec, folder)
+    scale = 0.02 if family == "minilm" else 0.1
+    tensors = cases.tensors(plan, scale)
+    graphs, outputs = {}, {}
+    for mode in ("fold", "static"):
+        out = tmp_path / mode
+        manifest = compile(load_spec(cases.spec(case, family, mode)), folder, out, tensors)
+        found = manifest["verification"]
+        figures(f"{mode} against PyTorch, float32", found["worst"])
+        assert found["worst"] <= found["tolerance"]
+        assert manifest["weights"]["trained"] == sum(
+            a.size for n, a in tensors.items() if not plan.tensors[n].frozen
+        )
+        graphs[mode] = ir.load(out / "model.onnx")
+        outputs[mode] = Session(out)(**example(base, 3, 11, 4, seed=7))
+        check_axes(graphs[mode])
+    for name, folded in outputs["fold"].items():
+        static = outputs["static"][name]
+        error = float(np.abs(folded - static).max() / np.abs(static).max())
+        figures("folded against static, float32", error)
+        assert error <= max(TOLERANCE["float32"], 2 * (found["base_error"] or 0))
+
+    variant = "embeds" if plan.prepends else "ids"
+    base_graph = bare(folder, tmp_path / "bare", variant=variant)
+    if case in cases.FOLDS:
+        extra = histogram(graphs["fold"]) - histogram(base_graph)
+        unbiased = case in cases.NEED_BIAS and any("bias" not in c.site.parameters for c in plan.claims)
+        assert set(extra) <= ({"Add"} if unbiased else set())
+        assert not histogram(base_graph) - histogram(graphs["fold"])
+        assert all(m["absorbed"] for m in manifest_of(tmp_path / "fold")["modules"])
+    else:
+        assert any(m["reason"] for m in manifest_of(tmp_path / "fold")["modules"])
+    unmarked = Counter(n.op_type for n in graphs["static"].graph if not is_marked(n))
+    assert not unmarked - histogram(base_graph), "an inserted node is not marked"
+    planned = {p for claim in plan.claims for p in (claim.absorbed, *claim.site.parameters.values())}
+    for entry in manifest_of(tmp_path / "fold")["folded"]:
+        assert entry["parameter"].removesuffix(".pelt_bias") in planned | biases_of(base, planned)
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    from peltc.compiler.artifact import read_manifest
+
+    return read_manifest(folder)
+
+
+def biases_of(base: Any, weights: set[str]) -> set[str]:
+    """The biases of the maps with these weights."""
+    return {s.parameters["bias"] for s in base.anatomy if s.parameters.get("weight") in weights and "bias" in s.parameters}
+
+
+def is_marked(node: ir.Node) -> bool:
+    return "pelt.attachment" in node.metadata_props
+
+
+def check_axes(model: ir.Model) -> None:
+    """Batch and sequence are symbolic, at the inputs and at every output that has them."""
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        assert [str(size) for size in value.shape] in (["batch", "sequence"], ["batch", "target"])
+    for value in model.graph.outputs:
+        assert value.shape is not None
+        assert str(value.shape[0]) == "batch"
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.xdist_group(f)) for f in ("bert", "gpt2", "llama")])
+@pytest.mark.parametrize("case", ["lora", "dora", "ia3", "bottleneck", "prefix", "norm_tuning", "oft", "prompt"])
+@pytest.mark.parametrize("mode", ["fold", "static"])
+def test_half_precision(
+    family: str, case: str, mode: str, model_folder: Callable[..., Path], tmp_path: Path,
+    figures: Callable[[str, float], None],
+) -> None:  # fmt: skip
+    folder = model_folder(family, "float16")
+    spec = load_spec(cases.spec(case, family, mode))
+    plan, _ = plan_for(spec, folder)
+    found = compile(spec, folder, tmp_path / "out", cases.tensors(plan))["verification"]
+    figures(f"{mode} against PyTorch, float16", found["worst"])
+    assert found["worst"] <= max(TOLERANCE["float16"], 2 * (found["base_error"] or 0))
+
+
+@pytest.mark.parametrize("case", ["lora", "bottleneck", "prefix"])
+def test_bfloat16_is_computed_in_float32(
+    case: str, model_folder: Callable[..., Path], tmp_path: Path, figures: Callable[[str, float], None]
+) -> None:
+    folder = model_folder("llama", "bfloat16")
+    spec = load_spec(cases.spec(case, "llama"))
+    plan, base = plan_for(spec, folder)
+    manifest = compile(spec, folder, tmp_path / "out", cases.tensors(plan))
+    assert base.precision == "float32"
+    assert manifest["base"]["stored"] == "bfloat16"
+    figures("fold against PyTorch, stored bfloat16", manifest["verification"]["worst"])
+
+
+class TestWitnesses:
+    """Each comparison must be able to fail: what is compiled differs from what PyTorch runs, and is caught."""
+
+    def differs(
+        self, folder: Path, tmp_path: Path, case: str, mode: str, tamper: Callable[[Plan, dict[str, Any]], Any]
+    ) -> None:
+        spec = load_spec(cases.spec(case, "bert", mode))
+        plan, base = plan_for(spec, folder)
+        tensors = cases.tensors(plan)
+        changed_plan, changed = tamper(plan, dict(tensors))
+        tmp_path.mkdir(exist_ok=True)
+        build(changed_plan, base, changed, tmp_path)
+        with pytest.raises(PeltError, match="E701"):
+            verify_folder(tmp_path, plan, base, tensors)
+
+    @pytest.mark.parametrize("mode", ["fold", "static"])
+    def test_wrong_scale(self, model_folder: Callable[..., Path], tmp_path: Path, mode: str) -> None:
+        self.differs(model_folder("bert"), tmp_path, "lora", mode, lambda p, t: (p, {n: 1.01 * a for n, a in t.items()}))
+
+    @pytest.mark.parametrize("mode", ["fold", "static"])
+    def test_forgotten_site(self, model_folder: Callable[..., Path], tmp_path: Path, mode: str) -> None:
+        def forget(plan: Plan, tensors: dict[str, Any]) -> Any:
+            return Plan(plan.spec, plan.fingerprint, plan.claims[:-1]), tensors
+
+        self.differs(model_folder("bert"), tmp_path, "bottleneck", mode, forget)
+
+    def test_wrong_order(self, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+        def turn(plan: Plan, tensors: dict[str, Any]) -> Any:
+            return Plan(plan.spec, plan.fingerprint, plan.claims[::-1]), tensors
+
+        self.differs(model_folder("bert"), tmp_path, "several-at-one-site", "fold", turn)
+
+    def test_transposed_factor(self, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+        def transpose(plan: Plan, tensors: dict[str, Any]) -> Any:
+            return plan, {n: a.reshape(a.shape[::-1]).T if n.endswith(".A") else a for n, a in tensors.items()}
+
+        self.differs(model_folder("bert"), tmp_path, "lora", "fold", transpose)
+
+    def test_swapped_layers(self, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+        def swap(plan: Plan, tensors: dict[str, Any]) -> Any:
+            other = {n.replace("layers.0", "layers.x").replace("layers.1", "layers.0").replace("layers.x", "layers.1"): a
+                     for n, a in tensors.items()}  # fmt: skip
+            return plan, other
+
+        self.differs(model_folder("bert"), tmp_path, "bottleneck", "static", swap)

