@@ -17,6 +17,7 @@ import numpy as np
 from peltc.compiler.affine import Affine, AffineInterpreter, NotAffine
 from peltc.compiler.anatomy import Anatomy, Site
 from peltc.spec.check import site_shapes
+from peltc.spec.cost import Cost, cost_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.dims import Dim, shape_text, simplify
 from peltc.spec.formula import Call, Conditional, Deferred, EvaluationError, Expr, Name, is_static
@@ -77,6 +78,14 @@ class Claim:
             scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
         return scope
 
+    @property
+    def cost(self) -> Cost:
+        """What the claim costs in the graph; nothing where a weight takes it in."""
+        if self.absorbed:
+            return Cost()
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        return cost_of(self.site.kind, self.site.sizes, self.effects, self.method.let, self.constants, shapes)
+
     @cached_property
     def reads(self) -> set[str]:
         """Runtime names that the effects read, `let:` bindings resolved, branches not taken left out."""
@@ -118,12 +127,18 @@ class Plan:
         """The number of trained values."""
         return sum(int(np.prod(t.shape)) for t in self.tensors.values() if not t.frozen)
 
+    @property
+    def cost(self) -> Cost:
+        """What all claims cost in the graph."""
+        return sum((claim.cost for claim in self.claims), Cost())
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, for `pelt plan --json` and the manifest."""
         return {
             "name": self.spec.name,
             "base": self.fingerprint,
             "trained": self.trained(),
+            "cost": {"flops_per_token": self.cost.flops, "stored": self.cost.stored, "nodes": self.cost.nodes},
             "claims": [
                 {
                     "attachment": claim.attachment,

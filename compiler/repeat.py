@@ -96,15 +96,15 @@ class Stack:
         return self._pattern.sub(moved, text)
 
     def __str__(self) -> str:
-        unit = f"layers {self.prefix} to {self.length - 1}" if self.period == 1 else f"each {self.period} layers"
-        return f"{unit} of {self.path} are equal: {self.kept} of {self.length} exported"
+        how = "are equal" if self.period == 1 else f"repeat by {self.period}"
+        return f"layers {self.prefix} to {self.length - 1} of {self.path} {how}: {self.kept} of {self.length} exported"
 
 
 # the torch model
 
 
 def find_stacks(model: Any) -> list[Stack]:
-    """The lists of layers that are worth shortening, outermost first come."""
+    """The lists of layers that are worth shortening; of nested lists the outermost."""
     import torch
 
     names: dict[int, int] = {}
@@ -207,20 +207,29 @@ def same(one: Any, other: Any, apart: int = 0, seen: set[tuple[int, int]] | None
 
 
 @contextlib.contextmanager
-def shortened(model: Any, stacks: Sequence[Stack]) -> Iterator[None]:
-    """The model without the layers that its graph is grown by."""
-    removed: list[tuple[Any, dict[str, Any]]] = []
+def unchanged(model: Any) -> Iterator[None]:
+    """Put back every attribute, parameter and module of a model in the end: what `forward` keeps of a run on tensors
+    without memory, a table of positions say, would spoil the next."""
+    attributes = [vars(module) for module in model.modules()]
+    saved = [(table, dict(table)) for table in attributes]
+    saved += [(inner, dict(inner)) for table in attributes for inner in table.values() if isinstance(inner, dict)]
     try:
-        for stack in stacks:
-            layers = model.get_submodule(stack.path)._modules
-            tail = {key: layers[key] for key in list(layers)[stack.kept :]}
-            removed.append((layers, tail))
-            for key in tail:
-                del layers[key]
         yield
     finally:
-        for layers, tail in removed:
-            layers.update(tail)
+        for table, content in saved:
+            table.clear()
+            table.update(content)
+
+
+@contextlib.contextmanager
+def shortened(model: Any, stacks: Sequence[Stack]) -> Iterator[None]:
+    """The model without the layers that its graph is grown by."""
+    with unchanged(model):
+        for stack in stacks:
+            layers = model.get_submodule(stack.path)._modules
+            for key in list(layers)[stack.kept :]:
+                del layers[key]
+        yield
 
 
 # the rehearsal
@@ -312,22 +321,20 @@ def rehearse(model: Any, inputs: Mapping[str, Any], stacks: Sequence[Stack]) -> 
 
         return hook
 
-    handles = []
-    try:
+    with unchanged(model):
         for stack in stacks:
             layers = list(model.get_submodule(stack.path))
             for start in range(stack.prefix, len(layers), stack.period):
                 last = start + stack.period == len(layers)
                 label = stack.path, -1 if last else (start - stack.prefix) // stack.period
-                handles.append(layers[start].register_forward_pre_hook(enter(label, start)))
+                layers[start].register_forward_pre_hook(enter(label, start))
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             given = {k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
             names |= {id(tensor): name for name, tensor in given.items()}
             with Recorder():  # type: ignore[no-untyped-call]
-                model(**given)
-    finally:
-        for handle in handles:
-            handle.remove()
+                result = model(**given)
+            returned = tree_leaves(dict(result) if isinstance(result, Mapping) else result)
+            tape[-1][1].append(("return", *(describe(leaf) for leaf in returned if isinstance(leaf, torch.Tensor))))
     return tape
 
 
@@ -338,24 +345,23 @@ def compare(whole: Tape, short: Tape, stacks: Sequence[Stack]) -> None:
         Irregular: it does something else.
     """
     reference = dict(short)
-    missing = {(stack.path, UNITS - 1 + copy): stack for stack in stacks for copy in range(stack.copies)}
-    rest = [entry for entry in whole if entry[0] not in missing]
-    labels = [label for label, _ in whole]
-    if len(reference) != len(short) or len(set(labels)) != len(labels):
-        raise Irregular("a layer runs more than once")
-    if [label for label, _ in rest] != [label for label, _ in short] or not missing.keys() <= set(labels):
-        raise Irregular("the layers of the short model run in another order, or not at all")
-    for label, operations in whole:
-        if label in missing and operations != reference[label[0], SECOND]:
-            raise Irregular(f"{_where(missing[label], label)} do not what the layers before them do")
-    for (label, operations), (_, expected) in zip(rest, short, strict=True):
-        if operations != expected:
+    by_path = {stack.path: stack for stack in stacks}
+    expected: list[tuple[Label, Label]] = []  # of the whole model, and what it must equal in the short one
+    for label, _ in short:
+        expected.append((label, label))
+        if label[0] and label[1] == SECOND:
+            expected += [((label[0], SECOND + copy), label) for copy in range(1, by_path[label[0]].copies + 1)]
+    if len(reference) != len(short) or [label for label, _ in whole] != [label for label, _ in expected]:
+        raise Irregular("the layers do not run each once, in their order")
+    for (label, operations), (_, model) in zip(whole, expected, strict=True):
+        if operations == reference[model]:
+            continue
+        if label == model:
             raise Irregular(f"what {label[0] or 'the model'} does depends on the number of layers")
-
-
-def _where(stack: Stack, label: Label) -> str:
-    start = stack.prefix + label[1] * stack.period
-    return f"layers {start} to {start + stack.period - 1} of {stack.path}"
+        stack = by_path[label[0]]
+        start = stack.prefix + label[1] * stack.period
+        where = f"layer {start}" if stack.period == 1 else f"layers {start} to {start + stack.period - 1}"
+        raise Irregular(f"{where} of {stack.path} and the layers before compute different things")
 
 
 # the graph

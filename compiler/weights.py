@@ -11,7 +11,7 @@ import numpy as np
 from peltc.compiler.checkpoint import is_float, read_header
 from peltc.compiler.numeric import start_value
 from peltc.compiler.plan import Claim, Plan, Tensor
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, nearest
 from peltc.spec.dims import shape_text
 from peltc.spec.formula import Deferred, EvaluationError
 
@@ -87,3 +87,16 @@ def _start(claim: Claim, tensor: Tensor, read: Read, seed: int) -> Array:
 def _index(claim: Claim) -> Any:
     rows = claim.site.rows
     return slice(None) if rows is None else np.concatenate([np.arange(a, b) for a, b in rows])
+
+
+def inside(folder: Path, name: str, spec: str) -> Path:
+    """A file that a spec names, which must lie in or under the spec's folder.
+
+    Raises:
+        PeltError: E406 the path leads out.
+    """
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise fail("E406", f"the weights '{name}' lie outside the spec's folder", Place(spec, key="weights"),
+                   "a path inside it", "give the file by --weights")  # fmt: skip
+    return file

@@ -20,7 +20,7 @@ from peltc.compiler.anatomy import Site
 from peltc.compiler.base import survey_model
 from peltc.compiler.passes.insert import LEVELS
 from peltc.compiler.plan import Claim, Plan, make_plan
-from peltc.compiler.weights import load_tensors, start_tensors
+from peltc.compiler.weights import inside, load_tensors, start_tensors
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula import Deferred
@@ -60,7 +60,9 @@ def attach(
     def read(name: str) -> np.ndarray[Any, Any]:
         return np.asarray(parameters[name].detach().float().cpu().numpy())
 
-    source = weights if weights is not None else spec.folder / spec.weights if spec.weights else None
+    source = weights
+    if source is None and spec.weights:
+        source = inside(spec.folder, spec.weights, spec.path)
     if isinstance(source, Mapping):
         values = {name: np.asarray(array, np.float32) for name, array in source.items()}
     else:
@@ -107,8 +109,11 @@ class Attached(nn.Module):
         """Write the adapter's tensors as safetensors, float32, names as the compiler expects them."""
         from safetensors.torch import save_file
 
-        tensors = {name: self.parameter(name).detach().float().cpu().contiguous() for name in self.plan.tensors}
-        save_file(tensors, str(path))
+        save_file({name: torch.from_numpy(array) for name, array in self.tensors().items()}, str(path))
+
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The tensors by their names in the weights file, float32."""
+        return {n: self.parameter(n).detach().float().cpu().contiguous().numpy() for n in self.plan.tensors}
 
     def remove(self, model: Any) -> None:
         """Take the modules off the model."""

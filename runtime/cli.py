@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -56,13 +57,31 @@ def _terminate(signum: int, frame: Any) -> None:
 @contextmanager
 def talking(quiet: bool) -> Iterator[Callable[[str], None]]:
     """A function that says a line on stderr; on a terminal, what is being done stays in sight with its seconds."""
+    from tqdm import tqdm
+
     started = time.monotonic()
+    done = threading.Event()
+    shown = sys.stderr.isatty() and not quiet
+    bar = tqdm(bar_format="{elapsed}  {desc}", leave=False, disable=not shown, file=sys.stderr)
+
+    def tick() -> None:
+        while not done.wait(0.5):
+            bar.refresh()
 
     def talk(line: str) -> None:
+        bar.set_description_str(line)
         if not quiet or line.startswith("warning"):
+            bar.clear()
             click.echo(f"{time.monotonic() - started:6.1f} s  {line}", err=True)
 
-    yield talk
+    ticker = threading.Thread(target=tick, daemon=True)
+    if shown:
+        ticker.start()
+    try:
+        yield talk
+    finally:
+        done.set()
+        bar.close()
 
 
 _model = click.argument("model")
@@ -211,7 +230,11 @@ def plan(spec: str, model: str, mode: str | None, architecture: str | None, as_j
         rows.append((claim.attachment, claim.site.name, "+".join(claim.effects), decision, tensors))
     _table(rows)
     total = sum(_count(site.shape) for site in base.parameters.values())
-    click.echo(f"\n{made.trained():,} trained values, {made.trained() / max(total, 1):.3%} of the base's {total:,}")
+    cost = made.cost
+    click.echo(
+        f"\nin the graph: {cost.flops:,} operations per token, {cost.stored:,} stored values, {cost.nodes} nodes"
+    )
+    click.echo(f"{made.trained():,} trained values, {made.trained() / max(total, 1):.3%} of the base's {total:,}")
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from peltc.compiler.artifact import MANIFEST, read_manifest, staged, write_manif
 from peltc.compiler.base import Base, open_base
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
-from peltc.compiler.weights import load_tensors, start_tensors
+from peltc.compiler.weights import inside, load_tensors, start_tensors
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
 from peltc.spec.specification import Spec, build_spec, load_spec
@@ -40,7 +42,7 @@ def plan_for(
 
 def compile(
     spec: Spec | str | Path | Mapping[str, Any],
-    model: str | Path,
+    model: str | Path | Any,
     out: str | Path,
     weights: str | Path | Mapping[str, Array] | None = None,
     *,
@@ -54,7 +56,8 @@ def compile(
 
     Args:
         spec: a spec, its file, or its content.
-        model: a model folder, or a hub id.
+        model: a model folder, a hub id, or a torch model of `transformers`; one with modules attached brings their
+            tensors along.
         out: the artifact's folder; an artifact that is there is replaced when all went well.
         weights: a safetensors file or arrays by tensor name, in place of the spec's own.
         architecture: a class of `transformers` in place of the config's.
@@ -72,6 +75,10 @@ def compile(
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
+    if not isinstance(model, (str, Path)):
+        with saved(model, Path(out)) as (folder, attached):
+            return compile(spec, folder, out, attached if weights is None else weights, architecture=architecture,
+                           mode=mode, verify=verify, self_contained=self_contained, talk=talk)  # fmt: skip
     plan, base = plan_for(spec, model, architecture=architecture, mode=mode, talk=talk)
     if base.converted:
         talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
@@ -97,6 +104,17 @@ def compile(
     return manifest
 
 
+@contextmanager
+def saved(model: Any, out: Path) -> Iterator[tuple[Path, dict[str, Array] | None]]:
+    """A torch model as a folder beside the artifact, for as long as it takes, and its attached modules' tensors."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=out.absolute().parent) as folder:
+        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pelt.")}
+        model.save_pretrained(folder, state_dict=state)
+        attached = getattr(model, "pelt", None)
+        yield Path(folder), attached.tensors() if attached is not None else None
+
+
 def adapter_tensors(
     plan: Plan, base: Base, weights: str | Path | Mapping[str, Array] | None, talk: Talk
 ) -> tuple[dict[str, Array], str]:
@@ -113,27 +131,12 @@ def adapter_tensors(
     return start_tensors(plan, lambda name: base.stored(name).array()), "start values"
 
 
-def inside(folder: Path, name: str, spec: str) -> Path:
-    """A file that a spec names, which must lie in or under the spec's folder.
-
-    Raises:
-        PeltError: E406 the path leads out.
-    """
-    file = (folder / name).resolve()
-    if not file.is_relative_to(folder.resolve()):
-        raise fail("E406", f"the weights '{name}' lie outside the spec's folder", Place(spec, key="weights"),
-                   "a path inside it", "give the file by --weights")  # fmt: skip
-    return file
-
-
 def check_arrays(plan: Plan, weights: Mapping[str, Array]) -> dict[str, Array]:
     """Arrays by tensor name, held against the plan.
 
     Raises:
         PeltError: E402, E403, E404.
     """
-    import tempfile
-
     from safetensors.numpy import save_file
 
     with tempfile.TemporaryDirectory() as folder:

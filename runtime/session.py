@@ -43,12 +43,19 @@ class Session:
         folder: what `pelt-compile` wrote.
         providers: execution providers in order of preference.
         threads: threads of one operator; ONNX Runtime's choice where absent.
+        spinning: whether idle threads wait busily, which answers sooner and keeps the cores from others.
 
     Raises:
         PeltError: E603 no artifact; E604 an execution provider that is not there; E605 ONNX Runtime cannot open it.
     """
 
-    def __init__(self, folder: str | Path, providers: Sequence[str] | None = None, threads: int | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        spinning: bool = True,
+    ):
         import onnxruntime as ort
 
         self.folder = Path(folder)
@@ -57,6 +64,8 @@ class Session:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         chosen = globals()["providers"](providers)
         try:
             self.inference = ort.InferenceSession(str(self.folder / "model.onnx"), options, providers=chosen)

@@ -121,7 +121,7 @@ def verify_folder(
     """
     from peltc.runtime.attach import attach_plan
 
-    session = Session(folder, ["CPUExecutionProvider"])
+    session = Session(folder, ["CPUExecutionProvider"], spinning=False)
     model = load_model(base)
     tolerance = TOLERANCE[base.precision]
     attached = attach_plan(model, plan, tensors).eval()
@@ -160,4 +160,4 @@ def base_error(base: Base, model: Any) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         build(Plan(Spec("base", ()), base.fingerprint, ()), base, {}, Path(folder))
-        return worst(compare(Session(folder, ["CPUExecutionProvider"]), model, base))
+        return worst(compare(Session(folder, ["CPUExecutionProvider"], spinning=False), model, base))

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from peltc.spec.diagnostics import Diagnostic, PeltError
-from peltc.spec.dims import Dim, Size
-from peltc.spec.formula import Conditional, Deferred, EvaluationError
+from peltc.spec.dims import Dim, Size, same
+from peltc.spec.formula import Deferred, EvaluationError, Expr, FormulaError, Undecided, shown
 from peltc.spec.method import Method
-from peltc.spec.shapes import Shape, ShapeInterpreter, broadcast
+from peltc.spec.shapes import Shape, ShapeInterpreter, broadcast, tensor
 from peltc.spec.specification import Spec
 
 
@@ -39,29 +39,53 @@ def check_method(method: Method, options: dict[str, Any]) -> list[Diagnostic]:
     interpreter = ShapeInterpreter()
     values, expected = site_shapes(method.site, sizes)
     findings = []
+
+    def find(message: str, expected: str = "") -> None:
+        findings.append(Diagnostic("E310", message, method.place, expected))
+
     for parameter in method.parameters:
         try:
-            if parameter.condition is None or interpreter.evaluate(parameter.condition, constants):
+            if parameter.condition is None or _holds(interpreter, parameter.condition, constants):
                 shape = tuple(interpreter.evaluate(axis, constants) for axis in parameter.shape)
                 text = ", ".join(axis.text for axis in parameter.shape)
                 values[parameter.name] = Shape(shape, f"parameter {parameter.name} [{text}]")
         except EvaluationError as error:
-            findings.append(Diagnostic("E310", f"the size of '{parameter.name}': {error}", method.place))
+            find(f"the size of '{parameter.name}': {error}")
     scope: dict[str, Any] = {**values, **constants, "norm": lambda z: z}
     for name, expr in method.let:
         scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
     for name, expr in method.effects:
         try:
-            found = interpreter.evaluate(expr, scope)
-            found = found if isinstance(found, Shape) else Shape(())
-            wanted = expected[name]
-            elementwise = method.site not in ("attention", "embedding") and not isinstance(expr, Conditional)
-            if elementwise and broadcast(found, wanted).dims != wanted.dims:
-                message = f"'{name}' of '{method.name}' has the shape {found}"
-                findings.append(Diagnostic("E310", message, method.place, f"the shape {wanted}"))
-        except Exception as error:
-            findings.append(Diagnostic("E310", f"'{name}' of '{method.name}': {error}", method.place))
+            found = tensor(interpreter.evaluate(expr, scope))
+            if not fits(found, expected[name], name):
+                find(f"'{name}' of '{method.name}' has the shape {found}", f"the shape {expected[name]}")
+        except EvaluationError as error:
+            if not isinstance(error.__cause__, Undecided):
+                find(f"'{name}' of '{method.name}': {error}", f"the shape {expected[name]}")
+        except FormulaError as error:
+            find(f"'{name}' of '{method.name}': in '{shown(expr.text)}': {error}", f"the shape {expected[name]}")
     return findings
+
+
+def _holds(interpreter: ShapeInterpreter, condition: Expr, constants: Mapping[str, Any]) -> bool:
+    """Whether a parameter exists; where the model decides, it may."""
+    try:
+        return bool(interpreter.evaluate(condition, constants))
+    except EvaluationError as error:
+        if isinstance(error.__cause__, Undecided):
+            return True
+        raise
+
+
+def fits(found: Shape, wanted: Shape, effect: str) -> bool:
+    """Whether a definition has a shape that its site can take.
+
+    Raises:
+        FormulaError: the shapes do not broadcast.
+    """
+    if effect in ("keys", "values", "prepend"):  # the number of positions is the method's own
+        return found.rank == wanted.rank and same(found.dims[-1], wanted.dims[-1])
+    return broadcast(found, wanted).dims == wanted.dims
 
 
 def site_shapes(

@@ -1,37 +1,50 @@
-"""Sizes: integers while a model is known, polynomials over named sizes (`r`, `in`, `2*d + P`) while it is not."""
+"""Sizes: integers while a model is known, polynomials over named sizes (`r`, `in`, `2*d + P`) while it is not.
+
+A division is taken to leave no remainder, since a method that divides sizes asks for sizes that divide: `4 * (in // 4)`
+is `in`. Where a model's numbers do not divide, the plan says so.
+"""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Union
 
-Monomial = tuple[str, ...]  # ('d', 'r') is d*r; () is the constant term
+Monomial = tuple[tuple[str, int], ...]  # (('d', 2), ('n', -1)) is d*d//n; () is the constant term
 
 
 @dataclass(frozen=True)
 class Dim:
-    """A polynomial with integer coefficients: `terms` maps a product of names to its coefficient, none of them 0."""
+    """A polynomial: `terms` maps a product of names, each with its exponent, to its coefficient, none of them 0."""
 
-    terms: tuple[tuple[Monomial, int], ...]
+    terms: tuple[tuple[Monomial, Fraction], ...]
 
     @staticmethod
     def of(value: Size | str) -> Dim:
-        """A size from a number or a name."""
+        """A size from a whole number or a name.
+
+        Raises:
+            TypeError: the value is neither.
+        """
         if isinstance(value, Dim):
             return value
-        return _dim({(value,): 1} if isinstance(value, str) else {(): int(value)})
+        if isinstance(value, str):
+            return _dim({((value, 1),): Fraction(1)})
+        return _dim({(): Fraction(operator.index(value))})
 
     @property
     def constant(self) -> int | None:
         """The number, where it is one."""
         if not self.terms:
             return 0
-        return self.terms[0][1] if len(self.terms) == 1 and self.terms[0][0] == () else None
+        monomial, factor = self.terms[0]
+        return factor.numerator if len(self.terms) == 1 and monomial == () and factor.denominator == 1 else None
 
     def __add__(self, other: Size) -> Dim:
         terms = dict(self.terms)
         for monomial, factor in Dim.of(other).terms:
-            terms[monomial] = terms.get(monomial, 0) + factor
+            terms[monomial] = terms.get(monomial, Fraction(0)) + factor
         return _dim(terms)
 
     __radd__ = __add__
@@ -46,30 +59,29 @@ class Dim:
         return Dim.of(other) - self
 
     def __mul__(self, other: Size) -> Dim:
-        terms: dict[Monomial, int] = {}
+        terms: dict[Monomial, Fraction] = {}
         for a, x in self.terms:
             for b, y in Dim.of(other).terms:
-                monomial = tuple(sorted(a + b))
-                terms[monomial] = terms.get(monomial, 0) + x * y
+                monomial = _times(a, b)
+                terms[monomial] = terms.get(monomial, Fraction(0)) + x * y
         return _dim(terms)
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Size) -> Dim:
-        """The exact quotient by a single term. Names without a common factor are taken to divide (`in // n`)."""
+        """The quotient by a single term, taken to be exact for names; numbers are rounded down, as everywhere.
+
+        Raises:
+            ValueError: the divisor is zero or a sum.
+        """
         divisor = Dim.of(other)
         if len(divisor.terms) != 1:
             raise ValueError(f"cannot divide {self} by {divisor}")
         names, factor = divisor.terms[0]
-        terms: dict[Monomial, int] = {}
-        for monomial, x in self.terms:
-            rest = list(monomial)
-            missing = [name for name in names if name not in rest or rest.remove(name)]  # type: ignore[func-returns-value]
-            if x % factor and self.constant is not None and divisor.constant is not None:
-                raise ValueError(f"{self} is not a multiple of {divisor}")
-            exact = not missing and x % factor == 0
-            key, value = (tuple(sorted(rest)), x // factor) if exact else ((f"({_dim({monomial: x})}//{divisor})",), 1)
-            terms[key] = terms.get(key, 0) + value
+        inverse = _dim({tuple((name, -power) for name, power in names): 1 / factor})
+        terms = dict((self * inverse).terms)
+        if () in terms:
+            terms[()] = Fraction(terms[()].__floor__())
         return _dim(terms)
 
     def __rfloordiv__(self, other: Size) -> Dim:
@@ -78,8 +90,14 @@ class Dim:
     def __str__(self) -> str:
         parts = []
         for monomial, factor in self.terms:
-            names = "*".join(monomial)
-            parts.append(str(factor) if not names else names if factor == 1 else f"{factor}*{names}")
+            above = [name for name, power in monomial for _ in range(power)]
+            below = [name for name, power in monomial for _ in range(-power)]
+            if factor.numerator != 1 or not above:
+                above.insert(0, str(factor.numerator))
+            if factor.denominator != 1:
+                below.insert(0, str(factor.denominator))
+            under = "*".join(below) if len(below) < 2 else f"({'*'.join(below)})"
+            parts.append("*".join(above) + (f"//{under}" if under else ""))
         return " + ".join(parts) or "0"
 
     __repr__ = __str__
@@ -88,8 +106,15 @@ class Dim:
 Size = Union[int, Dim]  # noqa: UP007 - used at run time, before Dim exists
 
 
-def _dim(terms: dict[Monomial, int]) -> Dim:
+def _dim(terms: dict[Monomial, Fraction]) -> Dim:
     return Dim(tuple(sorted((m, f) for m, f in terms.items() if f)))
+
+
+def _times(a: Monomial, b: Monomial) -> Monomial:
+    powers = dict(a)
+    for name, power in b:
+        powers[name] = powers.get(name, 0) + power
+    return tuple(sorted((name, power) for name, power in powers.items() if power))
 
 
 def simplify(size: Size) -> Size:

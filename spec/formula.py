@@ -12,10 +12,11 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 from peltc.spec.diagnostics import Place, fail, nearest, one_of
-from peltc.spec.dims import Dim
+from peltc.spec.dims import Dim, simplify
 from peltc.spec.functions import FUNCTIONS
 
 MAX_CHARACTERS = 4_000
@@ -23,6 +24,9 @@ MAX_NODES = 400
 MAX_DEPTH = 40
 MAX_INTEGER = 2**31
 MAX_EXPONENT = 64
+MAX_SYMBOLIC_POWER = 4
+MAX_NUMBER = 1e30
+MAX_SHOWN = 120
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,39 @@ def parse(text: str | int | float, place: Place | None = None, functions: tuple[
     source = str(text)
     if len(source) > MAX_CHARACTERS:
         raise fail("E304", f"the formula has {len(source):,} characters", place, f"at most {MAX_CHARACTERS:,}")
+    source = source.strip()
+    if not source:
+        raise fail("E301", "the formula is empty", place, "one expression")
     try:
-        tree = ast.parse(_spell_in(source.strip()), mode="eval")
+        tree = _python(source)
     except (SyntaxError, ValueError) as error:
         detail = getattr(error, "msg", str(error))
-        raise fail("E301", f"not an expression: {detail}: {source!r}", place, "one expression") from None
+        if "too many nested" in detail:
+            raise _too_deep(place) from None
+        raise fail("E301", f"not an expression: {detail}: '{shown(source)}'", place, "one expression") from None
     except (RecursionError, MemoryError):
-        raise fail("E304", "the formula is nested too deeply", place, f"at most {MAX_DEPTH} levels") from None
-    return _Reader(source.strip(), place, functions).read(tree.body)
+        raise _too_deep(place) from None
+    return _Reader(source, place, functions).read(tree.body)
+
+
+def _python(source: str) -> ast.Expression:
+    try:
+        return ast.parse(_spell_in(source), mode="eval")
+    except SyntaxError as error:
+        try:
+            return ast.parse(source, mode="eval")  # `in` as Python has it: read, so that it is refused by its name
+        except SyntaxError:
+            raise error from None
+
+
+def _too_deep(place: Place) -> Exception:
+    return fail("E304", "the formula is nested too deeply", place, f"at most {MAX_DEPTH} levels")
+
+
+def shown(text: str) -> str:
+    """A formula's text as messages show it: on one line, without control characters, cut where it is long."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= MAX_SHOWN else line[:MAX_SHOWN] + "..."
 
 
 def _spell_in(source: str) -> str:
@@ -136,6 +165,8 @@ class _Reader:
             return self.read(child, depth + 1)
 
         match node:
+            case ast.Constant(value=float() as value) if not abs(value) <= MAX_NUMBER:
+                raise fail("E304", f"the number {text[:20]} is too large", self.place, f"at most {MAX_NUMBER:g}")
             case ast.Constant(value=bool() | float() as value):
                 return Number(value, text)
             case ast.Constant(value=int() as value):
@@ -160,43 +191,71 @@ class _Reader:
                 return Call(_COMPARE[type(op)], (sub(left), sub(right)), (), text)
             case ast.BoolOp(op=op, values=[first, *rest]):
                 result, name = sub(first), "and" if isinstance(op, ast.And) else "or"
+                if depth + len(rest) > MAX_DEPTH:  # each operand is a level of the tree made here
+                    raise _too_deep(self.place)
                 for operand in rest:
                     result = Call(name, (result, sub(operand)), (), text)
                 return result
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 known = (*FUNCTIONS, *self.functions)
                 if name not in known or name in _OPERATORS:
-                    shown = sorted(set(known) - _OPERATORS)
+                    offered = sorted(set(known) - _OPERATORS)
                     raise fail(
                         "E303",
-                        f"unknown function '{name}' in {text!r}",
+                        f"unknown function '{name}' in '{shown(text)}'",
                         self.place,
-                        one_of(shown),
-                        nearest(name, shown),
+                        one_of(offered),
+                        nearest(name, offered),
                     )
                 if any(k.arg is None for k in keywords) or any(isinstance(a, ast.Starred) for a in args):
                     raise self.forbidden("an unpacked argument", text)
+                if len({k.arg for k in keywords}) < len(keywords):
+                    raise self.forbidden("an argument given twice", text)
                 return Call(
                     name, tuple(sub(a) for a in args), tuple((str(k.arg), sub(k.value)) for k in keywords), text
                 )
-            case ast.Attribute():
-                raise self.forbidden("attribute access", text)
-            case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-                raise self.forbidden("a comprehension", text)
-            case ast.Call():
-                raise self.forbidden("a call of something that is not a name", text)
+            case ast.Compare() | ast.BinOp() | ast.UnaryOp():
+                raise self.forbidden(_operator(node), text)
             case _:
-                raise self.forbidden(type(node).__name__, text)
+                what, hint = _FORBIDDEN.get(type(node), (f"'{type(node).__name__}'", ""))
+                raise self.forbidden(what, text, hint)
 
-    def forbidden(self, what: str, text: str) -> Exception:
+    def forbidden(self, what: str, text: str, hint: str = "") -> Exception:
         return fail(
             "E302",
-            f"{what} in a formula: {text[:80]!r}",
+            f"{what} in a formula: '{shown(text)}'",
             self.place,
             "numbers, names, operators, conditional expressions and calls of the language's functions",
+            hint,
         )
 
 
+def _operator(node: ast.Compare | ast.BinOp | ast.UnaryOp) -> str:
+    """What to call an operator that the language lacks."""
+    if isinstance(node, ast.Compare) and len(node.ops) > 1:
+        return "a chain of comparisons"
+    sign = node.ops[0] if isinstance(node, ast.Compare) else node.op
+    return f"the operator '{_SIGNS.get(type(sign), type(sign).__name__)}'"
+
+
+_SIGNS: dict[type[ast.AST], str] = {
+    ast.In: "in", ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not", ast.BitAnd: "&", ast.BitOr: "|",
+    ast.BitXor: "^", ast.LShift: "<<", ast.RShift: ">>", ast.Invert: "~", ast.UAdd: "+",
+}  # fmt: skip
+_FORBIDDEN: dict[type[ast.AST], tuple[str, str]] = {
+    ast.Attribute: ("attribute access", ""),
+    ast.Subscript: ("an index", "`take` and `slice` reach into tensors"),
+    ast.Call: ("a call of something that is not a name", ""),
+    ast.Constant: ("a constant that is no number, text or truth value", ""),
+    ast.Lambda: ("a lambda", ""),
+    ast.NamedExpr: ("an assignment", "give it a name under `let:`"),
+    ast.JoinedStr: ("an f-string", ""),
+    ast.Starred: ("an unpacked value", ""),
+    ast.Dict: ("a dictionary", ""),
+    ast.Set: ("a set", ""),
+    **{kind: ("a comprehension", "") for kind in (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)},
+    **{kind: ("a coroutine or generator", "") for kind in (ast.Await, ast.Yield, ast.YieldFrom)},
+}
 _OPERATORS = {*_BINARY.values(), *_COMPARE.values(), "negate", "not", "and", "or"}
 
 
@@ -230,11 +289,15 @@ class FormulaError(Exception):
     """Raised by an interpreter's function; `Interpreter.evaluate` adds which sub-expression it was."""
 
 
+class Undecided(FormulaError):
+    """A comparison of sizes that are symbols: a model would decide it."""
+
+
 class EvaluationError(Exception):
     """An expression that an interpreter could not evaluate: the sub-expression, and why."""
 
     def __init__(self, expr: Expr, reason: str):
-        super().__init__(f"in '{expr.text}': {reason}")
+        super().__init__(f"in '{shown(expr.text)}': {reason}")
         self.expr, self.reason = expr, reason
 
 
@@ -258,7 +321,7 @@ class Interpreter(Generic[V]):
         try:
             return self._evaluate(expr, scope)
         except FormulaError as error:
-            raise EvaluationError(expr, str(error)) from None
+            raise EvaluationError(expr, str(error)) from error
         except (TypeError, ZeroDivisionError, OverflowError, ValueError) as error:
             raise EvaluationError(expr, str(error)) from error
 
@@ -318,14 +381,51 @@ def is_static(value: object) -> bool:
 
 
 def static_call(name: str, values: list[Any]) -> Any:
-    """An operator on static values; powers are bounded.
+    """An operator on static values. Powers are bounded, and text and lists are compared only, never multiplied.
 
     Raises:
         FormulaError: the operator does not apply, or the result is out of bounds.
     """
-    if name == "power" and isinstance(values[1], (int, float)) and abs(values[1]) > MAX_EXPONENT:
+    numbers = [isinstance(value, (int, float, Dim)) for value in values]
+    if name not in _ANYTHING and not all(numbers):
+        raise FormulaError(f"expected a number, found {values[numbers.index(False)]!r:.60}")
+    if name not in _LOGIC and all(numbers) and any(isinstance(value, Dim) for value in values):
+        return _symbolic(name, values)
+    if name == "power" and abs(values[1]) > MAX_EXPONENT:
         raise FormulaError(f"the exponent {values[1]} is too large; at most {MAX_EXPONENT}")
     result = STATIC[name](*values)
-    if isinstance(result, complex) or (isinstance(result, (int, float)) and abs(result) > 1e30):
+    if isinstance(result, complex) or (isinstance(result, (int, float)) and not abs(result) <= MAX_NUMBER):
         raise FormulaError(f"the number {str(result)[:24]} is out of bounds")
     return result
+
+
+_LOGIC = {"and", "or", "not"}
+_ANYTHING = {"equal", "not_equal", *_LOGIC}
+_POLYNOMIAL = {"add", "subtract", "multiply", "negate", "floor_divide"}
+_INFIX = {
+    "divide": "/", "floor_divide": "//", "modulo": "%", "power": "**", "add": "+", "subtract": "-", "multiply": "*",
+}  # fmt: skip
+
+
+def _symbolic(name: str, values: list[Any]) -> Any:
+    """An operator on sizes that are symbols: a polynomial where the result is one, else a symbol of its own.
+
+    Raises:
+        Undecided: a comparison that depends on the sizes.
+    """
+    whole = all(isinstance(v, (int, Dim)) for v in values)
+    if name in _COMPARE.values():
+        difference = simplify(Dim.of(values[0]) - values[1]) if whole else None
+        if name in ("equal", "not_equal") and isinstance(difference, int):
+            return (difference == 0) == (name == "equal")
+        raise Undecided(f"how {values[0]} and {values[1]} compare depends on the model")
+    if name == "power" and isinstance(values[1], int) and 0 < values[1] <= MAX_SYMBOLIC_POWER:
+        return reduce(operator.mul, [values[0]] * values[1])
+    if name in _POLYNOMIAL and whole:
+        try:
+            return simplify(STATIC[name](*values))
+        except ValueError:
+            pass
+    if name in _INFIX:
+        return Dim.of(f"({values[0]} {_INFIX[name]} {values[1]})")
+    return Dim.of(f"{name}({', '.join(map(str, values))})")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, TypeChecker
 from jsonschema.exceptions import ValidationError
+from jsonschema.validators import extend
 
 from peltc import schemas
-from peltc.spec.diagnostics import Diagnostic, PeltError, nearest, one_of
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.document import Document
 from peltc.spec.method import Method, Option
 
@@ -24,14 +26,19 @@ _COMMON: dict[str, Any] = {
     "name": {
         "type": "string",
         "pattern": "^[A-Za-z][A-Za-z0-9_-]*$",
-        "description": "the first part of its tensors' names; the method's name where absent",
+        "description": "the first part of its tensors' names: a letter, then letters, digits, '_' and '-';"
+        " the method's name where absent",
     },
     "at": {**_SELECTOR, "description": "sites: 'attention.query', with globs '*_attention.*'"},
     "parameter": {**_SELECTOR, "description": "parameters by name, for what has no site: '**.q_proj.weight'"},
     "layers": {
         "description": "all; last 4; first 2; a list of numbers and ranges: [0, 2, 4-7]",
         "anyOf": [
-            {"type": "string", "pattern": "^(all|(first|last) [0-9]+|[0-9]+(-[0-9]+)?)$"},
+            {
+                "type": "string",
+                "pattern": "^(all|(first|last) [0-9]+|[0-9]+(-[0-9]+)?)$",
+                "description": "'all', 'first 2', 'last 4', a number, a range '4-7', or a list of numbers and ranges",
+            },
             {"type": "integer", "minimum": 0},
             {
                 "type": "array",
@@ -39,7 +46,7 @@ _COMMON: dict[str, Any] = {
                 "items": {
                     "anyOf": [
                         {"type": "integer", "minimum": 0},
-                        {"type": "string", "pattern": "^[0-9]+-[0-9]+$"},
+                        {"type": "string", "pattern": "^[0-9]+-[0-9]+$", "description": "a number or a range '4-7'"},
                     ]
                 },
             },
@@ -67,7 +74,7 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
     Args:
         named: the methods that the document at hand names, where the others' options need not be spelt out.
     """
-    cases = []
+    cases, own = [], schemas.load("method")
     for name in methods if named is None else [n for n in methods if n in set(named)]:
         method = methods[name]
         properties = {"method": {"const": name, "description": method.title}, **_COMMON}
@@ -86,7 +93,11 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
         "additionalProperties": False,
         "properties": {
             "pelt": {"const": 1, "description": "the version of the language"},
-            "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"},
+            "name": {
+                "type": "string",
+                "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$",
+                "description": "the adaptation's name: letters, digits, '.', '_' and '-'",
+            },
             "attach": {
                 "type": "array",
                 "minItems": 1,
@@ -94,16 +105,17 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
                     "type": "object",
                     "required": ["method"],
                     "properties": {"method": {"enum": list(methods)}},
-                    "anyOf": [{"required": ["at"]}, {"required": ["parameter"]}],
+                    "oneOf": [{"required": ["at"]}, {"required": ["parameter"]}],
                     "allOf": cases,
                 },
             },
             "methods": {
                 "type": "object",
                 "description": "methods of one's own, written as method files are",
-                "additionalProperties": {**schemas.load("method"), "required": ["site"]},
+                "propertyNames": own["properties"]["method"],
+                "additionalProperties": {**own, "required": ["site"]},
             },
-            "weights": {"type": "string", "description": "a safetensors file, relative to the spec"},
+            "weights": {"type": "string", "minLength": 1, "description": "a safetensors file, relative to the spec"},
             "seed": {"type": "integer", "minimum": 0, "description": "of start values, where there are no weights"},
             "deploy": {
                 "type": "object",
@@ -117,13 +129,27 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
     }
 
 
+def _is_integer(checker: TypeChecker, value: object) -> bool:
+    """JSON Schema takes 4.0 for an integer; a size is written 4."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Validator = extend(
+    Draft202012Validator, type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_integer)
+)
+_WORDS = {
+    "object": "a mapping", "array": "a list", "string": "text", "integer": "a whole number", "number": "a number",
+    "boolean": "true or false",
+}  # fmt: skip
+
+
 def validate(document: Document, schema: str | Mapping[str, Any]) -> None:
     """Hold a document against a schema.
 
     Raises:
         PeltError: every finding, E110 to E119, in the order of the document.
     """
-    validator = Draft202012Validator(schemas.load(schema) if isinstance(schema, str) else dict(schema))
+    validator = _Validator(schemas.load(schema) if isinstance(schema, str) else dict(schema))
     findings = [d for error in validator.iter_errors(document.tree) for d in _diagnose(document, error)]
     if findings:
         raise PeltError(sorted(dict.fromkeys(findings), key=lambda d: (d.place.line, d.place.column, d.code)))
@@ -135,31 +161,41 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
     value: Any = error.instance
     rule: Any = error.validator_value
     within: Any = error.schema
+    if "propertyNames" in error.schema_path:  # the finding is about a key, and stands at the mapping
+        place = document.key_place(*keys, value)
+        expected = "another name" if error.validator == "not" else within.get("description", f"a name as in {rule}")
+        yield Diagnostic("E115", f"a key cannot be called '{value}' here", place, expected)
+        return
     match error.validator:
-        case "anyOf" if error.context:
+        case "anyOf" | "oneOf" if error.context:
             yield from _best_branch(document, error)
+        case "oneOf" if isinstance(value, dict):
+            both = [key for branch in rule for key in branch.get("required", ())]
+            message = f"the keys {' and '.join(repr(key) for key in both)} stand together"
+            yield Diagnostic("E111", message, place, "one of them")
+        case "oneOf":  # what is no mapping is found by its type
+            return
         case "if" | "allOf":
             for inner in error.context or ():
                 yield from _diagnose(document, inner)
         case "additionalProperties":
             known = [k for k in within.get("properties", {}) if k not in value]
             for key in _extra(value, within):
-                where = document.place(*keys, key)
+                where = document.key_place(*keys, key)
                 yield Diagnostic("E110", f"unknown key '{key}'", where, one_of(sorted(known)), nearest(key, known))
         case "required":
             missing = [key for key in rule if key not in value]
             for key in missing:
                 yield Diagnostic("E111", f"the key '{key}' is missing", place, f"a key '{key}'")
         case "type":
-            wanted = " or ".join(rule) if isinstance(rule, list) else str(rule)
-            yield Diagnostic("E112", f"{_show(value)} is not a {wanted}", place, f"a {wanted}")
+            yield _wrong_type(value, rule if isinstance(rule, list) else [rule], place)
         case "enum":
-            words = [str(word) for word in rule]
+            words = [word if isinstance(word, str) else _show(word) for word in rule]
             yield Diagnostic("E113", f"unknown value {_show(value)}", place, one_of(words), nearest(str(value), words))
         case "const":
             yield Diagnostic("E113", f"unknown value {_show(value)}", place, _show(rule))
         case "minimum" | "exclusiveMinimum" | "maximum" | "exclusiveMaximum":
-            bound = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}.get(
+            bound = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "of at most"}.get(
                 error.validator, "below"
             )
             yield Diagnostic("E114", f"{_show(value)} is out of range", place, f"a number {bound} {rule}")
@@ -167,9 +203,26 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
             wanted = within.get("description", f"text that matches {rule}")
             yield Diagnostic("E115", f"{_show(value)} does not have the right form", place, wanted)
         case "minItems" | "minLength" | "minProperties":
-            yield Diagnostic("E115", "there is nothing here", place, f"at least {rule}")
+            yield Diagnostic("E115", "there is nothing here", place, f"at least {rule} {_UNITS[error.validator]}")
         case _:
             yield Diagnostic("E119", error.message[:300], place)
+
+
+_UNITS = {"minItems": "entry", "minLength": "character", "minProperties": "key"}
+
+
+def _wrong_type(value: Any, types: Iterable[str], place: Place) -> Diagnostic:
+    """A value of another type than the schema asks for."""
+    wanted = ", or ".join(_WORDS.get(name, name) for name in types)
+    hint = ""
+    if "boolean" in types and isinstance(value, str):
+        hint = {"yes": "write true", "on": "write true", "no": "write false", "off": "write false"}.get(value, "")
+    if "integer" in types and isinstance(value, float) and value.is_integer():
+        hint = f"write {int(value)}"
+    if "string" in types and isinstance(value, (int, float)):
+        hint = f'quote it, "{_show(value)}", if it is meant'
+    message = "there is nothing here" if value is None else f"{_show(value)} is not {wanted}"
+    return Diagnostic("E112", message, place, wanted, hint)
 
 
 def _best_branch(document: Document, error: ValidationError) -> Iterator[Diagnostic]:
@@ -177,32 +230,34 @@ def _best_branch(document: Document, error: ValidationError) -> Iterator[Diagnos
     branches: dict[int, list[ValidationError]] = {}
     for inner in error.context or ():
         branches.setdefault(int(inner.schema_path[0]), []).append(inner)
+    place = document.place(*error.absolute_path)
     if all(e.validator == "required" for inner in branches.values() for e in inner):
-        wanted = " or ".join(
-            f"'{key}'" for inner in branches.values() for e in inner for key in _words(e.validator_value)
-        )
-        yield Diagnostic("E111", f"one of the keys {wanted} is missing", document.place(*error.absolute_path))
+        wanted = " or ".join(f"'{key}'" for inner in branches.values() for e in inner for key in _list(e))
+        yield Diagnostic("E111", f"one of the keys {wanted} is missing", place, f"a key {wanted}")
         return
     depth = len(error.absolute_path)
+
+    def of_another_type(inner: list[ValidationError]) -> bool:
+        return all(e.validator == "type" and len(e.absolute_path) == depth for e in inner)
+
     kind = list if isinstance(error.instance, list) else object
     chosen = min(
         branches.values(),
         key=lambda inner: (
-            all(e.validator == "type" and len(e.absolute_path) == depth for e in inner),
+            of_another_type(inner),
             kind is list and not any(len(e.absolute_path) > depth for e in inner),
         ),
     )
-    if all(e.validator == "type" and len(e.absolute_path) == depth for e in chosen):
-        wanted = " or ".join(str(e.validator_value) for inner in branches.values() for e in inner)
-        place = document.place(*error.absolute_path)
-        yield Diagnostic("E112", f"{_show(error.instance)} is not a {wanted}", place, f"a {wanted}")
+    if of_another_type(chosen):
+        yield _wrong_type(error.instance, [str(e.validator_value) for inner in branches.values() for e in inner], place)
         return
     for inner in chosen:
         yield from _diagnose(document, inner)
 
 
-def _words(rule: Any) -> list[str]:
-    return [str(word) for word in rule]
+def _list(error: ValidationError) -> list[Any]:
+    value: Any = error.validator_value
+    return list(value)
 
 
 def _extra(value: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterable[str]:
@@ -210,5 +265,6 @@ def _extra(value: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterable[str]
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    """A value as it would be written in YAML, more or less, cut where it is long."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,11 +1,14 @@
 """The shape interpreter: a value is a tensor's shape and what fixed it.
 
 Sizes may be numbers (a model is known) or polynomials over names (`pelt check` without a model). A conflict names
-the sub-expression, both shapes, and where each came from.
+the sub-expression, both shapes, and where each came from. A tensor is never larger than `MAX_ELEMENTS`, so that a
+formula cannot fill the memory of whoever opens it.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +16,8 @@ from typing import Any
 from peltc.spec.dims import Dim, Size, product, same, shape_text, simplify
 from peltc.spec.formula import FormulaError, Interpreter
 from peltc.spec.functions import ACTIVATIONS
+
+MAX_ELEMENTS = 2**31
 
 Dims = tuple[Size, ...]
 
@@ -37,23 +42,38 @@ class ShapeInterpreter(Interpreter[Shape]):
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         if name in _ELEMENTWISE_BINARY:
-            return broadcast(_tensor(arguments["a"]), _tensor(arguments["b"]))
-        if name in _SAME:
-            x = _tensor(arguments["x"])
-            if name == "activation" and arguments["name"] not in ACTIVATIONS:
-                raise FormulaError(f"unknown activation {arguments['name']!r}; one of {', '.join(ACTIVATIONS)}")
-            return Shape(x.dims, x.origin)
-        if name not in _RULES:
+            if name == "divide" and isinstance(arguments["b"], (int, float)) and arguments["b"] == 0:
+                raise FormulaError("division by zero")
+            result = broadcast(tensor(arguments["a"]), tensor(arguments["b"]))
+        elif name in _SAME:
+            result = _same(name, arguments)
+        elif name in _RULES:
+            result = _RULES[name](**arguments)
+        else:
             raise FormulaError(f"'{name}' works on options and sizes, not on tensors")
-        return _RULES[name](**arguments)
+        if (elements := math.prod(size for size in result.dims if isinstance(size, int))) > MAX_ELEMENTS:
+            raise FormulaError(f"{result} has at least {elements:,} elements; at most {MAX_ELEMENTS:,}")
+        return result
 
 
-def _tensor(value: Any) -> Shape:
+def tensor(value: Any) -> Shape:
+    """A value as a tensor's shape; a number is one without axes.
+
+    Raises:
+        FormulaError: the value is neither.
+    """
     if isinstance(value, Shape):
         return value
     if isinstance(value, (int, float, Dim)) and not isinstance(value, bool):
         return Shape((), f"the number {value}")
     raise FormulaError(f"expected a tensor, found {value!r}")
+
+
+def _size(value: Any, what: str) -> Size:
+    """A whole number or a symbol."""
+    if isinstance(value, (int, Dim)) and not isinstance(value, bool):
+        return value
+    raise FormulaError(f"expected {what}, found {value}")
 
 
 def broadcast(a: Shape, b: Shape) -> Shape:
@@ -87,8 +107,20 @@ def axis_index(shape: Shape, axis: Any) -> int:
     return axis % shape.rank
 
 
+def _same(name: str, arguments: dict[str, Any]) -> Shape:
+    """Functions that keep the shape."""
+    x = tensor(arguments["x"])
+    if name == "activation" and arguments["name"] not in ACTIVATIONS:
+        raise FormulaError(f"unknown activation {arguments['name']!r}; one of {', '.join(ACTIVATIONS)}")
+    if name == "softmax":
+        axis_index(x, arguments["axis"])
+    if name == "dropout" and not isinstance(arguments["p"], (int, float)):
+        raise FormulaError(f"expected a probability, found {arguments['p']}")
+    return Shape(x.dims, x.origin)
+
+
 def _linear(x: Any, weight: Any, bias: Any) -> Shape:
-    x, weight = _tensor(x), _tensor(weight)
+    x, weight = tensor(x), tensor(weight)
     if weight.rank != 2 or x.rank < 1:
         raise FormulaError(f"linear needs x [..., I] and a weight [O, I], found x {x} and weight {weight}")
     if not same(x.dims[-1], weight.dims[1]):
@@ -97,14 +129,14 @@ def _linear(x: Any, weight: Any, bias: Any) -> Shape:
             f"{x.dims[-1]} is not {weight.dims[1]}"
         )
     if bias is not None:
-        bias = _tensor(bias)
+        bias = tensor(bias)
         if bias.rank != 1 or not same(bias.dims[0], weight.dims[0]):
             raise FormulaError(f"linear needs a bias [O] for its weight [O, I]: bias {bias}, weight {weight}")
     return Shape((*x.dims[:-1], weight.dims[0]))
 
 
 def _matmul(a: Any, b: Any) -> Shape:
-    a, b = _tensor(a), _tensor(b)
+    a, b = tensor(a), tensor(b)
     if a.rank < 2 or b.rank < 2 or not same(a.dims[-1], b.dims[-2]):
         raise FormulaError(f"the shapes {a} and {b} do not fit: matmul needs [..., M, K] and [..., K, N]")
     lead = broadcast(Shape(a.dims[:-2]), Shape(b.dims[:-2]))
@@ -112,10 +144,12 @@ def _matmul(a: Any, b: Any) -> Shape:
 
 
 def _einsum(operands: list[Any], equation: Any) -> Shape:
-    shapes = [_tensor(o) for o in operands]
-    if not isinstance(equation, str) or equation.count("->") != 1 or "." in equation:
+    shapes = [tensor(o) for o in operands]
+    if not isinstance(equation, str) or not re.fullmatch(r"[A-Za-z, ]+->[A-Za-z ]*", equation):
         raise FormulaError(f"einsum needs an equation such as 'ij,jk->ik', found {equation!r}")
     left, right = equation.replace(" ", "").split("->")
+    if len(set(right)) < len(right):
+        raise FormulaError(f"einsum {equation!r} repeats a letter in its result")
     terms = left.split(",")
     if len(terms) != len(shapes):
         raise FormulaError(f"einsum {equation!r} names {len(terms)} tensors, {len(shapes)} are given")
@@ -134,21 +168,23 @@ def _einsum(operands: list[Any], equation: Any) -> Shape:
 
 
 def _kron(a: Any, b: Any) -> Shape:
-    a, b = _tensor(a), _tensor(b)
+    a, b = tensor(a), tensor(b)
     if a.rank != 2 or b.rank != 2:
         raise FormulaError(f"kron needs two matrices, found {a} and {b}")
     return Shape(tuple(simplify(Dim.of(p) * q) for p, q in zip(a.dims, b.dims, strict=True)))
 
 
 def _inverse(x: Any) -> Shape:
-    x = _tensor(x)
+    x = tensor(x)
     if x.rank < 2 or not same(x.dims[-1], x.dims[-2]):
         raise FormulaError(f"inverse needs square matrices, found {x}")
     return Shape(x.dims, x.origin)
 
 
 def _skew(x: Any, n: Any) -> Shape:
-    x = _tensor(x)
+    x, n = tensor(x), _size(n, "the matrices' size n")
+    if x.rank < 1:
+        raise FormulaError(f"skew needs [..., n(n-1)/2], found {x}")
     expected = simplify(Dim.of(n) * (Dim.of(n) - 1) // 2)
     if not same(x.dims[-1], expected) and all(isinstance(v, int) for v in (x.dims[-1], expected)):
         raise FormulaError(f"skew needs n(n-1)/2 = {expected} entries for n = {n}, found {x}")
@@ -156,7 +192,7 @@ def _skew(x: Any, n: Any) -> Shape:
 
 
 def _block_diagonal(x: Any) -> Shape:
-    x = _tensor(x)
+    x = tensor(x)
     if x.rank != 3:
         raise FormulaError(f"block_diagonal needs [K, A, B], found {x}")
     k, a, b = x.dims
@@ -164,20 +200,22 @@ def _block_diagonal(x: Any) -> Shape:
 
 
 def _reduce(x: Any, axis: Any) -> Shape:
-    x = _tensor(x)
+    x = tensor(x)
     index = axis_index(x, axis)
     return Shape((*x.dims[:index], 1, *x.dims[index + 1 :]))
 
 
 def _mean_seq(x: Any, mask: Any) -> Shape:
-    x = _tensor(x)
+    x = tensor(x)
     if x.rank < 3:
         raise FormulaError(f"mean_seq needs [B, S, ...], found {x}")
+    if mask is not None and not _equal(tensor(mask).dims, x.dims[:2]):
+        raise FormulaError(f"mean_seq needs a mask [B, S] for its x [B, S, ...]: mask {mask}, x {x}")
     return Shape((x.dims[0], 1, *x.dims[2:]))
 
 
 def _reshape(x: Any, shape: Any) -> Shape:
-    x = _tensor(x)
+    x = tensor(x)
     dims = _sizes(shape)
     before, after = product(x.dims), product(dims)
     if isinstance(before, int) and isinstance(after, int) and before != after:
@@ -185,31 +223,36 @@ def _reshape(x: Any, shape: Any) -> Shape:
     return Shape(dims)
 
 
+def _equal(a: Dims, b: Dims) -> bool:
+    return len(a) == len(b) and all(map(same, a, b))
+
+
 def _sizes(shape: Any) -> Dims:
-    if not isinstance(shape, list) or not all(isinstance(s, (int, Dim)) for s in shape):
-        raise FormulaError(f"expected a list of sizes, found {shape!r}")
+    if not isinstance(shape, list):
+        raise FormulaError(f"expected a list of sizes, found {shape}")
     for size in shape:
+        _size(size, "a size")
         if isinstance(size, int) and size < 1:
             raise FormulaError(f"sizes are positive, found {size}")
     return tuple(simplify(s) for s in shape)
 
 
 def _transpose(x: Any) -> Shape:
-    x = _tensor(x)
+    x = tensor(x)
     if x.rank < 2:
         raise FormulaError(f"transpose needs at least two axes, found {x}")
     return Shape((*x.dims[:-2], x.dims[-1], x.dims[-2]), x.origin)
 
 
 def _permute(x: Any, axes: Any) -> Shape:
-    x = _tensor(x)
-    if sorted(axes) != list(range(x.rank)):
-        raise FormulaError(f"permute needs each axis of {x} once, found {axes}")
+    x = tensor(x)
+    if not isinstance(axes, list) or not all(isinstance(a, int) for a in axes) or sorted(axes) != [*range(x.rank)]:
+        raise FormulaError(f"permute needs each axis of {x} once, counted from 0, found {axes}")
     return Shape(tuple(x.dims[a] for a in axes), x.origin)
 
 
 def _concat(tensors: list[Any], axis: Any) -> Shape:
-    shapes = [_tensor(t) for t in tensors]
+    shapes = [tensor(t) for t in tensors]
     rank = max(s.rank for s in shapes)
     if not isinstance(axis, int) or not -min(s.rank for s in shapes) <= axis < 0:
         raise FormulaError(f"concat joins along an axis counted from the end, found {axis}")
@@ -227,31 +270,39 @@ def _concat(tensors: list[Any], axis: Any) -> Shape:
 
 
 def _take(x: Any, index: Any, axis: Any) -> Shape:
-    x = _tensor(x)
+    x = tensor(x)
     place = axis_index(x, axis)
-    size = x.dims[place]
+    size, index = x.dims[place], _size(index, "an index")
     if isinstance(index, int) and isinstance(size, int) and not -size <= index < size:
         raise FormulaError(f"{x} has no index {index} along axis {axis}")
     return Shape((*x.dims[:place], *x.dims[place + 1 :]))
 
 
 def _slice(x: Any, start: Any, stop: Any, axis: Any) -> Shape:
-    x = _tensor(x)
+    x = tensor(x)
     place = axis_index(x, axis)
-    size = x.dims[place]
-    if all(isinstance(v, int) for v in (start, stop, size)) and not 0 <= start < stop <= size:
+    size, start, stop = x.dims[place], _size(start, "a start"), _size(stop, "a stop")
+    known = [v for v in (0, start, stop, size) if isinstance(v, int)]
+    if known != sorted(known) or same(start, stop):
         raise FormulaError(f"no range {start}:{stop} along axis {axis} of {x}")
     return Shape((*x.dims[:place], simplify(Dim.of(stop) - start), *x.dims[place + 1 :]))
 
 
 def _unsqueeze(x: Any, axis: Any) -> Shape:
-    x = _tensor(x)
-    place = axis % (x.rank + 1)
+    x = tensor(x)
+    place = axis_index(Shape((*x.dims, 1)), axis)
     return Shape((*x.dims[:place], 1, *x.dims[place:]))
 
 
+def _top_k_mask(z: Any, k: Any) -> Shape:
+    z, k = tensor(z), _size(k, "how many are the largest")
+    if z.rank < 1 or (isinstance(k, int) and isinstance(z.dims[-1], int) and not 1 <= k <= z.dims[-1]):
+        raise FormulaError(f"{z} has no {k} largest along its last axis")
+    return Shape(z.dims, z.origin)
+
+
 def _choose(stack: Any, draw: Any) -> Shape:
-    stack = _tensor(stack)
+    stack = tensor(stack)
     if stack.rank < 1:
         raise FormulaError("choose needs a stack, found a number")
     return Shape(stack.dims[1:])
@@ -273,5 +324,5 @@ _RULES: dict[str, Callable[..., Shape]] = {
     "mean_seq": _mean_seq, "reshape": _reshape, "transpose": _transpose, "permute": _permute, "concat": _concat,
     "take": _take, "slice": _slice, "unsqueeze": _unsqueeze, "choose": _choose,
     "zeros": lambda shape: Shape(_sizes(shape)), "ones": lambda shape: Shape(_sizes(shape)),
-    "top_k_mask": lambda z, k: _tensor(z),
+    "top_k_mask": _top_k_mask,
 }  # fmt: skip

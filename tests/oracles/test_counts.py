@@ -1,0 +1,130 @@
+"""How many values a method trains, on the shape of RoBERTa-base, against the figures that its paper's library gives.
+
+The figures are those of `adapters` 1.3.0 and Hugging Face PEFT on the same shape, and of the UniPELT paper's table 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from peltc.compiler.base import survey_model
+from peltc.compiler.plan import Plan, make_plan
+from peltc.spec.specification import load_spec
+
+Entry = dict[str, Any]
+Count = Callable[..., int]
+
+D, F, L = 768, 3072, 12
+BLOCKS = ["attention.block", "feed_forward.block"]
+LINEAR = ["attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up",
+          "feed_forward.down"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def plan(fresh_cache: None) -> Callable[..., Plan]:
+    """Plans on RoBERTa-base's real shape, all 12 layers; the model has no memory for its parameters."""
+    from accelerate import init_empty_weights
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (D, F, L)
+    with init_empty_weights(include_buffers=False):
+        anatomy, key = survey_model(RobertaModel(config).eval())
+
+    def build(*entries: Entry) -> Plan:
+        return make_plan(load_spec({"pelt": 1, "attach": [dict(e) for e in entries]}), anatomy, key)
+
+    return build
+
+
+def same(found: int, expected: int) -> None:
+    """The comparison of this file."""
+    assert found == expected, f"{found:,} trained values, expected {expected:,} ({found - expected:+,})"
+
+
+def entry(method: str, at: str | list[str], **options: Any) -> Entry:
+    return {"method": method, "at": at, **options}
+
+
+IA3 = entry("ia3", ["attention.key", "attention.value"])
+COUNTS: dict[str, tuple[int, list[Entry]]] = {
+    "lora r=8 on q, v": (294_912, [entry("lora", ["attention.query", "attention.value"], r=8)]),
+    # `adapters` scales the intermediate activations before the non-linearity, PEFT after it: 3072 values either way.
+    "ia3, ff before the non-linearity": (55_296, [IA3, entry("ia3", "feed_forward.up", name="ff")]),
+    "ia3, ff after the non-linearity": (55_296, [IA3, entry("ia3", "feed_forward.down", name="ff", position="input")]),
+    "prefix 10, flat": (184_320, [entry("prefix", "attention", length=10, reparameterise=False)]),
+    "prefix 10 through a network": (9_857_024, [entry("prefix", "attention", length=10, hidden=512)]),
+    "pfeiffer bottleneck": (894_528, [entry("bottleneck", "feed_forward.block", reduction=16, reads="normed")]),
+    "houlsby bottlenecks": (1_789_056, [entry("bottleneck", BLOCKS, reduction=16)]),
+    "parallel adapter": (7_091_712, [entry("parallel_adapter", "feed_forward.block", reduction=2)]),
+    "compacter": (57_088, [entry("compacter", BLOCKS, reduction=32, n=4)]),
+    "compacter++": (28_576, [entry("compacter", "feed_forward.block", reduction=32, n=4)]),
+    # Biases of all linear maps and of all norms, the embedding's norm and the pooler included.
+    "bitfit": (102_912, [entry("bitfit", [*LINEAR, "pooler"]), entry("norm_tuning", "*norm", weight=False)]),
+    "prompt 10": (7_680, [entry("prompt", "embedding", length=10)]),
+    # UniPELT without its gates: prefix network, Pfeiffer adapter and LoRA; with the prefix as what is deployed.
+    "unipelt trained": (
+        9_857_024 + 894_528 + 294_912,
+        [
+            entry("lora", ["attention.query", "attention.value"], r=8),
+            entry("prefix", "attention", length=10, hidden=512),
+            entry("bottleneck", "feed_forward.block", reduction=16, reads="normed"),
+        ],
+    ),
+    "mam": (
+        22_493_984,
+        [
+            entry("prefix", "attention", length=30, hidden=800),
+            entry("parallel_adapter", "feed_forward.block", reduction=2),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_trained_values(name: str, plan: Callable[..., Plan]) -> None:
+    expected, entries = COUNTS[name]
+    same(plan(*entries).trained(), expected)
+
+
+def test_formulas() -> None:
+    """The figures are what the papers' formulas give; a figure that was copied wrongly would show here."""
+    b, m, n, reduced = D // 16, 512, 4, D // 32
+    same(294_912, L * 2 * 2 * 8 * D)
+    same(55_296, L * (2 * D + F))
+    same(184_320, L * 2 * 10 * D)
+    same(9_857_024, 10 * D + (D + 1) * m + (m + 1) * 2 * L * D)
+    same(894_528, L * (2 * D * b + b + D))
+    same(7_091_712, L * (2 * D * (D // 2) + D // 2 + D))
+    compacter = n * (D // n + reduced // n) * 2 + reduced + D
+    same(57_088, 2 * L * compacter + n**3)
+    same(28_576, L * compacter + n**3)
+    same(102_912, L * (4 * D + F + D + 2 * D) + D + D)
+    same(22_493_984, 30 * D + (D + 1) * 800 + (800 + 1) * 2 * L * D + 7_091_712)
+
+
+def test_frozen_values_do_not_count(plan: Callable[..., Plan]) -> None:
+    """VeRA's projections are part of the file and are not trained."""
+    found = plan(entry("vera", ["attention.query", "attention.value"], r=256))
+    same(found.trained(), L * 2 * (256 + D))
+    sizes = [t.shape for t in found.tensors.values() if t.frozen]
+    assert sorted(sizes) == [(256, D), (D, 256)]
+
+
+@pytest.mark.parametrize(
+    "name, mistake",
+    [
+        ("lora r=8 on q, v", {"layers": "first 11"}),
+        ("pfeiffer bottleneck", {"reduction": 15}),
+        ("compacter", {"at": "attention.block"}),
+        ("prefix 10, flat", {"length": 11}),
+    ],
+)
+def test_a_wrong_count_shows(name: str, mistake: Entry, plan: Callable[..., Plan]) -> None:
+    """Witness: a site or a size too few is found out."""
+    expected, entries = COUNTS[name]
+    with pytest.raises(AssertionError, match="trained values, expected"):
+        same(plan(*({**e, **mistake} for e in entries)).trained(), expected)
