@@ -26,7 +26,7 @@ MANIFEST = "pelt.json"
 ALIGNMENT = 64
 INLINE = 256
 COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json",
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
@@ -79,14 +79,13 @@ def _exchange(new: Path, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def link_files(base: Base, model: ir.Model, folder: Path, copy: bool) -> list[dict[str, Any]]:
-    """Bring the checkpoint files that the graph refers to into the folder, by hard link where possible."""
-    used = {str(t.location) for v in model.graph.initializers.values()
-            if isinstance(t := v.const_value, ir.ExternalTensor)}  # fmt: skip
+def link_files(base: Base, folder: Path, copy: bool) -> list[dict[str, Any]]:
+    """Bring the checkpoint's files into the folder, by hard link where possible.
+
+    All of them, so that the folder is a model folder too and can be verified by itself.
+    """
     linked = []
     for file in base.checkpoint.files:
-        if file.name not in used:
-            continue
         target, how = folder / file.name, "copy"
         real = file.resolve()
         if not copy:
@@ -138,9 +137,9 @@ def write_artifact(
     model.producer_name, model.producer_version = "peltc", metadata.version("peltc")
     model.ir_version = 10
     ir.save(model, folder / "model.onnx")
-    linked = link_files(base, model, folder, copy)
+    linked = link_files(base, folder, copy)
     for name in COMPANIONS:
-        if (base.folder / name).is_file():
+        if (base.folder / name).is_file() and not (name.endswith(".index.json") and base.converted):
             shutil.copyfile(base.folder / name, folder / name)
     record = {
         "schema_version": 1,

@@ -39,8 +39,13 @@ class Emitter:
         node.metadata_props.update(self.marks)
         output = node.outputs[0]
         output.name = name
-        kept = inputs[0].type if inputs and inputs[0] is not None else None
-        output.type = ir.TensorType(self.dtype) if kept is None or kind in _FLOATS else kept
+        if kind == "Shape":
+            output.type = ir.TensorType(ir.DataType.INT64)
+        elif kind == "Cast":
+            output.type = ir.TensorType(ir.DataType((attributes or {})["to"]))
+        else:
+            first = inputs[0].type if inputs and inputs[0] is not None else None
+            output.type = first or ir.TensorType(self.dtype)
         self.graph.append(node)
         self.added.add(node)
         return output
@@ -75,9 +80,6 @@ class Emitter:
         label = f"{self.owner}.{word}"
         count[label] = count.get(label, -1) + 1
         return f"{label}.{count[label]}" if count[label] else label
-
-
-_FLOATS = {"MatMul", "Add", "Mul", "Sub", "Div", "Concat"}
 
 
 @dataclass
@@ -244,9 +246,7 @@ class OnnxInterpreter(NumericInterpreter):
         """A constant of lower rank, once per leading index of the model value."""
         missing = rank - tensor.ndim
         lead = self.emitter.node("Shape", [model], {"start": 0, "end": missing})
-        lead.type = ir.TensorType(ir.DataType.INT64)
         shape = self.emitter.node("Concat", [lead, self.emitter.integers(tensor.shape)], {"axis": 0})
-        shape.type = ir.TensorType(ir.DataType.INT64)
         return self.emitter.node("Expand", [value, shape])
 
     def on_slice(self, x: Any, start: int, stop: int, axis: int) -> Any:

@@ -273,15 +273,20 @@ def name_axes(model: Any, inputs: list[str]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's progress and warnings to itself."""
-    level = logging.root.manager.disable
+    """Keep `transformers`' and the exporter's progress and warnings to themselves."""
+    from transformers.utils import logging as talk
+
+    level, bars = logging.root.manager.disable, talk.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
+    talk.disable_progress_bar()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+        if bars:
+            talk.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

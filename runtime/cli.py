@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ import click
 
 from peltc.spec.diagnostics import PeltError
 
-INPUT, USAGE, BUG, INTERRUPTED = 1, 2, 70, 130
+INPUT, USAGE, BUG = 1, 2, 70
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 def run(arguments: Sequence[str], name: str = "pelt") -> int:
@@ -39,12 +41,15 @@ def run(arguments: Sequence[str], name: str = "pelt") -> int:
         error.show()
         return USAGE
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was changed", err=True)
-        return INTERRUPTED
+        click.echo("interrupted; what was there before is as it was", err=True)
+        return INPUT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            click.echo(f"{error.filename or 'disk'}\n  E602 cannot write: {error.strerror}", err=True)
+            return INPUT
         traceback.print_exc()
         click.echo("\nThis is a bug in peltc; please report it with the lines above.", err=True)
         return BUG
@@ -280,11 +285,11 @@ def methods(name: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("out", type=click.Path())
-@click.argument("model")
+@click.option("--model", help="The base it was compiled from, in place of the checkpoint in the artifact.")
 @_json
 @_quiet
-def verify(out: str, model: str, as_json: bool, quiet: bool) -> None:
-    """Hold the artifact OUT against PyTorch once more. MODEL is the base it was compiled from."""
+def verify(out: str, model: str | None, as_json: bool, quiet: bool) -> None:
+    """Hold the artifact OUT against PyTorch once more."""
     from peltc.runtime.compile import verify as verify_again
 
     with talking(quiet) as talk:

@@ -152,8 +152,11 @@ def save_adapter(folder: Path, tensors: Mapping[str, Array]) -> None:
     save_file({n: np.ascontiguousarray(a) for n, a in tensors.items()}, folder / ADAPTER)
 
 
-def verify(out: str | Path, model: str | Path, *, talk: Talk = silent) -> dict[str, Any]:
+def verify(out: str | Path, model: str | Path | None = None, *, talk: Talk = silent) -> dict[str, Any]:
     """Hold an artifact against PyTorch once more, and write the figures into its manifest.
+
+    Args:
+        model: the base; the checkpoint in the artifact where absent.
 
     Raises:
         PeltError: E603 no artifact; E608 another base; E609 a changed file; E701 outputs that differ.
@@ -165,9 +168,9 @@ def verify(out: str | Path, model: str | Path, *, talk: Talk = silent) -> dict[s
     manifest = read_manifest(folder)
     spec = build_spec(parse(manifest["spec"], f"{folder / MANIFEST}"), manifest["spec"])
     architecture = manifest["base"]["architecture"]
-    plan, base = plan_for(spec, model, architecture=architecture, talk=talk)
+    plan, base = plan_for(spec, folder if model is None else model, architecture=architecture, talk=talk)
     if base.fingerprint != manifest["base"]["fingerprint"]:
-        raise fail("E608", f"'{model}' is not the model that this artifact was compiled from", Place(str(folder)),
+        raise fail("E608", f"'{model or out}' is not the model that this artifact was compiled from", Place(str(folder)),
                    f"the base with the fingerprint {manifest['base']['fingerprint'][:12]}...")  # fmt: skip
     tensors = load_tensors(plan, folder / ADAPTER)
     for name, array in tensors.items():

@@ -9,7 +9,7 @@ from typing import Any
 from peltc.spec.diagnostics import Diagnostic, PeltError
 from peltc.spec.dims import Dim, Size, same
 from peltc.spec.formula import Deferred, EvaluationError, Expr, FormulaError, Undecided, shown
-from peltc.spec.method import Method
+from peltc.spec.method import Method, Parameter, initialiser
 from peltc.spec.shapes import Shape, ShapeInterpreter, broadcast, tensor
 from peltc.spec.specification import Spec
 
@@ -29,52 +29,86 @@ def check_formulas(spec: Spec) -> None:
 
 
 def check_method(method: Method, options: dict[str, Any]) -> list[Diagnostic]:
-    """What is wrong with a method's shapes for some options, sizes being symbols."""
+    """What is wrong with a method's shapes for some options, sizes being symbols.
+
+    A formula that fits square maps only is right for many sites: wrong is what fits neither those nor others.
+    """
     names = {"linear": ("in", "out", "max_in", "max_out"), "norm": ("d",), "block": ("d",), "embedding": ("d",),
              "attention": ("heads", "kv_heads", "head_dim")}[method.site]  # fmt: skip
     sizes: dict[str, Any] = {name: Dim.of(name) for name in names}
     if method.site == "block":
         sizes |= {"in": sizes["d"], "out": sizes["d"]}
+    findings = _check(method, options, sizes, "width")
+    d = Dim.of("d")
+    square = {name: d if name in ("in", "out", "max_in", "max_out") else size for name, size in sizes.items()}
+    return findings if findings and _check(method, options, square, d) else []
+
+
+def _check(method: Method, options: dict[str, Any], sizes: dict[str, Any], width: Size | str) -> list[Diagnostic]:
     constants = {**options, **sizes, "biased": True, "index": 0, "count": Dim.of("count")}
-    interpreter = ShapeInterpreter()
-    values, expected = site_shapes(method.site, sizes)
-    findings = []
-
-    def find(message: str, expected: str = "") -> None:
-        findings.append(Diagnostic("E310", message, method.place, expected))
-
+    values, expected = site_shapes(method.site, sizes, width=width)
+    check = _Check(method)
     for parameter in method.parameters:
-        try:
-            if parameter.condition is None or _holds(interpreter, parameter.condition, constants):
-                shape = tuple(interpreter.evaluate(axis, constants) for axis in parameter.shape)
-                text = ", ".join(axis.text for axis in parameter.shape)
-                values[parameter.name] = Shape(shape, f"parameter {parameter.name} [{text}]")
-        except EvaluationError as error:
-            find(f"the size of '{parameter.name}': {error}")
-    scope: dict[str, Any] = {**values, **constants, "norm": lambda z: z}
+        what = f"the size of '{parameter.name}'"
+        if parameter.condition is None or check.value(what, parameter.condition, constants, undecided=True):
+            values[parameter.name] = check.size(what, parameter, constants)
+    if check.findings:
+        return check.findings
+    for parameter in method.parameters:
+        if parameter.name in values and initialiser(parameter.init) is None:
+            what = f"the start value of '{parameter.name}'"
+            check.fit(what, parameter.init, {**values, **constants}, values[parameter.name])
+    scope: dict[str, Any] = {**values, **constants}
+    if method.site == "block":
+        scope["norm"] = lambda z: z
     for name, expr in method.let:
-        scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
+        scope[name] = Deferred(partial(check.interpreter.evaluate, expr, scope))
     for name, expr in method.effects:
+        check.fit(f"'{name}' of '{method.name}'", expr, scope, expected[name], name)
+    return check.findings
+
+
+class _Check:
+    """Evaluates formulas and collects what is wrong; what only a model decides passes."""
+
+    def __init__(self, method: Method):
+        self.place = method.place
+        self.interpreter = ShapeInterpreter()
+        self.findings: list[Diagnostic] = []
+
+    def find(self, message: str, expected: str = "") -> None:
+        self.findings.append(Diagnostic("E310", message, self.place, expected))
+
+    def value(self, what: str, expr: Expr, scope: Mapping[str, Any], expected: str = "", undecided: Any = None) -> Any:
+        """A formula's value; None where it has none."""
         try:
-            found = tensor(interpreter.evaluate(expr, scope))
-            if not fits(found, expected[name], name):
-                find(f"'{name}' of '{method.name}' has the shape {found}", f"the shape {expected[name]}")
+            return self.interpreter.evaluate(expr, scope)
         except EvaluationError as error:
-            if not isinstance(error.__cause__, Undecided):
-                find(f"'{name}' of '{method.name}': {error}", f"the shape {expected[name]}")
+            if isinstance(error.__cause__, Undecided):
+                return undecided
+            self.find(f"{what}: {error}", expected)
+            return None
+
+    def size(self, what: str, parameter: Parameter, constants: Mapping[str, Any]) -> Shape:
+        dims = []
+        for axis in parameter.shape:
+            size = self.value(what, axis, constants, undecided=Dim.of(axis.text))
+            if size is not None and not (isinstance(size, Dim) or (type(size) is int and size > 0)):
+                self.find(f"{what}: '{axis.text}' is {size}", "positive whole numbers")
+            dims.append(size)
+        return Shape(tuple(dims), f"parameter {parameter.name} [{', '.join(axis.text for axis in parameter.shape)}]")
+
+    def fit(self, what: str, expr: Expr, scope: Mapping[str, Any], wanted: Shape, effect: str = "") -> None:
+        """Hold a formula's shape against what it must be."""
+        expected = f"the shape {wanted}"
+        found = self.value(what, expr, scope, expected)
+        if found is None:
+            return
+        try:
+            if not fits(tensor(found), wanted, effect):
+                self.find(f"{what} has the shape {found}", expected)
         except FormulaError as error:
-            find(f"'{name}' of '{method.name}': in '{shown(expr.text)}': {error}", f"the shape {expected[name]}")
-    return findings
-
-
-def _holds(interpreter: ShapeInterpreter, condition: Expr, constants: Mapping[str, Any]) -> bool:
-    """Whether a parameter exists; where the model decides, it may."""
-    try:
-        return bool(interpreter.evaluate(condition, constants))
-    except EvaluationError as error:
-        if isinstance(error.__cause__, Undecided):
-            return True
-        raise
+            self.find(f"{what}: in '{shown(expr.text)}': {error}", expected)
 
 
 def fits(found: Shape, wanted: Shape, effect: str) -> bool:
@@ -103,19 +137,20 @@ def site_shapes(
         Values by name and definitions by name; `B`, `S`, `T` and `P` are symbols in both.
     """
     B, S, T = Dim.of("B"), Dim.of("S"), Dim.of("T")
-    mask = Shape((B, S), "attention mask")
-    h = Shape((B, S, Dim.of(width)), "layer input")
+    mask = Shape((B, S), "attention mask", True)
+    h = Shape((B, S, Dim.of(width)), "layer input", True)
     if kind == "attention":
-        keys = Shape((B, sizes["kv_heads"], T, sizes["head_dim"]), "keys and values")
-        queries = Shape((B, sizes["heads"], S, sizes["head_dim"]), "queries")
+        keys = Shape((B, sizes["kv_heads"], T, sizes["head_dim"]), "keys and values", True)
+        queries = Shape((B, sizes["heads"], S, sizes["head_dim"]), "queries", True)
         return {"q": queries, "k": keys, "v": keys, "mask": mask, "h": h}, {"keys": keys, "values": keys}
     if kind == "embedding":
         return {}, {"prepend": Shape((Dim.of("P"), sizes["d"]), "[length, d]")}
     inputs: Any = sizes.get("in", sizes.get("d"))
     outputs: Any = sizes.get("out", sizes.get("d"))
-    x, y = Shape((B, S, inputs), f"input of {label}"), Shape((B, S, outputs), f"output of {label}")
+    x = Shape((B, S, inputs), f"input of {label}", True)
+    y = Shape((B, S, outputs), f"output of {label}", True)
     weight = Shape((outputs, inputs) if kind == "linear" else (outputs,), f"weight of {label}")
     bias = Shape((outputs,), f"bias of {label}")
     values = {"x": x, "y": y, "mask": mask, "h": h}
-    values |= {"r": Shape(y.dims, "residual stream")} if kind == "block" else {"W": weight, "b": bias}
+    values |= {"r": Shape(y.dims, "residual stream", True)} if kind == "block" else {"W": weight, "b": bias}
     return values, {"input": x, "delta": y, "output": y, "weight": weight, "bias": bias}

@@ -20,6 +20,7 @@ from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 24
 MAX_NODES = 20_000
+MAX_INTEGER = 2**63 - 1
 
 KeyPath = tuple[str | int, ...]
 
@@ -241,9 +242,12 @@ class _Builder:
     def scalar(self, node: yaml.Node, place: Place) -> Any:
         try:
             value = self.loader.construct_object(node, deep=True)
-        except ValueError:  # a whole number of more digits than Python converts
-            value = math.inf
+        except ValueError:  # more digits than Python converts
+            value = MAX_INTEGER + 1
         if isinstance(value, float) and not math.isfinite(value):
             self.find("E103", f"the number {node.value:.20} is not finite", place, "a finite number")
+            return None
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            self.find("E103", f"the number {node.value:.20}... is too large", place, f"at most {MAX_INTEGER:,}")
             return None
         return value

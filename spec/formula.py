@@ -349,8 +349,10 @@ class Interpreter(Generic[V]):
                 if name in STATIC and all(map(is_static, values)):
                     return static_call(name, values)
                 if name not in FUNCTIONS:
-                    if name not in scope:
+                    if not callable(scope.get(name)) or isinstance(scope[name], Deferred):
                         raise FormulaError(f"this site offers no function '{name}'")
+                    if len(values) != 1 or options:
+                        raise FormulaError(f"'{name}' takes one tensor and nothing else")
                     return scope[name](*values)
                 bound = FUNCTIONS[name].bind(values, options)
                 return self.call(name, bound)
@@ -394,7 +396,9 @@ def static_call(name: str, values: list[Any]) -> Any:
     if name == "power" and abs(values[1]) > MAX_EXPONENT:
         raise FormulaError(f"the exponent {values[1]} is too large; at most {MAX_EXPONENT}")
     result = STATIC[name](*values)
-    if isinstance(result, complex) or (isinstance(result, (int, float)) and not abs(result) <= MAX_NUMBER):
+    if isinstance(result, complex):
+        raise FormulaError("the result is no real number")
+    if isinstance(result, (int, float)) and not abs(result) <= MAX_NUMBER:
         raise FormulaError(f"the number {str(result)[:24]} is out of bounds")
     return result
 

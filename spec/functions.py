@@ -54,11 +54,11 @@ class Function:
     @property
     def signature(self) -> str:
         """`linear(x, weight, bias=None)`."""
-        parts = []
-        for index, (name, default) in enumerate(self.parameters):
-            star = "*" if self.variadic and index == 0 else ""
-            parts.append(f"{star}{name}" if default is REQUIRED else f"{name}={default!r}")
-        return f"{self.name}({', '.join(parts)})"
+        first = 1 if self.variadic else 0
+        required = [name for name, default in self.parameters[first:] if default is REQUIRED]
+        optional = [f"{name}={default!r}" for name, default in self.parameters[first:] if default is not REQUIRED]
+        many = [f"*{self.parameters[0][0]}"] if self.variadic else []
+        return f"{self.name}({', '.join([*required, *many, *optional])})"
 
 
 def _function(name: str, doc: str, *parameters: str | tuple[str, Any], variadic: bool = False) -> Function:
@@ -124,3 +124,6 @@ _TABLE = [
 FUNCTIONS: dict[str, Function] = {function.name: function for function in _TABLE}
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity")
+
+COMPILE_TIME = frozenset({"kron", "inverse", "skew", "block_diagonal", "reshape", "choose", "top_k_mask"})
+"""Functions of tensors known at compile time only: the deployed graph has no form for them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from jsonschema import Draft202012Validator, TypeChecker
@@ -62,10 +63,15 @@ RESERVED = ("method", *_COMMON)
 
 def option_schema(option: Option) -> dict[str, Any]:
     """What an attachment may give for an option: one value, or one per selected layer."""
-    one = {k: v for k, v in option.schema.items() if k not in ("doc", "default")}
+    one = _one(option.schema)
     described = {"description": option.doc} if option.doc else {}
     default = {"default": option.default} if option.default is not None else {}
     return {**described, **default, "anyOf": [one, {"type": "array", "minItems": 1, "items": one}]}
+
+
+def _one(option: Mapping[str, Any]) -> dict[str, Any]:
+    """What one value of an option must be."""
+    return {k: v for k, v in option.items() if k not in ("doc", "default")}
 
 
 def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = None) -> dict[str, Any]:
@@ -115,7 +121,11 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
                 "propertyNames": own["properties"]["method"],
                 "additionalProperties": {**own, "required": ["site"]},
             },
-            "weights": {"type": "string", "minLength": 1, "description": "a safetensors file, relative to the spec"},
+            "weights": {
+                "type": "string",
+                "pattern": "^[^\\u0000-\\u001f]+$",
+                "description": "a safetensors file, relative to the spec",
+            },
             "seed": {"type": "integer", "minimum": 0, "description": "of start values, where there are no weights"},
             "deploy": {
                 "type": "object",
@@ -155,6 +165,17 @@ def validate(document: Document, schema: str | Mapping[str, Any]) -> None:
         raise PeltError(sorted(dict.fromkeys(findings), key=lambda d: (d.place.line, d.place.column, d.code)))
 
 
+def check_defaults(document: Document, *keys: str | int) -> Iterator[Diagnostic]:
+    """Hold the default of each option, under `keys` of a valid document, against what the option asks for."""
+    options: Any = document.tree
+    for key in keys:
+        options = options.get(key, {})
+    for name, option in options.items():
+        for error in _Validator(_one(option)).iter_errors(option["default"]):
+            for finding in _diagnose(document, error):
+                yield replace(finding, place=document.place(*keys, name, "default"))
+
+
 def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic]:
     keys = tuple(error.absolute_path)
     place = document.place(*keys)
@@ -163,7 +184,7 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
     within: Any = error.schema
     if "propertyNames" in error.schema_path:  # the finding is about a key, and stands at the mapping
         place = document.key_place(*keys, value)
-        expected = "another name" if error.validator == "not" else within.get("description", f"a name as in {rule}")
+        expected = "another name" if error.validator == "not" else within.get("description") or _FORMS.get(rule, rule)
         yield Diagnostic("E115", f"a key cannot be called '{value}' here", place, expected)
         return
     match error.validator:
@@ -208,6 +229,10 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
             yield Diagnostic("E119", error.message[:300], place)
 
 
+_FORMS = {
+    "^[a-z][a-z0-9_]*$": "a lower-case letter, then lower-case letters, digits and underscores",
+    "^[A-Za-z][A-Za-z0-9_]*$": "a letter, then letters, digits and underscores",
+}
 _UNITS = {"minItems": "entry", "minLength": "character", "minProperties": "key"}
 
 
@@ -219,7 +244,7 @@ def _wrong_type(value: Any, types: Iterable[str], place: Place) -> Diagnostic:
         hint = {"yes": "write true", "on": "write true", "no": "write false", "off": "write false"}.get(value, "")
     if "integer" in types and isinstance(value, float) and value.is_integer():
         hint = f"write {int(value)}"
-    if "string" in types and isinstance(value, (int, float)):
+    if "string" in types and "integer" not in types and isinstance(value, (int, float)):
         hint = f'quote it, "{_show(value)}", if it is meant'
     message = "there is nothing here" if value is None else f"{_show(value)} is not {wanted}"
     return Diagnostic("E112", message, place, wanted, hint)

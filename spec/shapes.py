@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peltc.spec.dims import Dim, Size, product, same, shape_text, simplify
 from peltc.spec.formula import FormulaError, Interpreter
-from peltc.spec.functions import ACTIVATIONS
+from peltc.spec.functions import ACTIVATIONS, COMPILE_TIME
 
 MAX_ELEMENTS = 2**31
 
@@ -24,10 +24,16 @@ Dims = tuple[Size, ...]
 
 @dataclass(frozen=True)
 class Shape:
-    """A tensor's shape; `origin` says what fixed it ("parameter A [r, in]")."""
+    """A tensor's shape.
+
+    Attributes:
+        origin: what fixed it ("parameter A [r, in]").
+        running: whether the tensor exists only while the model runs.
+    """
 
     dims: Dims
     origin: str = ""
+    running: bool = False
 
     def __str__(self) -> str:
         return shape_text(self.dims) + (f" ({self.origin})" if self.origin else "")
@@ -41,6 +47,10 @@ class ShapeInterpreter(Interpreter[Shape]):
     """Evaluates formulas over shapes."""
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        operands = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
+        running = [v for v in operands if isinstance(v, Shape) and v.running]
+        if running and name in COMPILE_TIME:
+            raise FormulaError(f"'{name}' needs tensors known at compile time, and {running[0]} depends on the input")
         if name in _ELEMENTWISE_BINARY:
             if name == "divide" and isinstance(arguments["b"], (int, float)) and arguments["b"] == 0:
                 raise FormulaError("division by zero")
@@ -53,7 +63,7 @@ class ShapeInterpreter(Interpreter[Shape]):
             raise FormulaError(f"'{name}' works on options and sizes, not on tensors")
         if (elements := math.prod(size for size in result.dims if isinstance(size, int))) > MAX_ELEMENTS:
             raise FormulaError(f"{result} has at least {elements:,} elements; at most {MAX_ELEMENTS:,}")
-        return result
+        return replace(result, running=True) if running else result
 
 
 def tensor(value: Any) -> Shape:
@@ -111,11 +121,11 @@ def _same(name: str, arguments: dict[str, Any]) -> Shape:
     """Functions that keep the shape."""
     x = tensor(arguments["x"])
     if name == "activation" and arguments["name"] not in ACTIVATIONS:
-        raise FormulaError(f"unknown activation {arguments['name']!r}; one of {', '.join(ACTIVATIONS)}")
+        raise FormulaError(f"unknown activation '{arguments['name']}'; one of {', '.join(ACTIVATIONS)}")
     if name == "softmax":
         axis_index(x, arguments["axis"])
-    if name == "dropout" and not isinstance(arguments["p"], (int, float)):
-        raise FormulaError(f"expected a probability, found {arguments['p']}")
+    if name == "dropout" and not (isinstance(arguments["p"], (int, float)) and 0 <= arguments["p"] < 1):
+        raise FormulaError(f"expected a probability below 1, found {arguments['p']}")
     return Shape(x.dims, x.origin)
 
 

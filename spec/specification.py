@@ -11,7 +11,7 @@ from typing import Any
 from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, nearest, one_of
 from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.method import Method, build, shipped
-from peltc.spec.schema import RESERVED, spec_schema, validate
+from peltc.spec.schema import RESERVED, check_defaults, spec_schema, validate
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Spec:
-    """The validated description of an adaptation."""
+    """The validated description of an adaptation; `places` says where the value of each of its keys stands."""
 
     name: str
     attach: tuple[Attachment, ...]
@@ -60,6 +60,7 @@ class Spec:
     seed: int = 0
     path: str = ""
     text: str = ""
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -105,6 +106,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
             if own[name].get("method", name) != name:
                 message = f"the method is called '{name}' and '{own[name]['method']}'"
                 findings.append(Diagnostic("E201", message, document.place("methods", name, "method"), f"'{name}'"))
+            findings.extend(check_defaults(document, "methods", name, "options"))
             try:
                 added[name] = build(document, name, ("methods", name))
             except PeltError as error:
@@ -127,6 +129,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",
         text=text or document.text,
+        places={key: document.place(key) for key in tree},
     )
 
 

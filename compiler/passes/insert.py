@@ -55,6 +55,7 @@ class _Inserter:
             self.values |= {v.name: v for v in node.outputs if v.name}
         self.replaced: dict[ir.Value, ir.Value] = {}
         self.weights: dict[str, ir.Value] = {}
+        self.kept: set[ir.Node] = set()  # nodes that go on reading the values which claims replace
         self.extended: dict[tuple[ir.Value, ir.Value, int], ir.Value] = {}
 
     def emitter(self, claim: Claim, like: ir.Value) -> Emitter:
@@ -84,9 +85,7 @@ class _Inserter:
         if given is None:
             raise fail("E208", "this model takes no attention mask, and a formula reads `mask`")
         emitter = interpreter.emitter
-        cast = emitter.node("Cast", [given], {"to": emitter.dtype.value})
-        cast.type = ir.TensorType(emitter.dtype)
-        return cast
+        return emitter.node("Cast", [given], {"to": emitter.dtype.value})
 
     def evaluate(self, claim: Claim, effect: str, like: ir.Value, **values: Any) -> tuple[Any, OnnxInterpreter]:
         interpreter = OnnxInterpreter(self.emitter(claim, like))
@@ -96,7 +95,7 @@ class _Inserter:
         """Let everything downstream read `new` instead of `old`."""
         new.shape = old.shape
         new.type = old.type
-        replace_uses(old, new, keep, self.graph)
+        replace_uses(old, new, keep | self.kept, self.graph)
         self.replaced[old] = new
 
     # sites
@@ -136,7 +135,21 @@ class _Inserter:
             if bias:
                 new = emitter.node("Add", [new, self.rows(site, self.weights.get(bias, self.values[bias]), emitter)])
             self.write(y, new, emitter.added)
-        self.outputs(site, claims, {"x": x})
+        if any({"delta", "output"} & set(c.effects) and "x" in c.reads for c in claims):
+            self.outputs(site, claims, {"x": self.unflattened(x, site, claims[0])})
+        else:
+            self.outputs(site, claims, {})
+
+    def unflattened(self, x: ir.Value, site: Site, claim: Claim) -> ir.Value:
+        """The input with the output's leading axes, where the graph flattens tokens before the product."""
+        y = self.current(site.values["y"])
+        if x.shape is None or y.shape is None or len(x.shape) == len(y.shape):
+            return x
+        emitter = self.emitter(claim, x)
+        lead = emitter.node("Shape", [y], {"start": 0, "end": len(y.shape) - 1})
+        shape = emitter.node("Concat", [lead, emitter.integers([site.sizes["in"]])], {"axis": 0})
+        self.kept |= emitter.added
+        return emitter.node("Reshape", [x, shape])
 
     def outputs(self, site: Site, claims: list[Claim], values: Mapping[str, Any]) -> None:
         """Definitions of `delta` and `output`."""
@@ -234,17 +247,16 @@ class _Inserter:
                 interpreter = OnnxInterpreter(self.emitter(claim, like))
                 source, target = self.values[site.values["norm_x"]], self.values[site.values["norm_y"]]
                 result = clone_between(source, target, interpreter.value(z), interpreter.emitter)
-                self.normed.update(interpreter.emitter.added)
+                self.kept |= interpreter.emitter.added
                 return result
 
-            self.normed: set[ir.Node] = set()
             for effect in ("delta", "output"):
                 if effect in claim.effects:
                     y = self.current(site.values["y"])
                     value, interpreter = self.evaluate(claim, effect, y, y=y, norm=norm)
                     if effect == "delta":
                         value = interpreter.on_add(y, value)
-                    self.write(y, interpreter.value(value), interpreter.emitter.added | self.normed)
+                    self.write(y, interpreter.value(value), interpreter.emitter.added)
 
     def attention(self, site: Site, claims: list[Claim]) -> None:
         """Keys and values of an attention core, and the mask where they grow longer."""
@@ -298,9 +310,7 @@ class _Inserter:
         key = (origin, origin, positions)
         if key not in self.extended:
             lead = emitter.node("Shape", [origin], {"start": 0, "end": -1})
-            lead.type = ir.TensorType(ir.DataType.INT64)
             shape = emitter.node("Concat", [lead, emitter.integers([positions])], {"axis": 0})
-            shape.type = lead.type
             kind = origin.dtype or ir.DataType.FLOAT
             constant = emitter.constant(
                 np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy())
@@ -345,9 +355,7 @@ def _swap(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, emitter: Emitter) -> ir.Value:
-    cast = emitter.node("Cast", [value], {"to": dtype.value})
-    cast.type = ir.TensorType(dtype)
-    return cast
+    return emitter.node("Cast", [value], {"to": dtype.value})
 
 
 def _cut(value: ir.Value, start: int, stop: int, emitter: Emitter) -> ir.Value:

@@ -70,9 +70,7 @@ def prepend(model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array]) 
 def _before(value: ir.Value, constant: ir.Value, ids: ir.Value, shape: list[int], emitter: Emitter) -> ir.Value:
     """A constant [1, P, ...], once per sequence of the batch, joined before a value [B, S, ...]."""
     batch = emitter.node("Shape", [ids], {"start": 0, "end": 1})
-    batch.type = ir.TensorType(ir.DataType.INT64)
     target = emitter.node("Concat", [batch, emitter.integers(shape[1:])], {"axis": 0})
-    target.type = batch.type
     repeated = emitter.node("Expand", [constant, target])
     joined = emitter.node("Concat", [repeated, value], {"axis": 1})
     joined.type = value.type

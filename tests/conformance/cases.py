@@ -90,6 +90,8 @@ def spec(case: str, family: str, mode: str = "fold", precision: str = "checkpoin
     for entry in entries:
         if entry["method"] == "prompt" and family == "t5":
             entry["at"] = "encoder.embedding.word"
+        if family == "minilm" and "head" in entry["at"]:
+            entry["at"] = [at for at in entry["at"] if at != "head"] + ["pooler"]
     own = {entry["method"] for entry in entries} & set(OWN)
     methods = {"methods": {name: OWN[name] for name in sorted(own)}} if own else {}
     return {"pelt": 1, "attach": entries, **methods, "deploy": {"mode": mode, "precision": precision}}

@@ -56,7 +56,7 @@ def test_cell(
     folder = model_folder(family)
     spec = load_spec(cases.spec(case, family))
     plan, base = plan_for(spec, folder)
-    scale = 0.02 if family == "minilm" else 0.1
+    scale = 0.01 if family == "minilm" else 0.1  # deeper and wider: what is random must be smaller
     tensors = cases.tensors(plan, scale)
     graphs, outputs = {}, {}
     for mode in ("fold", "static"):
@@ -173,7 +173,8 @@ class TestWitnesses:
     @pytest.mark.parametrize("mode", ["fold", "static"])
     def test_forgotten_site(self, model_folder: Callable[..., Path], tmp_path: Path, mode: str) -> None:
         def forget(plan: Plan, tensors: dict[str, Any]) -> Any:
-            return Plan(plan.spec, plan.fingerprint, plan.claims[:-1]), tensors
+            fewer = Plan(plan.spec, plan.fingerprint, plan.claims[:-1])
+            return fewer, {name: tensors[name] for name in fewer.tensors}
 
         self.differs(model_folder("bert"), tmp_path, "bottleneck", mode, forget)
 

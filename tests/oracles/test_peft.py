@@ -33,12 +33,14 @@ Give = Callable[[Any, Group], None]
 MERGED = 1e-6
 """Largest difference of two merged parameters as a share of the largest value: both are float32, computed in
 different orders."""
+GRADIENT = 2e-5
+"""Largest difference of two gradients as a share of the largest value: float32, two ways to compute a product."""
 EFFECT = 1e-2
 """How much, at least, a method must move the output for the comparison to mean anything."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
 
 
@@ -290,14 +292,16 @@ def test_gradients(name: str, toys: Any, close: Any) -> None:
     expected = {n: p.grad.reshape(found[n].shape) for n, p in trained(layer).items()}
     assert set(found) == set(expected)
     for key, gradient in found.items():
-        close(gradient, expected[key], 1e-4)
+        close(gradient, expected[key], GRADIENT)
 
 
 def trained(layer: Any) -> dict[str, Tensor]:
     """PEFT's trained parameters of a layer, by the names that they have here."""
     words = {"lora_A": "A", "lora_B": "B", "lora_E": "E", "lora_magnitude_vector": "m", "vera_lambda_b": "b_scale",
              "vera_lambda_d": "d", "ia3_l": "l"}  # fmt: skip
-    return {words[n.split(".")[0]]: p for n, p in layer.named_parameters() if n.split(".")[0] in words and p.requires_grad}
+    return {
+        words[n.split(".")[0]]: p for n, p in layer.named_parameters() if n.split(".")[0] in words and p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("name, task", [("bert", "FEATURE_EXTRACTION"), ("gpt2", "CAUSAL_LM"), ("llama", "CAUSAL_LM")])
@@ -316,6 +320,22 @@ def test_prompt(name: str, task: str, toys: Any, close: Any) -> None:
     close(toys.answer(ours, inputs), expected, TOLERANCE["float32"])
     with pytest.raises(AssertionError):
         close(toys.answer(toys.model(name), inputs), expected, EFFECT)
+
+
+@pytest.mark.xfail(strict=True, reason="labels are not made longer by the prompt, as PEFT makes them")
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_prompt_loss(name: str, toys: Any, close: Any) -> None:
+    """What `Trainer` asks for: the prompt's own positions predict nothing, its last one the first token of the text."""
+    spec, inputs = [entry("prompt", "embedding", length=5)], toys.inputs(name, padding=0)
+    tensors = toys.weights(name, toys.plan(name, *spec))
+    theirs = peft.get_peft_model(
+        toys.model(name), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    ).eval()
+    (prompt,) = tensors.values()
+    copy(theirs.prompt_encoder["default"].embedding.weight, torch.from_numpy(prompt))
+    ours = peltc.attach(toys.model(name), toys.spec(*spec), weights=tensors)
+    found, expected = (model(**inputs, labels=inputs["input_ids"]).loss for model in (ours, theirs))
+    close(found, expected, TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["flat", "mlp"])

@@ -1,0 +1,73 @@
+"""What the README says is true: its table, its specs, its map of the code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import peltc
+from peltc.spec.check import check_formulas
+from peltc.spec.table import BEGIN, END, insert, method_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SPECS = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def section(title: str) -> str:
+    """The text under a heading."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def code_map() -> Iterator[tuple[str, str]]:
+    """Paths in the code map, with what is said of each."""
+    folder = ""
+    for line in section("Code map").split("```")[1].splitlines()[1:]:
+        if found := re.match(r"( *)(\S+)\s+(\S.*)", line):
+            indent, name, text = found.groups()
+            folder = "" if not indent else folder
+            yield folder + name, text
+            folder = folder or name
+
+
+def test_method_table_is_up_to_date() -> None:
+    """`python -m peltc.spec.table README.md` writes it."""
+    assert insert(README) == README
+    assert f"{BEGIN}\n{method_table()}\n{END}" in README
+
+
+def test_table_needs_its_markers() -> None:
+    with pytest.raises(ValueError, match="methods:begin"):
+        insert("# no table here")
+
+
+@pytest.mark.parametrize("text", SPECS, ids=[f"yaml {i}" for i in range(len(SPECS))])
+def test_specs_load(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(text, encoding="utf-8")
+    check_formulas(peltc.load_spec(file))
+
+
+def test_first_spec_is_the_example() -> None:
+    assert SPECS[0] == (ROOT / "examples/minilm.yaml").read_text(encoding="utf-8")
+
+
+def test_code_map_is_the_code() -> None:
+    """Every path in the map exists, and every module of ours stands in it."""
+    paths = [path for path, _ in code_map()]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    modules = {
+        str(file.relative_to(ROOT))
+        for folder in ("spec", "compiler", "runtime")
+        for file in (ROOT / folder).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    assert sorted(modules - set(paths)) == []
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    assert [t for t in targets if "://" not in t and not (ROOT / t).exists()] == []
