@@ -1,4 +1,4 @@
-"""The affine interpreter: a value is a map (x, y) ↦ x Mx + y My + c, where x is a site's input and y its output.
+"""The affine interpreter: a value is a map (x, y) ↦ Mx x + My y + c, where x is a site's input and y its output.
 
 A formula that this interpreter can evaluate folds into the site's weight and bias; any other raises `NotAffine`
 with the sub-expression. Identities and scalings stay what they are: `x * l` costs a vector, not a matrix.
@@ -24,49 +24,82 @@ class NotAffine(FormulaError):
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map of row vectors: a diagonal (a scalar is one) or a matrix [inputs, outputs]."""
+    """A linear map y = M x of feature vectors, in the cheapest of three forms.
+
+    Attributes:
+        diagonal: a factor per feature [N], or one number.
+        matrix: M itself [O, I], laid out as weights are.
+        factors: U [O, K] and V [K, I] with M = U V, where that is smaller than M.
+    """
 
     diagonal: Array | None = None
     matrix: Array | None = None
+    factors: tuple[Array, Array] | None = None
 
     def scaled(self, factor: Array) -> Map:
         """Followed by a scaling of each output."""
-        if self.matrix is not None:
-            return Map(matrix=self.matrix * factor)
-        assert self.diagonal is not None
-        return Map(self.diagonal * factor)
+        if self.diagonal is not None:
+            return Map(self.diagonal * factor)
+        column = factor[:, None] if factor.ndim else factor
+        if self.factors is not None:
+            return Map(factors=(self.factors[0] * column, self.factors[1]))
+        return Map(matrix=self.dense() * column)
 
-    def then(self, matrix: Array) -> Map:
-        """Followed by a matrix [outputs, new outputs]."""
-        if self.matrix is not None:
-            return Map(matrix=self.matrix @ matrix)
-        assert self.diagonal is not None
-        return Map(matrix=self.diagonal[:, None] * matrix if self.diagonal.ndim else self.diagonal * matrix)
+    def then(self, weight: Array) -> Map:
+        """Followed by a linear map with a weight [N, O]."""
+        if self.diagonal is not None:
+            return Map(matrix=weight * self.diagonal)
+        if self.factors is not None:
+            return _product(weight @ self.factors[0], self.factors[1])
+        return _product(weight, self.dense())
+
+    def composed(self, outer: Map) -> Map:
+        """Followed by another map."""
+        if outer.diagonal is not None:
+            return self.scaled(outer.diagonal)
+        if outer.factors is not None:
+            return self.then(outer.factors[1]).then(outer.factors[0])
+        return self.then(outer.dense())
 
     def plus(self, other: Map) -> Map:
-        if self.matrix is None and other.matrix is None:
-            assert self.diagonal is not None and other.diagonal is not None
+        if self.diagonal is not None and other.diagonal is not None:
             return Map(self.diagonal + other.diagonal)
-        if self.matrix is None or other.matrix is None:
-            dense = self.matrix if self.matrix is not None else other.matrix
-            thin = other.diagonal if self.matrix is not None else self.diagonal
-            assert dense is not None and thin is not None
-            result = dense.copy()
-            np.einsum("ii->i", result)[...] += thin
-            return Map(matrix=result)
-        return Map(matrix=self.matrix + other.matrix)
+        if self.factors is not None and other.factors is not None:
+            (u, v), (p, q) = self.factors, other.factors
+            return _product(np.concatenate([u, p], 1), np.concatenate([v, q]))
+        first, second = (self, other) if self.factors is not None or other.diagonal is not None else (other, self)
+        result = first.dense() if first.factors is not None else first.dense().copy()
+        if second.diagonal is not None:
+            np.einsum("ii->i", result)[...] += second.diagonal
+        else:
+            result += second.dense()
+        return Map(matrix=result)
 
-    def behind(self, matrix: Array) -> Array:
-        """The matrix of this map after another one: `matrix @ self`."""
-        if self.matrix is not None:
-            return np.asarray(matrix @ self.matrix)
-        assert self.diagonal is not None
-        return np.asarray(matrix * self.diagonal)
+    def dense(self) -> Array:
+        """M [O, I]; a product of factors is computed anew."""
+        if self.factors is not None:
+            return np.asarray(self.factors[0] @ self.factors[1])
+        assert self.matrix is not None, "a diagonal has no size of its own"
+        return self.matrix
+
+    def apply(self, vector: Array) -> Array:
+        """M applied to a vector of features."""
+        if self.diagonal is not None:
+            return np.asarray(vector * self.diagonal)
+        if self.factors is not None:
+            u, v = self.factors
+            return np.asarray(u @ (v @ np.broadcast_to(vector, v.shape[1:])))
+        return np.asarray(self.dense() @ np.broadcast_to(vector, self.dense().shape[1:]))
+
+
+def _product(u: Array, v: Array) -> Map:
+    """U V, kept apart where the product is larger than both."""
+    return Map(factors=(u, v)) if u.shape[0] * v.shape[1] > u.size + v.size else Map(matrix=u @ v)
 
 
 @dataclass(frozen=True)
 class Affine:
-    """x Mx + y My + c: `maps` by source, `offset` c or None."""
+    """Mx x + My y + c: `maps` by source, `offset` c or None."""
 
     maps: Mapping[str, Map]
     offset: Array | None = None
@@ -138,7 +171,7 @@ def _divide(a: Any, b: Any) -> Affine:
 def _linear(x: Any, weight: Any, bias: Any) -> Affine:
     if isinstance(weight, Affine) or isinstance(bias, Affine) or not isinstance(x, Affine):
         raise NotAffine("a weight that depends on the site's input is not affine")
-    moved = x.apply(lambda m: m.then(weight.T), lambda c: linear(np.broadcast_to(c, weight.shape[1:]), weight, None))
+    moved = x.apply(lambda m: m.then(weight), lambda c: linear(np.broadcast_to(c, weight.shape[1:]), weight, None))
     return moved if bias is None else _add(moved, bias)
 
 

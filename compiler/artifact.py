@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.base import Base
@@ -101,29 +102,37 @@ def link_files(base: Base, folder: Path, copy: bool) -> list[dict[str, Any]]:
     return linked
 
 
-def write_data(model: ir.Model, file: Path) -> int:
-    """Move the graph's own tensors into a data file; returns its size in bytes. Small ones stay in the graph."""
-    offset = 0
-    with file.open("wb") as stream:
+class DataFile:
+    """The artifact's own data, `model.onnx.data`: tensors are written as they come and referenced from then on."""
+
+    def __init__(self, file: Path):
+        self.file, self.size = file, 0
+        file.touch()
+
+    def add(self, name: str, array: Any) -> ir.ExternalTensor:
+        """Append a tensor; returns the reference to it."""
+        padding = -self.size % ALIGNMENT
+        data: Any = np.ascontiguousarray(array)
+        with self.file.open("ab") as stream:
+            stream.write(b"\0" * padding)
+            stream.write(data.view(np.uint8).data if data.ndim else data.tobytes())
+        offset, self.size = self.size + padding, self.size + padding + data.nbytes
+        dtype = ir.DataType.from_numpy(data.dtype)
+        return ir.ExternalTensor(self.file.name, offset, data.nbytes, dtype, shape=ir.Shape(data.shape), name=name,
+                                 base_dir=self.file.parent)  # fmt: skip
+
+    def take_from(self, model: ir.Model) -> None:
+        """Move the graph's larger tensors here; small ones stay in the graph."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < INLINE:
-                continue
-            padding = -offset % ALIGNMENT
-            stream.write(b"\0" * padding)
-            offset += padding
-            data: Any = tensor.numpy()
-            stream.write(memoryview(data).cast("B") if data.dtype.kind in "fiub" else data.tobytes())
-            external = ir.ExternalTensor(file.name, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(data.shape),
-                                         name=value.name or "", base_dir=file.parent)  # fmt: skip
-            offset += tensor.nbytes
-            value.const_value = external
-    return offset
+            if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= INLINE:
+                value.const_value = self.add(value.name or "", tensor.numpy())
 
 
 def write_artifact(
     folder: Path,
     model: ir.Model,
+    data: DataFile,
     base: Base,
     plan: Plan,
     folded: list[Folded],
@@ -133,7 +142,7 @@ def write_artifact(
     copy: bool,
 ) -> dict[str, Any]:
     """Write everything but the verification's figures; returns the manifest."""
-    written = write_data(model, folder / "model.onnx.data")
+    data.take_from(model)
     model.producer_name, model.producer_version = "peltc", metadata.version("peltc")
     model.ir_version = 10
     ir.save(model, folder / "model.onnx")
@@ -147,7 +156,7 @@ def write_artifact(
         "components": {"model": {"file": "model.onnx", "metadata": export}},
     }
     (folder / "export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    manifest = manifest_of(base, plan, folded, adapter, weights_from, linked, written)
+    manifest = manifest_of(base, plan, folded, adapter, weights_from, linked, data.size)
     write_manifest(folder, manifest)
     return manifest
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.anatomy import Anatomy, Site
-from peltc.compiler.artifact import digest, write_artifact
+from peltc.compiler.artifact import DataFile, digest, write_artifact
 from peltc.compiler.base import Base
-from peltc.compiler.passes.absorb import Folded, absorb
-from peltc.compiler.passes.bind import add_biases, bind
+from peltc.compiler.passes.absorb import NEW_BIAS, Folded, absorb
+from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.insert import LEVELS, insert
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.plan import Claim, Plan
 
 Array = np.ndarray[Any, Any]
+EMPTY = np.zeros(0, np.float32)
 
 
 def build(
@@ -44,27 +46,32 @@ def build(
     """
     source = embeds or base
     model = source.load_graph()
-    folded = fold(plan, source, tensors)
+    data = DataFile(folder / "model.onnx.data")
+    folded, stored = [], {}
+    for entry in folds(plan, source, tensors):  # one at a time: no more than one folded tensor is in memory
+        stored[entry.name] = data.add(entry.name, entry.array)
+        folded.append(replace(entry, array=EMPTY))
     staying = [claim for claim in plan.claims if not claim.absorbed]
     sites = {site.name: site for site in source.anatomy}
     insert(model, [c for c in staying if "prepend" not in c.effects], sites, tensors)
     if plan.prepends:
         prepend(model, [c for c in staying if "prepend" in c.effects], tensors)
-    named = {f.name: f for f in folded}
-    biases = {
-        map_site(source.anatomy, f.name.removesuffix(".pelt_bias")).values["full"]: (f.name, f)
-        for f in folded
-        if f.name.endswith(".pelt_bias")
-    }
-    if biases:
-        add_biases(model, biases)
-    bind(model, source, named, base)
+    for entry in folded:
+        if entry.name.endswith(NEW_BIAS):
+            written = map_site(source.anatomy, entry.name.removesuffix(NEW_BIAS)).values["full"]
+            add_bias(model, written, stored.pop(entry.name), entry.claims)
+    bind(model, source, stored, base)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
-    return write_artifact(folder, model, source, plan, folded, adapter, weights_from, base.export, self_contained)
+    return write_artifact(folder, model, data, source, plan, folded, adapter, weights_from, base.export, self_contained)
 
 
 def fold(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> list[Folded]:
-    """The parameters that take claims in."""
+    """The parameters that take claims in, all of them."""
+    return list(folds(plan, base, tensors))
+
+
+def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Folded]:
+    """The parameters that take claims in, one after the other."""
     groups: dict[str, list[Claim]] = {}
     for claim in sorted(plan.claims, key=lambda c: LEVELS[c.site.kind]):
         if claim.absorbed:
@@ -73,12 +80,10 @@ def fold(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> list[Folded]:
     def read(name: str) -> Array:
         return base.stored(name).array()
 
-    folded = []
     dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[base.precision]].numpy()
     for weight, claims in groups.items():
         targets = [c.site if c.site.kind != "block" else map_site(base.anatomy, weight) for c in claims]
-        folded += absorb(claims, targets, read, tensors, dtype)
-    return folded
+        yield from absorb(claims, targets, read, tensors, dtype)
 
 
 def map_site(anatomy: Anatomy, weight: str) -> Site:

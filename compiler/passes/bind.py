@@ -8,19 +8,18 @@ Names that share one stored tensor become one initializer, unless a fold told th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
 from peltc.compiler.base import Base
-from peltc.compiler.passes.absorb import Folded
 
 
-def bind(model: ir.Model, base: Base, folded: Mapping[str, Folded], table: Base | None = None) -> None:
+def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], table: Base | None = None) -> None:
     """Give every parameter of the graph its values, in place.
 
     Args:
-        folded: parameters with claims inside, by name.
+        folded: the values of parameters with claims inside, by name.
         table: the base that knows parameters which this one does not.
     """
     graph = model.graph
@@ -33,7 +32,7 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, Folded], table: Base 
         graph.inputs.remove(value)
         stored = source.stored(name)
         if name in folded:
-            tensor: ir.TensorProtocol = ir.tensor(folded[name].array, name=name)
+            tensor: ir.TensorProtocol = folded[name]
         else:
             key = (str(stored.file), stored.offset, stored.length)
             if key in bound:
@@ -65,30 +64,29 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, Folded], table: Base 
         graph.register_initializer(value)
 
 
-def add_biases(model: ir.Model, biases: Mapping[str, tuple[str, Folded]]) -> None:
-    """Add biases that the base does not have, after their maps.
+def add_bias(model: ir.Model, written: str, tensor: ir.TensorProtocol, claims: Sequence[str]) -> None:
+    """Add a bias that the base does not have to what a map writes.
 
     Args:
-        biases: by the name of the value that the map writes: the label and the bias.
+        written: the name of the value that the map writes.
+        tensor: the bias, named.
+        claims: what it comes from.
     """
-    values = {v.name: v for node in model.graph for v in node.outputs}
-    for written, (label, folded) in biases.items():
-        y = values[written]
-        tensor = ir.tensor(folded.array, name=label)
-        bias = ir.Value(
-            name=label, shape=ir.Shape(folded.array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        model.graph.register_initializer(bias)
-        uses = tuple(y.uses())
-        node = ir.node("Add", [y, bias], name=f"{label}.add")
-        node.metadata_props["pelt.attachment"] = ", ".join(folded.claims)
-        out = node.outputs[0]
-        out.name, out.shape, out.type = f"{label}.added", y.shape, y.type
-        model.graph.append(node)
-        for use in uses:
-            use.node.replace_input_with(use.idx, out)
-        for i, output in enumerate(model.graph.outputs):
-            if output is y:
-                y.name, out.name = f"{y.name}.base", y.name
-                model.graph.outputs[i] = out
-    model.graph.sort()
+    y = next(v for node in model.graph for v in node.outputs if v.name == written)
+    label = tensor.name or ""
+    bias = ir.Value(name=label, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(bias)
+    uses = tuple(y.uses())
+    node = ir.node("Add", [y, bias], name=f"{label}.add")
+    node.metadata_props["pelt.attachment"] = ", ".join(claims)
+    out = node.outputs[0]
+    out.name, out.shape, out.type = f"{label}.added", y.shape, y.type
+    producer = y.producer()
+    assert producer is not None
+    model.graph.insert_after(producer, node)
+    for use in uses:
+        use.node.replace_input_with(use.idx, out)
+    for i, output in enumerate(model.graph.outputs):
+        if output is y:
+            y.name, out.name = f"{y.name}.base", y.name
+            model.graph.outputs[i] = out

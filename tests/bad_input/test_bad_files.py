@@ -3,7 +3,6 @@ nothing left behind."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -11,7 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -45,46 +44,58 @@ def good(desk: Any) -> bytes:
 
 
 class Evil:
+    """Runs a command where it is unpickled."""
+
     def __reduce__(self) -> Any:
         return os.system, ("touch pwned",)
 
 
-HEADER = "checkpoint.read_header lets this error through"
-FILES: dict[str, tuple[Callable[[Any], bytes], str, str]] = {
-    "empty": (lambda d: b"", "cut off, or no safetensors file", ""),
-    "header_cut": (lambda d: good(d)[:50], "cut off, or no safetensors file", ""),
-    "length_cut": (lambda d: good(d)[:3], "cut off, or no safetensors file", ""),
-    "data_cut": (lambda d: good(d)[:-100], f"cut off before the end of '{NAMES[1]}.", ""),
-    "text": (lambda d: b"hello, " * 50, "no safetensors file", ""),
-    "pickle": (lambda d: pickle.dumps(Evil()), "no safetensors file", ""),
-    "header_length": (lambda d: struct.pack("<Q", 1 << 62) + b"{}", "no safetensors file", ""),
-    "header_list": (lambda d: with_header([1]), "not a mapping", ""),
-    "header_deep": (lambda d: with_header(b"[" * 5000), "not JSON", ""),
-    "header_digits": (lambda d: with_header(b'{"a": ' + b"9" * 5000 + b"}"), "a", HEADER),
-    "entry_number": (lambda d: with_header({"a": 3}), "'a' is malformed", ""),
-    "entry_type": (lambda d: with_header(entry(dtype="F8")), "'a' has an unknown type", ""),
-    "entry_shape": (lambda d: with_header(entry(shape="x")), "'a' is malformed", ""),
-    "entry_infinite": (lambda d: with_header(entry(shape=[float("inf")])), "'a' is malformed", HEADER),
-    "entry_negative": (lambda d: with_header(entry(shape=[-1])), "'a' has a wrong extent", ""),
-    "entry_huge": (lambda d: with_header(entry(shape=[1 << 60])), "'a' has a wrong extent", ""),
-    "entry_offsets": (lambda d: with_header(entry(data_offsets=[0, 4, 5])), "'a' is malformed", ""),
+class Bad(NamedTuple):
+    """What is wrong with a file or folder, and what is said of it; `bug` says where the compiler falls short."""
+
+    make: Callable[..., Any]
+    words: tuple[str, ...]
+    bug: str = ""
+
+
+def cases(table: dict[str, Bad]) -> list[Any]:
+    """Parameters of a test."""
+    return [
+        pytest.param(bad, id=name, marks=[pytest.mark.xfail(reason=bad.bug, strict=True)] if bad.bug else [])
+        for name, bad in table.items()
+    ]
+
+
+HEADER = "checkpoint.read_header: a number that is none, in a hostile header, ends as a bug of ours"
+FILES = {
+    "empty": Bad(lambda d: b"", ("cut off, or no safetensors file",)),
+    "header_cut": Bad(lambda d: good(d)[:50], ("cut off, or no safetensors file",)),
+    "length_cut": Bad(lambda d: good(d)[:3], ("cut off, or no safetensors file",)),
+    "data_cut": Bad(lambda d: good(d)[:-100], (f"cut off before the end of '{NAMES[1]}.",)),
+    "text": Bad(lambda d: b"hello, " * 50, ("no safetensors file",)),
+    "pickle": Bad(lambda d: pickle.dumps(Evil()), ("no safetensors file",)),
+    "header_length": Bad(lambda d: struct.pack("<Q", 1 << 62) + b"{}", ("no safetensors file",)),
+    "header_list": Bad(lambda d: with_header([1]), ("not a mapping",)),
+    "header_deep": Bad(lambda d: with_header(b"[" * 5000), ("not JSON",)),
+    "header_digits": Bad(lambda d: with_header(b'{"a": ' + b"9" * 5000 + b"}"), ("E401",), HEADER),
+    "entry_number": Bad(lambda d: with_header({"a": 3}), ("'a' is malformed",)),
+    "entry_type": Bad(lambda d: with_header(entry(dtype="F8")), ("'a' has an unknown type",)),
+    "entry_shape": Bad(lambda d: with_header(entry(shape="x")), ("'a' is malformed",)),
+    "entry_infinite": Bad(lambda d: with_header(entry(shape=[float("inf")])), ("'a' is malformed",), HEADER),
+    "entry_negative": Bad(lambda d: with_header(entry(shape=[-1])), ("'a' has a wrong extent",)),
+    "entry_huge": Bad(lambda d: with_header(entry(shape=[1 << 60])), ("'a' has a wrong extent",)),
+    "entry_offsets": Bad(lambda d: with_header(entry(data_offsets=[0, 4, 5])), ("'a' is malformed",)),
 }
 
 
-def marked(name: str, bug: str) -> Any:
-    return pytest.param(name, marks=[pytest.mark.xfail(reason=bug, strict=True)] if bug else [])
-
-
-@pytest.mark.parametrize("name", [marked(name, bug) for name, (_, _, bug) in FILES.items()])
-@pytest.mark.parametrize("by_option", [False, True])
-def test_weights_that_are_none(desk: Any, name: str, by_option: bool) -> None:
-    content, words, _ = FILES[name]
-    desk.write(content(desk), "adapter.safetensors")
+@pytest.mark.parametrize("bad", cases(FILES))
+@pytest.mark.parametrize("by_option", [False, True], ids=["spec", "option"])
+def test_weights_that_are_none(desk: Any, bad: Bad, by_option: bool) -> None:
+    desk.write(bad.make(desk), "adapter.safetensors")
     desk.write(LORA if by_option else LORA + "weights: adapter.safetensors\n")
     err = desk.refuse(*(["--weights", "adapter.safetensors"] if by_option else [])).err
     assert re.match(r"(.*/)?adapter.safetensors\n  E401 ", err), err
-    assert words in err
-    assert "expected a safetensors file" in err
+    assert all(words in err for words in (*bad.words, "expected a safetensors file")), err
     assert not (desk.folder / "pwned").exists()
 
 
@@ -147,40 +158,19 @@ def test_weights_outside_the_folder(desk: Any, how: str, tmp_path_factory: pytes
 # The model.
 
 
-def sharded(folder: Path, index: object = None, cut: int | None = None, lost: bool = False) -> None:
-    """Split a model's checkpoint into two shards, with an index of one's own."""
-    from safetensors.numpy import load_file
+INDEX = "model.safetensors.index.json"
 
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    parts = {"one.safetensors": names[: len(names) // 2], "two.safetensors": names[len(names) // 2 :]}
-    for file, part in parts.items():
-        save_file({name: tensors[name] for name in part}, folder / file)
-    two = folder / "two.safetensors"
-    if cut is not None:
-        two.write_bytes(two.read_bytes()[:cut])
-    if lost:
-        two.unlink()
-    mapping = {name: file for file, part in parts.items() for name in part}
-    text = (
-        json.dumps({"weight_map": mapping | index} if index is None or isinstance(index, dict) else index)
-        if index
-        else ""
-    )
-    (folder / "model.safetensors.index.json").write_text(text or json.dumps({"weight_map": mapping}))
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
 
 
 def replaced(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(content)
 
 
-def shards(**changes: Any) -> Callable[[Path], object]:
-    return lambda folder: sharded(folder, **changes)
-
-
-def only(name: str, content: bytes) -> Callable[[Path], object]:
-    """A model folder with another file in place of its checkpoint."""
+def instead(name: str, content: bytes) -> Callable[[Path], None]:
+    """Another file in place of the checkpoint."""
 
     def change(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -189,133 +179,88 @@ def only(name: str, content: bytes) -> Callable[[Path], object]:
     return change
 
 
-def tensor_free_pickle(value: object) -> bytes:
-    import io
+def sharded(index: dict[str, str] | None = None, cut: int | None = None, lost: bool = False) -> Callable[[Path], None]:
+    """The checkpoint in two shards; the index may name more, and the second may be cut or lost."""
 
-    import torch
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        mapping = {name: f"{'one' if i % 2 else 'two'}.safetensors" for i, name in enumerate(sorted(tensors))}
+        for file in ("one.safetensors", "two.safetensors"):
+            save_file({name: tensors[name] for name in mapping if mapping[name] == file}, folder / file)
+        if cut is not None:
+            os.truncate(folder / "two.safetensors", cut)
+        if lost:
+            (folder / "two.safetensors").unlink()
+        (folder / INDEX).write_text(json.dumps({"weight_map": mapping | (index or {})}))
 
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
+    return change
 
 
-INDEX = "model.safetensors.index.json"
-MODELS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
-    "no_config": (
-        lambda f: (f / "config.json").unlink(),
-        "model/config.json\n  E502 cannot read the model's config",
-        "a model folder",
-        "",
+def pickled(value: object) -> Callable[[Path], None]:
+    """A checkpoint as torch once wrote them."""
+
+    def change(folder: Path) -> None:
+        import torch
+
+        (folder / "model.safetensors").unlink()
+        torch.save(value, folder / "pytorch_model.bin")
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 50_000)
+
+
+CONFIG, WEIGHTS = "model/config.json\n  E502", "model/model.safetensors\n  E503"
+SHARD, BIN = "model/two.safetensors\n  E503", "model/pytorch_model.bin\n  E503"
+MODELS = {
+    "no_config": Bad(without("config.json"), (f"{CONFIG} cannot read", "expected a model folder")),
+    "no_weights": Bad(without("model.safetensors"), ("model\n  E503 the model folder holds no weights", INDEX)),
+    "config_text": Bad(replaced("config.json", b"{hello"), (f"{CONFIG} the model's config is not JSON", "line 1")),
+    "config_list": Bad(replaced("config.json", b"[1]"), (CONFIG, "a key 'model_type'")),
+    "config_bytes": Bad(replaced("config.json", b"\xff\xfe"), (CONFIG, "not JSON")),
+    "config_deep": Bad(replaced("config.json", b"[" * 100_000), (CONFIG,), "base.read_config: RecursionError"),
+    "weights_empty": Bad(replaced("model.safetensors", b""), (WEIGHTS, "cut off")),
+    "weights_text": Bad(replaced("model.safetensors", b"x" * 99), (WEIGHTS, "no safetensors file")),
+    "weights_cut": Bad(cut, (WEIGHTS, "cut off before the end of")),
+    "shard_cut": Bad(sharded(cut=9000), (SHARD, "cut off before the end of")),
+    "shard_lost": Bad(sharded(lost=True), (SHARD, "cannot read the file")),
+    "index_parent": Bad(sharded({"x": "../x.safetensors"}), (f"{INDEX}\n  E503", "'../x.safetensors' lies outside")),
+    "index_absolute": Bad(sharded({"x": "/etc/passwd"}), (f"{INDEX}\n  E503", "'/etc/passwd' lies outside")),
+    "index_lacks": Bad(sharded({"x": "one.safetensors"}), (f"{INDEX}\n  E503", "first 'x'")),
+    "index_nul": Bad(sharded({"x": "a\0b"}), ("E503",), "checkpoint.open_checkpoint: ValueError, a NUL in a path"),
+    "index_text": Bad(instead(INDEX, b"{"), (f"{INDEX}\n  E503 the index", "a 'weight_map'")),
+    "index_list": Bad(instead(INDEX, b"[]"), (f"{INDEX}\n  E503",), "checkpoint.open_checkpoint: TypeError"),
+    "index_deep": Bad(
+        instead(INDEX, b"[" * 100_000), (f"{INDEX}\n  E503",), "checkpoint.open_checkpoint: RecursionError"
     ),
-    "no_weights": (
-        lambda f: (f / "model.safetensors").unlink(),
-        "model\n  E503 the model folder holds no weights",
-        "model.safetensors",
-        "",
-    ),
-    "config_text": (
-        replaced("config.json", b"{hello"),
-        "model/config.json\n  E502 the model's config is not JSON",
-        "line 1",
-        "",
-    ),
-    "config_list": (replaced("config.json", b"[1]"), "model/config.json\n  E502", "a key 'model_type'", ""),
-    "config_bytes": (replaced("config.json", b"\xff\xfe"), "model/config.json\n  E502", "not JSON", ""),
-    "config_deep": (
-        replaced("config.json", b"[" * 100_000),
-        "model/config.json\n  E502",
-        "JSON",
-        "base.read_config: RecursionError",
-    ),
-    "weights_empty": (replaced("model.safetensors", b""), "model/model.safetensors\n  E503", "cut off", ""),
-    "weights_text": (
-        replaced("model.safetensors", b"x" * 99),
-        "model/model.safetensors\n  E503",
-        "no safetensors file",
-        "",
-    ),
-    "weights_cut": (
-        lambda f: os.truncate(f / "model.safetensors", 50_000),
-        "model/model.safetensors\n  E503",
-        "cut off before the end of",
-        "",
-    ),
-    "shard_cut": (shards(cut=3000), "model/two.safetensors\n  E503", "cut off before the end of", ""),
-    "shard_lost": (shards(lost=True), "model/two.safetensors\n  E503", "cannot read the file", ""),
-    "index_parent": (
-        shards(index={"x": "../x.safetensors"}),
-        f"model/{INDEX}\n  E503",
-        "'../x.safetensors' lies outside",
-        "",
-    ),
-    "index_absolute": (shards(index={"x": "/etc/passwd"}), f"model/{INDEX}\n  E503", "'/etc/passwd' lies outside", ""),
-    "index_lacks": (shards(index={"x": "one.safetensors"}), f"model/{INDEX}\n  E503", "first 'x'", ""),
-    "index_nul": (shards(index={"x": "a\0b"}), "E503", "", "checkpoint.open_checkpoint: ValueError"),
-    "index_text": (only(INDEX, b"{"), f"model/{INDEX}\n  E503 the index", "a 'weight_map'", ""),
-    "index_list": (only(INDEX, b"[]"), f"model/{INDEX}\n  E503 the index", "", "checkpoint.open_checkpoint: TypeError"),
-    "index_deep": (
-        only(INDEX, b"[" * 100_000),
-        f"model/{INDEX}\n  E503 the index",
-        "",
-        "checkpoint.open_checkpoint: RecursionError",
-    ),
-    "pickle_empty": (
-        only("pytorch_model.bin", b""),
-        "model/pytorch_model.bin\n  E503",
-        "",
-        "base._checkpoint: IndexError",
-    ),
-    "pickle_evil": (
-        only("pytorch_model.bin", pickle.dumps(Evil(), 2)),
-        "model/pytorch_model.bin\n  E503",
-        "plain tensors",
-        "",
-    ),
-    "pickle_torch_evil": (
-        only("pytorch_model.bin", tensor_free_pickle({"a": Evil()})),
-        "model/pytorch_model.bin\n  E503",
-        "plain tensors",
-        "",
-    ),
-    "pickle_number": (
-        only("pytorch_model.bin", tensor_free_pickle({"a": 3})),
-        "E503",
-        "",
-        "base._checkpoint: AttributeError",
-    ),
+    "pickle_empty": Bad(instead("pytorch_model.bin", b""), (BIN,), "base._checkpoint: IndexError, an empty message"),
+    "pickle_evil": Bad(instead("pytorch_model.bin", pickle.dumps(Evil(), 2)), (BIN, "plain tensors")),
+    "pickle_torch_evil": Bad(pickled({"a": Evil()}), (BIN, "plain tensors")),
+    "pickle_number": Bad(pickled({"a": 3}), ("E503",), "base._save: AttributeError, a value that is no tensor"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("name", [marked(name, bug) for name, (_, _, _, bug) in MODELS.items()])
-def test_model_folder_is_refused(desk: Any, name: str) -> None:
-    change, start, words, _ = MODELS[name]
-    change(desk.copy_model())
-    err = re.sub(r"^ +\d+\.\d s .*\n", "", desk.refuse(model="model").err, flags=re.MULTILINE)
-    assert start in err and words in err, err
+@pytest.mark.parametrize("bad", cases(MODELS))
+def test_model_folder_is_refused(desk: Any, bad: Bad) -> None:
+    bad.make(desk.copy_model())
+    err = desk.refuse(model="model").err
+    assert all(words in err for words in bad.words), err
     assert not (desk.folder / "pwned").exists()
 
 
-CONFIGS = {
-    "architecture_unknown": (
-        {"architectures": ["BretModel"]},
-        "no architecture 'BretModel'",
-        "hint: did you mean 'BertModel'?",
-    ),
-    "architecture_no_model": (
-        {"architectures": ["Trainer"]},
-        "no architecture 'Trainer'",
-        "a model class of transformers",
-    ),
-    "architecture_missing": (
-        {"architectures": None},
-        "names no architecture",
-        "hint: give the class by --architecture",
-    ),
+CLASS = "does not describe a BertForSequenceClassification"
+CONFIGS: dict[str, tuple[dict[str, object], str, str]] = {
+    "architecture": ({"architectures": ["BretModel"]}, "no architecture 'BretModel'", "did you mean 'BertModel'?"),
+    "architecture_no_model": ({"architectures": ["Trainer"]}, "no architecture 'Trainer'", "a model class"),
+    "architecture_missing": ({"architectures": None}, "names no architecture", "give the class by --architecture"),
+    "model_type": ({"model_type": "brett"}, CLASS, "brett"),
     "model_type_missing": ({"model_type": None}, "names no model type", "a key 'model_type'"),
-    "model_type_unknown": ({"model_type": "brett"}, "does not describe a BertForSequenceClassification", "brett"),
-    "size_wrong": ({"hidden_size": 33}, "does not describe a BertForSequenceClassification", "33"),
-    "size_text": ({"hidden_size": "x"}, "does not describe a BertForSequenceClassification", "hidden_size"),
+    "size_wrong": ({"hidden_size": 33}, CLASS, "33"),
+    "size_text": ({"hidden_size": "x"}, CLASS, "hidden_size"),
 }
 
 
@@ -328,10 +273,10 @@ def test_config_is_refused(desk: Any, name: str) -> None:
     assert words in err
 
 
-def test_architecture_of_another_type(desk: Any) -> None:
+@pytest.mark.xfail(reason="export.export_graph: TypeError, an architecture that is no text", strict=True)
+def test_architecture_that_is_a_number(desk: Any) -> None:
     desk.copy_model(architectures=[3])
-    if "E502" not in desk.compile(model="model").err:
-        pytest.xfail("export.export_graph: an architecture that is no text is a TypeError")
+    assert "E502" in desk.refuse(model="model").err
 
 
 @pytest.mark.parametrize("model", ["./nope", "/nope/model", "spec.yaml"])
@@ -367,28 +312,33 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [marked(n, "artifact.staged passes this OSError on, which ends as a bug of ours") for n in PATHS]
-)
+@pytest.mark.xfail(reason="artifact.staged: these errors of the operating system end as bugs of ours", strict=True)
+@pytest.mark.parametrize("name", PATHS)
 def test_output_cannot_be_made(desk: Any, name: str) -> None:
-    assert "E60" in desk.refuse(out=PATHS[name]).err
+    assert "E602" in desk.refuse(out=PATHS[name]).err
 
 
-@pytest.mark.parametrize(
-    "target", ["empty", "artifact", marked("nowhere", "artifact._exchange: the link is renamed, not where it leads")]
-)
-def test_output_that_is_a_link(desk: Any, target: str) -> None:
+LINK = "artifact._exchange: the link itself changes places with the new folder, and stays under a staging name"
+
+
+@pytest.mark.xfail(reason=LINK, strict=True)
+@pytest.mark.parametrize("target", ["empty", "artifact"])
+def test_output_is_a_link(desk: Any, target: str) -> None:
     """The artifact goes where the link leads, and the link stays."""
     if target == "artifact":
         assert desk.compile(out="there").code == 0
-    elif target == "empty":
+    else:
         (desk.folder / "there").mkdir()
     (desk.folder / "out").symlink_to("there")
     before = sorted(p.name for p in desk.folder.iterdir())
     outcome = desk.compile()
-    after = sorted(p.name for p in desk.folder.iterdir())
-    if target != "nowhere" and after != sorted({*before, "there"}):
-        pytest.xfail("artifact._exchange: the link is exchanged, and lies beside the artifact under a staging name")
     assert outcome.code == 0, outcome.err
+    assert sorted(p.name for p in desk.folder.iterdir()) == before
     assert (desk.folder / "out").is_symlink()
     assert (desk.folder / "there" / "pelt.json").is_file()
+
+
+@pytest.mark.xfail(reason="artifact._exchange: NotADirectoryError ends as a bug of ours", strict=True)
+def test_output_is_a_link_to_nowhere(desk: Any) -> None:
+    (desk.folder / "out").symlink_to("nowhere")
+    assert desk.compile().code in (0, 1)

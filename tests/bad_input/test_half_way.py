@@ -7,14 +7,12 @@ import importlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 LORA = "pelt: 1\nattach:\n  - method: lora\n    at: attention.query\n"
-
-# A disk that fills up, and an interruption, half-way.
 
 
 class Stop(Exception):
@@ -46,10 +44,9 @@ def test_failure_half_way(
     desk: Any, point: tuple[str, str], failure: str, previous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step has been done, and its end fails: the artifact that was there stays as it was, byte by byte."""
-    import importlib
-
     if previous:
         assert desk.compile().code == 0
+    desk.write(LORA + "    r: 2\n")
     before = desk.contents()
     module = importlib.import_module(point[0])
     step = getattr(module, point[1])
@@ -62,17 +59,12 @@ def test_failure_half_way(
         raise FAILURES[failure]()
 
     monkeypatch.setattr(module, point[1], fail)
-    desk.write(LORA + "    r: 2\n")
-    desk.write(LORA + "    r: 2\n")
     outcome = desk.compile()
     monkeypatch.undo()
     assert calls, "the step is one of those that are taken"
     assert outcome.code == CODES[failure], outcome.err
     if failure == "full":
         assert "E602" in outcome.err and "No space left on device" in outcome.err
-    (desk.folder / "spec.yaml").write_text(
-        "pelt: 1\nattach:\n  - method: lora\n    at: [attention.query, attention.value]\n    r: 4\n"
-    )
     desk.check_same(before)
 
 
@@ -104,8 +96,6 @@ def test_cache_has_no_half_entry(desk: Any, failure: str, monkeypatch: pytest.Mo
     assert [p for p in cache.rglob("*") if p != cache / "bases"] == []
 
 
-# Real processes.
-
 CHILD = """\
 import sys, time
 import peltc.compiler.artifact as artifact
@@ -131,7 +121,7 @@ def test_killed_half_way(desk: Any, number: signal.Signals) -> None:
             assert process.stdout is not None and process.stdout.readline() == "half-way\n"
             assert any(p.name.startswith(".out-") for p in desk.folder.iterdir()), "there is something to clean up"
             process.send_signal(number)
-            out, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=30)
         finally:
             process.kill()
     assert process.returncode == 1, err
@@ -139,42 +129,26 @@ def test_killed_half_way(desk: Any, number: signal.Signals) -> None:
     desk.check_same(before)
 
 
-def pelt(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "peltc", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-
-def small_files(limit: int) -> Callable[[], None]:
-    """For a child process: no file may grow beyond `limit` bytes. A full disk that needs no disk."""
-    import resource
-
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+RUST = "compile.save_adapter: safetensors raises its own error on a full disk, which ends as a bug of ours"
 
 
 @pytest.mark.parametrize(
     ("r", "limit"),
     [
-        (4, 1000),
-        marked_rust := pytest.param(
-            4000,
-            400_000,
-            marks=[
-                pytest.mark.xfail(
-                    reason="compile.save_adapter: safetensors raises its own SafetensorError on a full disk",
-                    strict=True,
-                )
-            ],
-        ),
+        pytest.param(4, 1000, id="data"),
+        pytest.param(4000, 400_000, id="adapter", marks=pytest.mark.xfail(reason=RUST, strict=True)),
     ],
-    ids=["data", "adapter"],
 )
 def test_disk_is_full(desk: Any, r: int, limit: int) -> None:
-    """The writers' own errors, from files that cannot grow."""
+    """The writers' own errors, in a process whose files cannot grow beyond `limit` bytes."""
+    import resource
+
     assert desk.compile().code == 0
     desk.write(LORA + f"    r: {r}\n")
     before = desk.contents()
-    arguments = ["compile", "spec.yaml", str(desk.model), "-o", "out", "--no-verify"]
-    done = pelt(*arguments, preexec_fn=small_files(limit))
+    command = [sys.executable, "-m", "peltc", "compile", "spec.yaml", str(desk.model), "-o", "out", "--no-verify"]
+    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=small)
     desk.check_same(before)
     assert done.returncode == 1, done.stderr
     assert "E602" in done.stderr and "File too large" in done.stderr

@@ -33,8 +33,9 @@ Give = Callable[[Any, Group], None]
 MERGED = 1e-6
 """Largest difference of two merged parameters as a share of the largest value: both are float32, computed in
 different orders."""
-GRADIENT = 2e-5
-"""Largest difference of two gradients as a share of the largest value: float32, two ways to compute a product."""
+GRADIENT = 1e-4
+"""Largest difference of two gradients as a share of the largest value: float32, and gradients add up what cancels:
+1e-5 was seen. A norm that is not a constant in the gradient shows by far more."""
 EFFECT = 1e-2
 """How much, at least, a method must move the output for the comparison to mean anything."""
 
