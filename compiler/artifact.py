@@ -27,9 +27,9 @@ MANIFEST = "pelt.json"
 ALIGNMENT = 64
 INLINE = 256
 COMPANIONS = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "tokenizer.model",
-    "sentencepiece.bpe.model", "chat_template.jinja",
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
 TOOLS = ("peltc", "onnx-ir", "onnxscript", "transformers", "torch", "onnxruntime", "onnxruntime-gpu")
 

@@ -29,6 +29,10 @@ IDENTITY = {"input": "x", "output": "y", "weight": "W", "bias": "b", "keys": "k"
 """What each definition says when it changes nothing."""
 
 
+STAGE = {"input": 0, "weight": 1, "bias": 1, "delta": 2, "output": 2}
+"""When definitions take effect, whatever their order in the file."""
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of the weights file."""
@@ -215,6 +219,9 @@ class _Planner:
             claim = self.claim(entry, site, options, constants, mode)
             if claim is not None:
                 found.append(claim)
+        if found and not any(claim.effects for claim in found):
+            self.find("E210", f"'{entry.name}' changes nothing at any of its {len(found)} sites", entry.place,
+                      "options with which the method has an effect")  # fmt: skip
         return found
 
     def sites(self, entry: Attachment) -> list[Site]:
@@ -387,20 +394,33 @@ class _Planner:
     # order, and who absorbs what
 
     def check_order(self, claims: list[Claim]) -> None:
-        """Claims that read the weight do not commute with others on it: their order must be said."""
+        """Claims whose result depends on their order must say it, and as it can be kept: what a site reads is defined
+        first, then its parameters, then its output."""
         at: dict[tuple[str, Any], list[Claim]] = {}
         for claim in claims:
             at.setdefault((claim.site.name, claim.site.kind), []).append(claim)
         entries = {entry.name: entry for entry in self.spec.attach}
         for (site, _), group in at.items():
             for earlier, later in pairwise(group):
-                readers = [c for c in (earlier, later) if "weight" in c.effects or "output" in c.effects]
-                if readers and entries[later.attachment].after != earlier.attachment:
+                first, second = ({STAGE.get(e, 0) for e in claim.effects} for claim in (earlier, later))
+                entry = entries[later.attachment]
+                if first and second and min(second) < max(first):
+                    self.find(
+                        "E206",
+                        f"'{later.attachment}' stands after '{earlier.attachment}' at {site}, and takes effect before"
+                        f" it",
+                        _at(entry),
+                        "the order of effect: input, weight and bias, then delta and output",
+                        f"put '{later.attachment}' before '{earlier.attachment}'",
+                    )
+                elif (
+                    not all(set(c.effects) <= {"delta"} for c in (earlier, later)) and entry.after != earlier.attachment
+                ):
                     self.find(
                         "E206",
                         f"'{earlier.attachment}' and '{later.attachment}' meet at {site}, and the result depends on"
                         f" their order",
-                        _at(entries[later.attachment]),
+                        _at(entry),
                         "an order",
                         f"say `after: {earlier.attachment}` in '{later.attachment}' if that is meant",
                     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,38 @@ def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
         PeltError: E401 no safetensors file; E402 missing, E403 left-over, E404 misshapen tensors, all of them.
     """
     stored = read_header(file)
-    findings, place = [], Place(str(file))
+    check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, Place(str(file)))
+    return {name: np.array(stored[name].array(), np.float32) for name in plan.tensors}
+
+
+def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays by tensor name, held against a plan; float32.
+
+    Raises:
+        PeltError: E402, E403, E404.
+    """
+    check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
+    return {name: np.asarray(arrays[name], np.float32) for name in plan.tensors}
+
+
+def check(plan: Plan, given: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], place: Place) -> None:
+    """Hold names, shapes and types of tensors against a plan."""
+    findings = []
     for name, tensor in plan.tensors.items():
-        if name not in stored:
-            findings.append(Diagnostic("E402", f"the tensor '{name}' is missing", place, shape_text(tensor.shape),
-                                       nearest(name, stored)))  # fmt: skip
-        elif stored[name].shape != tensor.shape:
-            found = shape_text(stored[name].shape)
+        if name not in given:
+            wanted = shape_text(tensor.shape)
+            findings.append(Diagnostic("E402", f"the tensor '{name}' is missing", place, wanted, nearest(name, given)))
+        elif given[name][0] != tensor.shape:
+            found = shape_text(given[name][0])
             findings.append(Diagnostic("E404", f"the tensor '{name}' is {found}", place, shape_text(tensor.shape)))
-        elif not is_float(stored[name].dtype):
-            findings.append(
-                Diagnostic("E404", f"the tensor '{name}' holds {stored[name].dtype}", place, "a float type")
-            )
-    for name in stored:
+        elif not is_float(given[name][1]):
+            findings.append(Diagnostic("E404", f"the tensor '{name}' holds {given[name][1]}", place, "a float type"))
+    for name in given:
         if name not in plan.tensors:
-            findings.append(Diagnostic("E403", f"no module of the spec takes the tensor '{name}'", place,
-                                       hint=nearest(name, plan.tensors)))  # fmt: skip
+            message, hint = f"no module of the spec takes the tensor '{name}'", nearest(name, plan.tensors)
+            findings.append(Diagnostic("E403", message, place, hint=hint))
     if findings:
         raise PeltError(findings)
-    return {name: np.array(stored[name].array(), np.float32) for name in plan.tensors}
 
 
 def start_tensors(plan: Plan, read: Read) -> dict[str, Array]:

@@ -6,6 +6,7 @@ module, an attention core through `transformers`' attention interface, an embedd
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from peltc.compiler.anatomy import Site
 from peltc.compiler.base import survey_model
 from peltc.compiler.passes.insert import LEVELS
 from peltc.compiler.plan import Claim, Plan, make_plan
-from peltc.compiler.weights import inside, load_tensors, start_tensors
+from peltc.compiler.weights import check_arrays, inside, load_tensors, start_tensors
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula import Deferred
@@ -64,7 +65,7 @@ def attach(
     if source is None and spec.weights:
         source = inside(spec.folder, spec.weights, spec.path)
     if isinstance(source, Mapping):
-        values = {name: np.asarray(array, np.float32) for name, array in source.items()}
+        values = check_arrays(plan, source)
     else:
         values = start_tensors(plan, read) if source is None else load_tensors(plan, Path(source))
     return attach_plan(model, plan, values)
@@ -74,9 +75,15 @@ def attach_plan(model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any
     """Attach a plan's modules with given tensors; see `attach`."""
     if hasattr(model, "pelt"):
         raise fail("E209", "the model has modules attached already", hint="call model.detach_adapter() first")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    attached = Attached(model, plan, values)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    attached = Attached(plan, values, next(model.parameters()).device)
+    try:
+        attached.install(model)
+    except BaseException:
+        attached.uninstall()
+        raise
+    attached.restore.append(partial(_require, model, trained))
+    _require(model, {})
     model.pelt = attached
     model.save_adapter = attached.save
     model.detach_adapter = lambda: attached.remove(model)
@@ -86,10 +93,9 @@ def attach_plan(model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any
 class Attached(nn.Module):
     """The modules of a plan: their parameters, and the hooks that bring them into the model's forward pass."""
 
-    def __init__(self, model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any]]):
+    def __init__(self, plan: Plan, values: Mapping[str, np.ndarray[Any, Any]], device: torch.device):
         super().__init__()
         self.plan = plan
-        device = next(model.parameters()).device
         for name, tensor in plan.tensors.items():
             data = torch.from_numpy(np.array(values[name], np.float32)).to(device)
             self.register_parameter(_key(name), nn.Parameter(data, requires_grad=not tensor.frozen))
@@ -98,8 +104,8 @@ class Attached(nn.Module):
         self.mask: Tensor | None = None
         self.muted = False
         self.fired: set[str] = set()
+        self.whole = True
         self.restore: list[Callable[[], None]] = []
-        self.install(model)
 
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter by its name in the weights file."""
@@ -117,12 +123,16 @@ class Attached(nn.Module):
 
     def remove(self, model: Any) -> None:
         """Take the modules off the model."""
+        self.uninstall()
+        for name in ("pelt", "save_adapter", "detach_adapter"):
+            delattr(model, name)
+
+    def uninstall(self) -> None:
+        """Take the hooks away and undo what was changed besides."""
         for handle in self.handles:
             handle.remove()
         for undo in self.restore:
             undo()
-        for name in ("pelt", "save_adapter", "detach_adapter"):
-            delattr(model, name)
 
     # installation
 
@@ -153,8 +163,13 @@ class Attached(nn.Module):
         return hook
 
     def opening(self) -> Callable[..., None]:
+        """Remember the mask, and whether the whole model will run: not where an encoder's output or a cache is given.
+        The mask stays until the next call, since checkpointed layers run again in the backward pass."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.mask = kwargs.get("attention_mask")
+            given = _named(module, args, kwargs)
+            self.mask = given.get("attention_mask")
+            self.whole = given.get("encoder_outputs") is None and given.get("past_key_values") is None
             self.fired.clear()
 
         return hook
@@ -165,8 +180,7 @@ class Attached(nn.Module):
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.seen.clear()
-            self.mask = None
-            if missed := expected - self.fired:
+            if self.whole and (missed := expected - self.fired):
                 raise fail(
                     "E209",
                     f"the model's forward pass does not go through {sorted(missed)[0]}",
@@ -352,29 +366,41 @@ class Attached(nn.Module):
     def install_embedding(self, model: Any, site: Site, claims: list[Claim]) -> None:
         """Tokens before the sequence: the model is called with embedded tokens, its outputs are cut."""
         table = model.get_input_embeddings()
+        seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         length = {"P": 0}
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.fired.add(site.name)
-            ids = args[0] if args else kwargs.pop("input_ids", None)
+            kwargs = _named(module, args, kwargs)
+            if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
+                raise fail("E209", "tokens before the sequence do not work with a cache in torch yet",
+                           hint="call the model with use_cache=False, without generate()")  # fmt: skip
+            ids = kwargs.pop("input_ids", None)
             text = kwargs.pop("inputs_embeds", None)
             text = table(ids) if text is None else text
             tokens = torch.cat([self.evaluate(c, "prepend", text) for c in claims])
             length["P"] = len(tokens)
             kwargs["inputs_embeds"] = torch.cat([tokens.expand(len(text), *tokens.shape), text], 1)
-            for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
-                if kwargs.get(name) is not None:
-                    given = kwargs[name]
+            fills = {"attention_mask": 1, "token_type_ids": 0} | ({} if seq2seq else {"labels": -100})
+            for name, fill in fills.items():
+                given = kwargs.get(name)
+                if isinstance(given, Tensor) and given.shape[:2] == text.shape[:2]:
                     kwargs[name] = torch.cat([given.new_full((len(given), len(tokens)), fill), given], 1)
+            self.mask = kwargs.get("attention_mask")
             return (), kwargs
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             whole = kwargs["inputs_embeds"].shape[1]
-            for name in [] if isinstance(output, tuple) else list(output.keys()):
-                value = output[name]
+
+            def cut(value: Any) -> Any:
                 sequence = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == whole
-                if sequence and not (name == "logits" and "decoder_input_ids" in kwargs):
-                    output[name] = value[:, length["P"] :]
+                return value[:, length["P"] :] if sequence else value
+
+            if isinstance(output, tuple):
+                return output if seq2seq else tuple(cut(value) for value in output)
+            for name in list(output.keys()):
+                if not (seq2seq and name == "logits"):
+                    output[name] = cut(output[name])
             return output
 
         self.handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
@@ -384,6 +410,19 @@ class Attached(nn.Module):
 def _key(name: str) -> str:
     """A tensor's name as torch takes it for a parameter."""
     return name.replace(".", "/")
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = [n for n in inspect.signature(model.forward).parameters if n != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _require(model: nn.Module, trained: Mapping[str, bool]) -> None:
+    """Which of the base's parameters are trained; none that is not named."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("pelt."):
+            parameter.requires_grad_(trained.get(name, False))
 
 
 def _owner(model: Any, parameter: str) -> nn.Module:

@@ -14,7 +14,7 @@ from peltc.compiler.artifact import MANIFEST, read_manifest, staged, write_manif
 from peltc.compiler.base import Base, open_base
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
-from peltc.compiler.weights import inside, load_tensors, start_tensors
+from peltc.compiler.weights import check_arrays, inside, load_tensors, start_tensors
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
 from peltc.spec.specification import Spec, build_spec, load_spec
@@ -131,20 +131,6 @@ def adapter_tensors(
     return start_tensors(plan, lambda name: base.stored(name).array()), "start values"
 
 
-def check_arrays(plan: Plan, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Arrays by tensor name, held against the plan.
-
-    Raises:
-        PeltError: E402, E403, E404.
-    """
-    from safetensors.numpy import save_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / ADAPTER
-        save_file({n: np.ascontiguousarray(a, np.float32) for n, a in weights.items()}, file)
-        return load_tensors(plan, file)
-
-
 def save_adapter(folder: Path, tensors: Mapping[str, Array]) -> None:
     """Keep the adapter's tensors in the artifact, so that it can be verified again."""
     from safetensors.numpy import save_file
@@ -170,8 +156,12 @@ def verify(out: str | Path, model: str | Path | None = None, *, talk: Talk = sil
     architecture = manifest["base"]["architecture"]
     plan, base = plan_for(spec, folder if model is None else model, architecture=architecture, talk=talk)
     if base.fingerprint != manifest["base"]["fingerprint"]:
-        raise fail("E608", f"'{model or out}' is not the model that this artifact was compiled from", Place(str(folder)),
-                   f"the base with the fingerprint {manifest['base']['fingerprint'][:12]}...")  # fmt: skip
+        raise fail(
+            "E608",
+            f"'{model or out}' is not the model that this artifact was compiled from",
+            Place(str(folder)),
+            f"the base with the fingerprint {manifest['base']['fingerprint'][:12]}...",
+        )
     tensors = load_tensors(plan, folder / ADAPTER)
     for name, array in tensors.items():
         if digest(np.ascontiguousarray(array)) != manifest["weights"]["tensors"][name]["sha256"]:

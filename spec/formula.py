@@ -418,6 +418,8 @@ def _symbolic(name: str, values: list[Any]) -> Any:
         Undecided: a comparison that depends on the sizes.
     """
     whole = all(isinstance(v, (int, Dim)) for v in values)
+    if name in ("divide", "floor_divide", "modulo") and values[1] == 0:
+        raise FormulaError("division by zero")
     if name in _COMPARE.values():
         difference = simplify(Dim.of(values[0]) - values[1]) if whole else None
         if name in ("equal", "not_equal") and isinstance(difference, int):

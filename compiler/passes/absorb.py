@@ -71,15 +71,17 @@ def absorb(
     new_W, new_b = W, b
     for rows in dict.fromkeys(s.rows for s in sites):
         group = [claim for claim, s in zip(claims, sites, strict=True) if s.rows == rows]
-        index = slice(None) if rows is None else np.concatenate([np.arange(a, z) for a, z in rows])
-        changed_W, changed_b = fold_map(group, W[index], None if b is None else b[index], tensors)
         if rows is None:
-            new_W, new_b = changed_W, changed_b
+            new_W, new_b = fold_map(group, W, b, tensors)
             continue
-        new_W = new_W.copy() if new_W is W else new_W
-        new_W[index] = changed_W
-        if changed_b is not None:
-            new_b = np.zeros(len(W), np.float32) if new_b is None else new_b.copy()
+        index = np.concatenate([np.arange(a, z) for a, z in rows])
+        part_W, part_b = W[index], None if b is None else b[index]
+        changed_W, changed_b = fold_map(group, part_W, part_b, tensors)
+        if changed_W is not part_W:
+            new_W = new_W.copy() if new_W is W else new_W
+            new_W[index] = changed_W
+        if changed_b is not None and changed_b is not part_b:
+            new_b = np.zeros(len(W), np.float32) if new_b is None else new_b.copy() if new_b is b else new_b
             new_b[index] = changed_b
     labels = tuple(f"{c.attachment} at {c.site.name}" for c in claims)
     folded = []
@@ -96,7 +98,7 @@ def absorb(
 def fold_map(
     claims: list[Claim], W: Array, b: Array | None, tensors: Mapping[str, Array]
 ) -> tuple[Array, Array | None]:
-    """The weight [O, I] and bias [O] of a map with claims inside."""
+    """The weight [O, I] and bias [O] of a map with claims inside; the very arrays given where they do not change."""
     affine, numeric = AffineInterpreter(), NumericInterpreter()
     state: dict[str, Any] = {"W": W, "b": b}
 
@@ -132,8 +134,9 @@ def fold_map(
                 value = _substitute(_as_affine(affine.evaluate(claim.effects[name], scope(claim, affine))), x, y)
                 y = y.plus(value) if name == "delta" else value
     matrix = y.maps["x"].dense() if "x" in y.maps else np.zeros(W.shape, np.float32)
-    offset = None if y.offset is None else np.broadcast_to(y.offset, (len(W),)).astype(np.float32)
-    return matrix, offset
+    if y.offset is None or y.offset is b:
+        return matrix, y.offset
+    return matrix, np.broadcast_to(y.offset, (len(W),)).astype(np.float32)
 
 
 def _as_affine(value: Any) -> Affine:

@@ -707,7 +707,6 @@ def test_a_bias_that_is_new_is_folded(toys: Any, close: Any) -> None:
         close(found[f"model.layers.{i}.self_attn.q_proj.weight.pelt_bias"], change, FOLDED)
 
 
-@pytest.mark.xfail(strict=True, reason="a weight or bias that is as it was is written once more")
 @pytest.mark.parametrize("method, kind", [("bitfit", "bias"), ("lora", "weight")])
 def test_only_what_changes_is_folded(bert: Bench, method: str, kind: str) -> None:
     found, own, _ = folded(bert, {"method": method, "at": "attention.query"})

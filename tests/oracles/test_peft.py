@@ -323,7 +323,6 @@ def test_prompt(name: str, task: str, toys: Any, close: Any) -> None:
         close(toys.answer(toys.model(name), inputs), expected, EFFECT)
 
 
-@pytest.mark.xfail(strict=True, reason="labels are not made longer by the prompt, as PEFT makes them")
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_prompt_loss(name: str, toys: Any, close: Any) -> None:
     """What `Trainer` asks for: the prompt's own positions predict nothing, its last one the first token of the text."""

@@ -189,7 +189,6 @@ def test_reentrant_checkpointing(case: str, toys: Any) -> None:
     same_gradients(gradients(model, inputs), gradients(attached(toys, "gpt2", case), inputs))
 
 
-@pytest.mark.xfail(strict=True, reason="the mask is forgotten when the forward pass ends, before layers run again")
 def test_a_gate_that_reads_the_mask_survives_checkpointing(toys: Any) -> None:
     """The mask is given to the model once, and read again when a layer runs a second time."""
     gated = {
