@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +51,7 @@ def build(
     model = source.load_graph()
     data = DataFile(folder / "model.onnx.data")
     folded, stored = [], {}
-    for entry in folds(plan, source, tensors):  # one at a time: no more than one folded tensor is in memory
+    for entry in folds(plan, source, tensors):  # as they come: only a few folded tensors are in memory
         stored[entry.name] = data.add(entry.name, entry.array)
         folded.append(replace(entry, array=EMPTY))
     staying = [claim for claim in plan.claims if not claim.absorbed]
@@ -81,9 +84,22 @@ def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Fold
         return base.stored(name).array()
 
     dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[base.precision]].numpy()
-    for weight, claims in groups.items():
+
+    def one(weight: str) -> list[Folded]:
+        claims = groups[weight]
         targets = [c.site if c.site.kind != "block" else map_site(base.anatomy, weight) for c in claims]
-        yield from absorb(claims, targets, read, tensors, dtype)
+        return absorb(claims, targets, read, tensors, dtype)
+
+    # A few at a time: numpy works outside of Python's lock, and memory holds no more than these few.
+    workers = min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[list[Folded]]] = deque()
+        for weight in groups:
+            waiting.append(pool.submit(one, weight))
+            if len(waiting) > workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 def map_site(anatomy: Anatomy, weight: str) -> Site:

@@ -224,7 +224,8 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
             wanted = within.get("description", f"text that matches {rule}")
             yield Diagnostic("E115", f"{_show(value)} does not have the right form", place, wanted)
         case "minItems" | "minLength" | "minProperties":
-            yield Diagnostic("E115", "there is nothing here", place, f"at least {rule} {_UNITS[error.validator]}")
+            short = "there is too little here" if value else "there is nothing here"
+            yield Diagnostic("E115", short, place, f"at least {rule} {_UNITS[str(error.validator)][rule > 1]}")
         case _:
             yield Diagnostic("E119", error.message[:300], place)
 
@@ -233,7 +234,7 @@ _FORMS = {
     "^[a-z][a-z0-9_]*$": "a lower-case letter, then lower-case letters, digits and underscores",
     "^[A-Za-z][A-Za-z0-9_]*$": "a letter, then letters, digits and underscores",
 }
-_UNITS = {"minItems": "entry", "minLength": "character", "minProperties": "key"}
+_UNITS = {"minItems": ("entry", "entries"), "minLength": ("character", "characters"), "minProperties": ("key", "keys")}
 
 
 def _wrong_type(value: Any, types: Iterable[str], place: Place) -> Diagnostic:
