@@ -48,7 +48,7 @@ def staged(out: Path) -> Iterator[Path]:
     folder: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        folder = Path(tempfile.mkdtemp(None, f".{out.name}-", out.parent))
         folder.chmod(0o755)
         yield folder
         _exchange(folder, out)

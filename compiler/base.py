@@ -28,7 +28,7 @@ from peltc.spec.diagnostics import Place, fail, nearest
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FORMAT = 1
+FORMAT = 2
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
@@ -57,7 +57,7 @@ class Base:
 
     Attributes:
         folder: the model's folder (config, tokenizer).
-        architecture: the class of `transformers`, `BertModel`.
+        architecture: the class of `transformers`.
         config: the model's config, as JSON.
         precision: the type in which the graph computes, `float32`.
         variant: `ids` where the graph reads token ids, `embeds` where it reads embedded tokens.
@@ -115,7 +115,7 @@ def find_model(model: str | Path) -> Path:
         raise fail(
             "E501",
             f"'{model}' is neither a folder nor to be had from the hub: {detail}",
-            expected="a model folder, or a hub id such as 'sentence-transformers/all-MiniLM-L6-v2'",
+            expected="a model folder, or a hub id such as 'organisation/model'",
         ) from None
 
 
@@ -169,7 +169,7 @@ def open_base(
             "the model's config names no architecture, so its task is not known",
             Place(str(folder / "config.json")),
             "a key 'architectures'",
-            "give the class by --architecture, BertModel say",
+            "give the class of transformers by --architecture",
         )
     checkpoint, converted = _checkpoint(folder, talk)
     stored = str(checkpoint.float_dtype)
@@ -246,14 +246,15 @@ def _build(
 
     talk(f"no base of {architecture} in the cache: exporting its graph once")
     exported = export_graph(folder, config, architecture, precision, variant)
-    parameters, unresolved = resolve(exported.parameters, exported.ties, exported.prefix, checkpoint)
+    talk(exported.repeats)
+    parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint)
     reason = ""
     if unresolved:
         reason = f"{len(unresolved)} parameters are renamed or merged in the checkpoint, first '{unresolved[0]}'"
         parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
     anatomy = survey_graph(exported.model, exported.parameters)
     home.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".building-", dir=home.parent))
+    staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
     try:
         ir.save(exported.model, staging / "graph.onnx")
         (staging / "anatomy.json").write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
@@ -262,6 +263,7 @@ def _build(
             "parameters": {name: asdict(info) for name, info in parameters.items()},
             "materialise": reason,
             "export": exported.metadata,
+            "repeats": exported.repeats,
         }
         (staging / "base.json").write_text(json.dumps(record), encoding="utf-8")
         try:
@@ -276,7 +278,7 @@ def _build(
 def resolve(
     shapes: Mapping[str, tuple[int, ...]],
     ties: Mapping[str, tuple[str, ...]],
-    prefix: str,
+    stem: str,
     checkpoint: Checkpoint,
 ) -> tuple[dict[str, ParameterInfo], list[str]]:
     """Which stored tensor holds each parameter, and the parameters that none holds as it is.
@@ -284,12 +286,12 @@ def resolve(
     Args:
         shapes: parameters of the model by name.
         ties: names that share one tensor with a parameter.
-        prefix: the base model's prefix, `bert`.
+        stem: what precedes the base model's names in a task model.
     """
     found: dict[str, ParameterInfo] = {}
     missing = []
     for name, shape in shapes.items():
-        names = [s for n in (name, *ties.get(name, ())) for s in spellings(n, prefix)]
+        names = [s for n in (name, *ties.get(name, ())) for s in spellings(n, stem)]
         held = [s for s in names if s in checkpoint.tensors and checkpoint.tensors[s].shape == shape]
         if held and is_float(checkpoint.tensors[held[0]].dtype):
             found[name] = ParameterInfo(shape, held[0])
@@ -357,7 +359,7 @@ def _save(tensors: Mapping[str, Any], home: Path) -> None:
     from safetensors.torch import save_file
 
     home.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".building-", dir=home.parent))
+    staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
     try:
         # Tied tensors are one in a model's memory, and safetensors stores each name by itself.
         save_file({n: t.contiguous().clone() for n, t in tensors.items()}, staging / "model.safetensors")

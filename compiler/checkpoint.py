@@ -163,11 +163,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, tensors)
 
 
-def spellings(name: str, prefix: str) -> list[str]:
-    """How a parameter may be called in a checkpoint: as it is, with or without the base model's prefix, and with the
+def spellings(name: str, stem: str) -> list[str]:
+    """How a parameter may be called in a checkpoint: as it is, with or without the base model's stem, and with the
     names that norms' parameters had before they were called weight and bias."""
-    forms = [name, f"{prefix}.{name}"] if prefix else [name]
-    if prefix and name.startswith(prefix + "."):
-        forms.append(name[len(prefix) + 1 :])
+    forms = [name, f"{stem}.{name}"] if stem else [name]
+    if stem and name.startswith(stem + "."):
+        forms.append(name[len(stem) + 1 :])
     old = [f.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") for f in forms]
     return list(dict.fromkeys(forms + old))

@@ -24,7 +24,7 @@ class Emitter:
         Args:
             graph: takes the nodes, at its end; sort it when all are there.
             dtype: of the constants and of the computation.
-            owner: prefix of names.
+            owner: what names start with.
             marks: metadata of every node.
         """
         self.graph, self.dtype, self.owner, self.marks = graph, dtype, owner, dict(marks)

@@ -29,7 +29,7 @@ class Exported:
     Attributes:
         parameters: shapes by fully qualified name, of those that the graph reads.
         ties: other names of the same tensor.
-        prefix: the base model's prefix in a task model.
+        stem: what precedes the base model's names in a task model.
         metadata: `transformers`' own record of the export.
         repeats: which layers were exported for all that equal them, or why none were.
     """
@@ -37,7 +37,7 @@ class Exported:
     model: Any
     parameters: dict[str, tuple[int, ...]]
     ties: dict[str, tuple[str, ...]]
-    prefix: str
+    stem: str
     metadata: dict[str, Any]
     repeats: str = ""
 

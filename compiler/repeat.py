@@ -53,19 +53,19 @@ class Stack:
     Attributes:
         path: the list's name in the model, `model.layers`.
         length: number of layers.
-        prefix: number of layers before the repetition.
+        lead: number of layers before the repetition.
         period: number of layers in a unit, which repeats as a whole.
     """
 
     path: str
     length: int
-    prefix: int
+    lead: int
     period: int
 
     @property
     def kept(self) -> int:
         """Number of layers of the short stack."""
-        return self.prefix + UNITS * self.period
+        return self.lead + UNITS * self.period
 
     @property
     def copies(self) -> int:
@@ -82,22 +82,22 @@ class Stack:
         return int(found[1]) if found else None
 
     def unit(self, name: str) -> int:
-        """The unit that a parameter belongs to; `SHARED` for those of the prefix and of other modules."""
+        """The unit that a parameter belongs to; `SHARED` for those of the lead and of other modules."""
         layer = self.layer(name)
-        return SHARED if layer is None or layer < self.prefix else (layer - self.prefix) // self.period
+        return SHARED if layer is None or layer < self.lead else (layer - self.lead) // self.period
 
     def shift(self, text: str, units: int) -> str:
         """A text with the names of the repeated layers moved on by some units."""
 
         def moved(found: re.Match[str]) -> str:
             layer = int(found[1])
-            return f"{self.path}.{layer + units * self.period if layer >= self.prefix else layer}"
+            return f"{self.path}.{layer + units * self.period if layer >= self.lead else layer}"
 
         return self._pattern.sub(moved, text)
 
     def __str__(self) -> str:
         how = "are equal" if self.period == 1 else f"repeat by {self.period}"
-        return f"layers {self.prefix} to {self.length - 1} of {self.path} {how}: {self.kept} of {self.length} exported"
+        return f"layers {self.lead} to {self.length - 1} of {self.path} {how}: {self.kept} of {self.length} exported"
 
 
 # the torch model
@@ -126,13 +126,13 @@ def _repetition(kinds: Sequence[int]) -> tuple[int, int] | None:
     """Prefix and period of the repetition at the end of a list that leaves the fewest items, if it is worth it."""
     best: tuple[int, int, int] | None = None
     for period in range(1, len(kinds) // UNITS + 1):
-        prefix = len(kinds) - period
-        while prefix > 0 and kinds[prefix - 1] == kinds[prefix - 1 + period]:
-            prefix -= 1
-        prefix += (len(kinds) - prefix) % period
-        kept = prefix + UNITS * period
+        lead = len(kinds) - period
+        while lead > 0 and kinds[lead - 1] == kinds[lead - 1 + period]:
+            lead -= 1
+        lead += (len(kinds) - lead) % period
+        kept = lead + UNITS * period
         if kept <= len(kinds) - WORTH and (best is None or kept < best[0]):
-            best = kept, prefix, period
+            best = kept, lead, period
     return best[1:] if best else None
 
 
@@ -324,9 +324,9 @@ def rehearse(model: Any, inputs: Mapping[str, Any], stacks: Sequence[Stack]) -> 
     with unchanged(model):
         for stack in stacks:
             layers = list(model.get_submodule(stack.path))
-            for start in range(stack.prefix, len(layers), stack.period):
+            for start in range(stack.lead, len(layers), stack.period):
                 last = start + stack.period == len(layers)
-                label = stack.path, -1 if last else (start - stack.prefix) // stack.period
+                label = stack.path, -1 if last else (start - stack.lead) // stack.period
                 layers[start].register_forward_pre_hook(enter(label, start))
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             given = {k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -359,7 +359,7 @@ def compare(whole: Tape, short: Tape, stacks: Sequence[Stack]) -> None:
         if label == model:
             raise Irregular(f"what {label[0] or 'the model'} does depends on the number of layers")
         stack = by_path[label[0]]
-        start = stack.prefix + label[1] * stack.period
+        start = stack.lead + label[1] * stack.period
         where = f"layer {start}" if stack.period == 1 else f"layers {start} to {start + stack.period - 1}"
         raise Irregular(f"{where} of {stack.path} and the layers before compute different things")
 

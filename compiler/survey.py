@@ -613,7 +613,7 @@ class _Survey:
     def embeddings(self, stacks: dict[str, list[list[Block]]]) -> Iterator[Site]:
         """The tables of token embeddings, and the whole module's output: where the stream begins."""
         for stack, layers in stacks.items():
-            prefix = f"{stack}." if len(stacks) > 1 else ""
+            head = f"{stack}." if len(stacks) > 1 else ""
             start = layers[0][0].r
             behind = self.flow.ancestors(start)
             tables = []
@@ -624,16 +624,16 @@ class _Survey:
                         tables.append((name, node))
             for name, node in tables[:1]:
                 vocab, width = self.flow.parameters[name]
-                yield Site(f"{prefix}embedding.word", "embedding", {"weight": name}, None,
+                yield Site(f"{head}embedding.word", "embedding", {"weight": name}, None,
                            {"vocab": vocab, "d": width, "in": vocab, "out": width},
                            {"x": node.inputs[1].name or "", "y": node.outputs[0].name or ""},  # type: ignore[union-attr]
                            {"y": name})  # fmt: skip
             for norm in self.flow.norms:
                 if norm.y in behind and norm not in self.claimed_norms:
                     self.claimed_norms.add(norm)
-                    yield self.norm_site(f"{prefix}embedding.norm", norm)
+                    yield self.norm_site(f"{head}embedding.norm", norm)
             width = last_size(start) or 0
-            yield Site(f"{prefix}embedding", "embedding", {"weight": tables[0][0]} if tables else {}, None,
+            yield Site(f"{head}embedding", "embedding", {"weight": tables[0][0]} if tables else {}, None,
                        {"d": width, "in": width, "out": width},
                        {"y": start.name or ""}, {"y": ""})  # fmt: skip
 

@@ -146,16 +146,20 @@ def tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
 
-def latencies(runs: Sequence[Callable[[], Any]], repeats: int = 60) -> list[float]:
-    """Median times in milliseconds of several things, run in turns so that the machine's other work hits all alike."""
-    times = np.zeros((repeats, len(runs)))
-    for row in times:
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            row[i] = 1000 * (time.perf_counter() - start)
-    medians: list[float] = np.median(times[repeats // 6 :], axis=0).tolist()
-    return medians
+def latencies(runs: Sequence[Callable[[], Any]], rounds: int = 8, repeats: int = 10) -> list[float]:
+    """Median times in milliseconds of several things, by turns so that the machine's other work hits all alike.
+
+    The first two runs of each turn do not count: the threads of the thing before may still be spinning.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, own in zip(runs, times, strict=True):
+            for repeat in range(repeats):
+                start = time.perf_counter()
+                run()
+                if repeat >= 2:
+                    own.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(own) for own in times]
 
 
 def command(*arguments: str | Path, into: Path | None = None) -> None:

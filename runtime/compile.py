@@ -108,7 +108,7 @@ def compile(
 def saved(model: Any, out: Path) -> Iterator[tuple[Path, dict[str, Array] | None]]:
     """A torch model as a folder beside the artifact, for as long as it takes, and its attached modules' tensors."""
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=out.absolute().parent) as folder:
+    with tempfile.TemporaryDirectory(None, ".model-", out.absolute().parent) as folder:
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pelt.")}
         model.save_pretrained(folder, state_dict=state)
         attached = getattr(model, "pelt", None)

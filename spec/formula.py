@@ -346,8 +346,6 @@ class Interpreter(Generic[V]):
             case Call(function=name, args=args, keywords=keywords):
                 values = [self.evaluate(a, scope) for a in args]
                 options = {key: self.evaluate(value, scope) for key, value in keywords}
-                if name in STATIC and all(map(is_static, values)):
-                    return static_call(name, values)
                 if name not in FUNCTIONS:
                     if not callable(scope.get(name)) or isinstance(scope[name], Deferred):
                         raise FormulaError(f"this site offers no function '{name}'")
@@ -355,6 +353,8 @@ class Interpreter(Generic[V]):
                         raise FormulaError(f"'{name}' takes one tensor and nothing else")
                     return scope[name](*values)
                 bound = FUNCTIONS[name].bind(values, options)
+                if name in STATIC and all(map(is_static, bound.values())):
+                    return static_call(name, [bound[parameter] for parameter, _ in FUNCTIONS[name].parameters])
                 return self.call(name, bound)
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:

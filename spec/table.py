@@ -1,6 +1,6 @@
 """The table of methods in the README, written from the method files.
 
-    python -m peltc.spec.table README.md        # bring the table up to date
+python -m peltc.spec.table README.md        # bring the table up to date
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Tiny models on a few cores: one thread each, rather than many that get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import models  # noqa: E402
-
+import models
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from peltc.spec.table import BEGIN, END, insert, method_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SPECS = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SPECS = [
+    textwrap.dedent(text) for _, text in re.findall(r"^( *)```yaml\n(.*?)^\1```", README, re.MULTILINE | re.DOTALL)
+]
 
 
 def section(title: str) -> str:

@@ -1,7 +1,7 @@
 """Insertion: claims that are not absorbed become nodes beside, before or after the values of their sites.
 
     linear     y ──────────► y + delta(x, y)         block     y ──► y + delta(x, y, r, norm)
-    attention  k ──► concat(prefix, k)               mask ──► mask with the prefix in view
+    attention  k ──► concat(more, k)                 mask ──► mask that shows the new positions
 
 Every node carries `pelt.attachment`, `pelt.method` and `pelt.site` in its metadata; taking out what is so marked
 gives the base graph back.

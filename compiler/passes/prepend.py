@@ -1,6 +1,6 @@
 """Tokens before the sequence, on a graph that reads embedded tokens.
 
-    input_ids ─► lookup ─► concat(prompt, ·) ─► inputs_embeds      attention_mask ─► concat(1, ·)
+    input_ids ─► lookup ─► concat(tokens, ·) ─► inputs_embeds      attention_mask ─► concat(1, ·)
     outputs over the sequence ─► without the first P positions
 
 Such a graph derives positions and masks from the longer sequence itself, so both are right by construction.

@@ -195,6 +195,7 @@ def test_long_texts_are_cut_in_messages() -> None:
         ("-(3 - 5)", 2),
         ("sqrt(16)", 4.0),
         ("min(r, 3) + max(r, 3)", 11),
+        ("max(b=1, a=2) + sqrt(x=9)", 5.0),
         ("1 if kind == 'a' else 2", 1),
         ("1 if kind != 'a' or not flag else 2", 2),
         ("r > 3 and r >= 8 and 1 < 2 and 1 <= 1", True),
@@ -242,6 +243,9 @@ def test_deferred_values_are_computed_once_if_at_all() -> None:
         ("softmax(t, foo=1)", "softmax(t, foo=1)", "no argument 'foo'"),
         ("softmax(t, x=1)", "softmax(t, x=1)", "no argument 'x'"),
         ("concat()", "concat()", "at least one tensor"),
+        ("max(1)", "max(1)", "max(a, b) lacks its argument 'b'"),
+        ("max(1, 2, 3)", "max(1, 2, 3)", "max(a, b) takes at most 2 arguments"),
+        ("sqrt()", "sqrt()", "sqrt(x) lacks its argument 'x'"),
     ],
 )
 def test_evaluation_error_names_the_part(text: str, part: str, reason: str) -> None:

@@ -78,6 +78,7 @@ def one(value: str, schema: Any) -> str:
             {"pattern": "^x$"},
             "f:1:4  a\n  E115 'x y' does not have the right form\n  expected text that matches ^x$",
         ),
+        ("[1]", {"minItems": 2}, "f:1:1  a\n  E115 there is too little here\n  expected at least 2 entries"),
         ("[]", {"minItems": 2}, "f:1:1  a\n  E115 there is nothing here\n  expected at least 2 entries"),
         ("''", {"minLength": 1}, "f:1:4  a\n  E115 there is nothing here\n  expected at least 1 character"),
         ("[1, 1]", {"uniqueItems": True}, "f:1:1  a\n  E119 [1, 1] has non-unique elements"),
