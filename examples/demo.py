@@ -146,20 +146,16 @@ def tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
 
-def latencies(runs: Sequence[Callable[[], Any]], rounds: int = 8, repeats: int = 10) -> list[float]:
-    """Median times in milliseconds of several things, by turns so that the machine's other work hits all alike.
-
-    The first two runs of each turn do not count: the threads of the thing before may still be spinning.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, own in zip(runs, times, strict=True):
-            for repeat in range(repeats):
-                start = time.perf_counter()
-                run()
-                if repeat >= 2:
-                    own.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(own) for own in times]
+def latencies(runs: Sequence[Callable[[], Any]], repeats: int = 60) -> list[float]:
+    """Median times in milliseconds of several things, in turns so that the machine's other work hits all alike."""
+    times = np.zeros((repeats, len(runs)))
+    for row in times:
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            row[i] = 1000 * (time.perf_counter() - start)
+    medians: list[float] = np.median(times[repeats // 6 :], axis=0).tolist()
+    return medians
 
 
 def command(*arguments: str | Path, into: Path | None = None) -> None:
@@ -252,7 +248,8 @@ def main() -> None:
     peltc.compile(SPEC, base, unfolded, weights=adapter, mode="static")  # the same from Python, nothing folded
 
     # The artifact on ONNX Runtime: by a session of ours, without this package, and with nothing folded.
-    session, other = peltc.Session(artifact), peltc.Session(unfolded)
+    # Threads that wait do not spin, as in `make demo` those of PyTorch do not: fair timing on a machine that is shared.
+    session, other = (peltc.Session(folder, spinning=False) for folder in (artifact, unfolded))
     plain = onnxruntime.InferenceSession(artifact / "model.onnx", providers=["CPUExecutionProvider"])
     found = np.concatenate([session(**inputs)["logits"] for inputs in batches])
     for name, logits in {

@@ -8,6 +8,7 @@ every other construct of Python is refused.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -90,8 +91,9 @@ STATIC: dict[str, Callable[..., Any]] = {
     "equal": operator.eq, "not_equal": operator.ne, "less": operator.lt, "less_equal": operator.le,
     "greater": operator.gt, "greater_equal": operator.ge, "not": operator.not_, "sqrt": lambda x: x**0.5,
     "and": lambda a, b: a and b, "or": lambda a, b: a or b, "min": min, "max": max,
+    "exp": math.exp, "log": math.log, "abs": abs, "tanh": math.tanh, "sigmoid": lambda x: 0.5 * (1 + math.tanh(x / 2)),
 }  # fmt: skip
-"""What operators mean on values known while the formula is read: options and sizes."""
+"""What operators and a few functions mean on values known while the formula is read: options and sizes."""
 
 
 def parse(text: str | int | float, place: Place | None = None, functions: tuple[str, ...] = ("norm",)) -> Expr:

@@ -72,11 +72,16 @@ def tensor(value: Any) -> Shape:
     Raises:
         FormulaError: the value is neither.
     """
-    if isinstance(value, Shape):
-        return value
     if isinstance(value, (int, float, Dim)) and not isinstance(value, bool):
         return Shape((), f"the number {value}")
-    raise FormulaError(f"expected a tensor, found {value!r}")
+    return _array(value)
+
+
+def _array(value: Any) -> Shape:
+    """A tensor. Only sums and products take numbers beside tensors."""
+    if isinstance(value, Shape):
+        return value
+    raise FormulaError(f"expected a tensor, found {value!r:.60}")
 
 
 def _size(value: Any, what: str) -> Size:
@@ -119,7 +124,7 @@ def axis_index(shape: Shape, axis: Any) -> int:
 
 def _same(name: str, arguments: dict[str, Any]) -> Shape:
     """Functions that keep the shape."""
-    x = tensor(arguments["x"])
+    x = _array(arguments["x"])
     if name == "activation" and arguments["name"] not in ACTIVATIONS:
         raise FormulaError(f"unknown activation '{arguments['name']}'; one of {', '.join(ACTIVATIONS)}")
     if name == "softmax":
@@ -130,7 +135,7 @@ def _same(name: str, arguments: dict[str, Any]) -> Shape:
 
 
 def _linear(x: Any, weight: Any, bias: Any) -> Shape:
-    x, weight = tensor(x), tensor(weight)
+    x, weight = _array(x), _array(weight)
     if weight.rank != 2 or x.rank < 1:
         raise FormulaError(f"linear needs x [..., I] and a weight [O, I], found x {x} and weight {weight}")
     if not same(x.dims[-1], weight.dims[1]):
@@ -139,14 +144,14 @@ def _linear(x: Any, weight: Any, bias: Any) -> Shape:
             f"{x.dims[-1]} is not {weight.dims[1]}"
         )
     if bias is not None:
-        bias = tensor(bias)
+        bias = _array(bias)
         if bias.rank != 1 or not same(bias.dims[0], weight.dims[0]):
             raise FormulaError(f"linear needs a bias [O] for its weight [O, I]: bias {bias}, weight {weight}")
     return Shape((*x.dims[:-1], weight.dims[0]))
 
 
 def _matmul(a: Any, b: Any) -> Shape:
-    a, b = tensor(a), tensor(b)
+    a, b = _array(a), _array(b)
     if a.rank < 2 or b.rank < 2 or not same(a.dims[-1], b.dims[-2]):
         raise FormulaError(f"the shapes {a} and {b} do not fit: matmul needs [..., M, K] and [..., K, N]")
     lead = broadcast(Shape(a.dims[:-2]), Shape(b.dims[:-2]))
@@ -154,7 +159,7 @@ def _matmul(a: Any, b: Any) -> Shape:
 
 
 def _einsum(operands: list[Any], equation: Any) -> Shape:
-    shapes = [tensor(o) for o in operands]
+    shapes = [_array(o) for o in operands]
     if not isinstance(equation, str) or not re.fullmatch(r"[A-Za-z, ]+->[A-Za-z ]*", equation):
         raise FormulaError(f"einsum needs an equation such as 'ij,jk->ik', found {equation!r}")
     left, right = equation.replace(" ", "").split("->")
@@ -178,21 +183,21 @@ def _einsum(operands: list[Any], equation: Any) -> Shape:
 
 
 def _kron(a: Any, b: Any) -> Shape:
-    a, b = tensor(a), tensor(b)
+    a, b = _array(a), _array(b)
     if a.rank != 2 or b.rank != 2:
         raise FormulaError(f"kron needs two matrices, found {a} and {b}")
     return Shape(tuple(simplify(Dim.of(p) * q) for p, q in zip(a.dims, b.dims, strict=True)))
 
 
 def _inverse(x: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     if x.rank < 2 or not same(x.dims[-1], x.dims[-2]):
         raise FormulaError(f"inverse needs square matrices, found {x}")
     return Shape(x.dims, x.origin)
 
 
 def _skew(x: Any, n: Any) -> Shape:
-    x, n = tensor(x), _size(n, "the matrices' size n")
+    x, n = _array(x), _size(n, "the matrices' size n")
     if x.rank < 1:
         raise FormulaError(f"skew needs [..., n(n-1)/2], found {x}")
     expected = simplify(Dim.of(n) * (Dim.of(n) - 1) // 2)
@@ -202,7 +207,7 @@ def _skew(x: Any, n: Any) -> Shape:
 
 
 def _block_diagonal(x: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     if x.rank != 3:
         raise FormulaError(f"block_diagonal needs [K, A, B], found {x}")
     k, a, b = x.dims
@@ -210,22 +215,22 @@ def _block_diagonal(x: Any) -> Shape:
 
 
 def _reduce(x: Any, axis: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     index = axis_index(x, axis)
     return Shape((*x.dims[:index], 1, *x.dims[index + 1 :]))
 
 
 def _mean_seq(x: Any, mask: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     if x.rank < 3:
         raise FormulaError(f"mean_seq needs [B, S, ...], found {x}")
-    if mask is not None and not _equal(tensor(mask).dims, x.dims[:2]):
+    if mask is not None and not _equal(_array(mask).dims, x.dims[:2]):
         raise FormulaError(f"mean_seq needs a mask [B, S] for its x [B, S, ...]: mask {mask}, x {x}")
     return Shape((x.dims[0], 1, *x.dims[2:]))
 
 
 def _reshape(x: Any, shape: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     dims = _sizes(shape)
     before, after = product(x.dims), product(dims)
     if isinstance(before, int) and isinstance(after, int) and before != after:
@@ -248,21 +253,21 @@ def _sizes(shape: Any) -> Dims:
 
 
 def _transpose(x: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     if x.rank < 2:
         raise FormulaError(f"transpose needs at least two axes, found {x}")
     return Shape((*x.dims[:-2], x.dims[-1], x.dims[-2]), x.origin)
 
 
 def _permute(x: Any, axes: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     if not isinstance(axes, list) or not all(isinstance(a, int) for a in axes) or sorted(axes) != [*range(x.rank)]:
         raise FormulaError(f"permute needs each axis of {x} once, counted from 0, found {axes}")
     return Shape(tuple(x.dims[a] for a in axes), x.origin)
 
 
 def _concat(tensors: list[Any], axis: Any) -> Shape:
-    shapes = [tensor(t) for t in tensors]
+    shapes = [_array(t) for t in tensors]
     rank = max(s.rank for s in shapes)
     if not isinstance(axis, int) or not -min(s.rank for s in shapes) <= axis < 0:
         raise FormulaError(f"concat joins along an axis counted from the end, found {axis}")
@@ -280,7 +285,7 @@ def _concat(tensors: list[Any], axis: Any) -> Shape:
 
 
 def _take(x: Any, index: Any, axis: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     place = axis_index(x, axis)
     size, index = x.dims[place], _size(index, "an index")
     if isinstance(index, int) and isinstance(size, int) and not -size <= index < size:
@@ -289,7 +294,7 @@ def _take(x: Any, index: Any, axis: Any) -> Shape:
 
 
 def _slice(x: Any, start: Any, stop: Any, axis: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     place = axis_index(x, axis)
     size, start, stop = x.dims[place], _size(start, "a start"), _size(stop, "a stop")
     known = [v for v in (0, start, stop, size) if isinstance(v, int)]
@@ -299,20 +304,20 @@ def _slice(x: Any, start: Any, stop: Any, axis: Any) -> Shape:
 
 
 def _unsqueeze(x: Any, axis: Any) -> Shape:
-    x = tensor(x)
+    x = _array(x)
     place = axis_index(Shape((*x.dims, 1)), axis)
     return Shape((*x.dims[:place], 1, *x.dims[place:]))
 
 
 def _top_k_mask(z: Any, k: Any) -> Shape:
-    z, k = tensor(z), _size(k, "how many are the largest")
+    z, k = _array(z), _size(k, "how many are the largest")
     if z.rank < 1 or (isinstance(k, int) and isinstance(z.dims[-1], int) and not 1 <= k <= z.dims[-1]):
         raise FormulaError(f"{z} has no {k} largest along its last axis")
     return Shape(z.dims, z.origin)
 
 
 def _choose(stack: Any, draw: Any) -> Shape:
-    stack = tensor(stack)
+    stack = _array(stack)
     if stack.rank < 1:
         raise FormulaError("choose needs a stack, found a number")
     return Shape(stack.dims[1:])

@@ -256,7 +256,7 @@ CLASS = "does not describe a BertForSequenceClassification"
 CONFIGS: dict[str, tuple[dict[str, object], str, str]] = {
     "architecture": ({"architectures": ["BretModel"]}, "no architecture 'BretModel'", "did you mean 'BertModel'?"),
     "architecture_no_model": ({"architectures": ["Trainer"]}, "no architecture 'Trainer'", "a model class"),
-    "architecture_missing": ({"architectures": None}, "names no architecture", "give the class by --architecture"),
+    "architecture_missing": ({"architectures": None}, "names no architecture", "by --architecture"),
     "model_type": ({"model_type": "brett"}, CLASS, "brett"),
     "model_type_missing": ({"model_type": None}, "names no model type", "a key 'model_type'"),
     "size_wrong": ({"hidden_size": 33}, CLASS, "33"),

@@ -7,7 +7,7 @@ import importlib
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import pytest
@@ -26,7 +26,9 @@ FAILURES = {
 }
 CODES = {"full": 1, "interrupted": 1, "bug": 70}
 POINTS = [
-    ("peltc.compiler.artifact", "write_data"),
+    ("peltc.compiler.pipeline", "absorb"),
+    ("peltc.compiler.artifact", "DataFile.add"),
+    ("peltc.compiler.artifact", "DataFile.take_from"),
     ("onnx_ir", "save"),
     ("peltc.compiler.artifact", "link_files"),
     ("shutil", "copyfile"),
@@ -48,17 +50,18 @@ def test_failure_half_way(
         assert desk.compile().code == 0
     desk.write(LORA + "    r: 2\n")
     before = desk.contents()
-    module = importlib.import_module(point[0])
-    step = getattr(module, point[1])
+    *path, name = point[1].split(".")
+    owner = reduce(getattr, path, importlib.import_module(point[0]))
+    step = getattr(owner, name)
     calls = []
 
     def fail(*arguments: Any, **options: Any) -> Any:
-        calls.append(point)
-        if point[1] != "_exchange":  # which is the last step: nothing is done before it fails
+        calls.append(name)
+        if name != "_exchange":  # which is the last step: nothing is done before it fails
             step(*arguments, **options)
         raise FAILURES[failure]()
 
-    monkeypatch.setattr(module, point[1], fail)
+    monkeypatch.setattr(owner, name, fail)
     outcome = desk.compile()
     monkeypatch.undo()
     assert calls, "the step is one of those that are taken"

@@ -134,6 +134,7 @@ CASES: list[tuple[str, dict[str, tuple[int, ...]], Callable[..., Array]]] = [
     ("sum(x, axis=-2)", {"x": X}, lambda x: x.sum(-2, keepdims=True)),
     ("mean_seq(x)", {"x": X}, lambda x: x.mean(1, keepdims=True)),
     ("mean_seq(x, mask)", {"x": X, "mask": M}, masked_mean),
+    ("mean_seq(k, mask)", {"k": (2, 5, 3, 4), "mask": M}, masked_mean),
     ("reshape(a, [2, 6, 2])", {"a": (4, 6)}, lambda a: np.array(a.ravel().tolist()).reshape(2, 6, 2)),
     ("transpose(x)", {"x": X}, lambda x: np.moveaxis(x, 1, 2)),
     ("transpose(x + 1)", {"x": X}, lambda x: np.moveaxis(x, 1, 2) + 1),
@@ -159,7 +160,11 @@ CASES: list[tuple[str, dict[str, tuple[int, ...]], Callable[..., Array]]] = [
 IDS = [text for text, _, _ in CASES]
 
 RANK = "emit.on_transpose: the rank of what a node computes is not known, and is taken for 2"
+MASK = "emit.on_mean_seq gives the mask one more axis, whatever the rank of what is averaged"
 GAPS = {
+    ("mean_seq(k, mask)", "k"): MASK,
+    ("mean_seq(k, mask)", "mask"): MASK,
+    ("mean_seq(k, mask)", "k mask"): MASK,
     ("transpose(x + 1)", "x"): RANK,
     ("transpose(linear(x, w))", "x"): RANK,
     ("transpose(linear(x, w))", "w"): RANK,
