@@ -41,24 +41,37 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         PeltError: E601 `out` is something else than an artifact, E602 the disk is full or not writable.
     """
-    out = out.absolute()
-    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-        raise fail("E601", "the output path is taken by something that is no artifact", Place(str(out)),
-                   "a new folder, an empty one, or an artifact to replace")  # fmt: skip
+    out = _resolved(out)
     folder: Path | None = None
     try:
+        if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+            raise fail("E601", "the output path is taken by something that is no artifact", Place(str(out)),
+                       "a new folder, an empty one, or an artifact to replace")  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(None, f".{out.name}-", out.parent))
         folder.chmod(0o755)
         yield folder
         _exchange(folder, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM, errno.EFBIG):
-            raise fail("E602", f"cannot write the artifact: {error.strerror}", Place(str(out))) from None
-        raise
+        raise fail("E602", f"cannot write the artifact: {error.strerror or error}", Place(str(out)),
+                   "a folder that can be written, on a disk with room") from error  # fmt: skip
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resolved(out: Path) -> Path:
+    """Where a path leads; links along it stay.
+
+    Raises:
+        PeltError: E602 it leads nowhere.
+    """
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise fail(
+            "E602", f"cannot write the artifact: {error}", Place(str(out)), "a path that can be followed"
+        ) from None
 
 
 def _exchange(new: Path, out: Path) -> None:

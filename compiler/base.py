@@ -132,7 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise fail(
             "E502", f"cannot read the model's config: {error.strerror}", Place(str(file)), "a model folder"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise fail("E502", f"the model's config is not JSON: {error}", Place(str(file)), "JSON") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise fail("E502", "the model's config names no model type", Place(str(file)), "a key 'model_type'")
@@ -162,7 +162,7 @@ def open_base(
     folder = find_model(model)
     config = read_config(folder)
     named = config.get("architectures") or []
-    architecture = architecture or (named[0] if named else None)
+    architecture = architecture or (str(named[0]) if isinstance(named, list) and named else None)
     if architecture is None:
         raise fail(
             "E502",
@@ -316,9 +316,12 @@ def _checkpoint(folder: Path, talk: Talk) -> tuple[Checkpoint, str]:
         tensors: dict[str, Any] = {}
         for file in sorted(pickled):
             try:
-                tensors.update(torch.load(file, map_location="cpu", weights_only=True))
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+                    raise TypeError(f"'{odd[0]}' is no tensor")
+                tensors |= state
             except Exception as error:
-                reason = str(error).splitlines()[0][:200]
+                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
                 raise fail("E503", f"cannot read the pickled checkpoint: {reason}", Place(str(file)),
                            "plain tensors, which `weights_only` loading accepts") from None  # fmt: skip
         _save(tensors, home)

@@ -62,7 +62,7 @@ def read_header(file: Path, code: str = "E401") -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise fail(code, f"cannot read the file: {error.strerror}", place, expected) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise fail(code, "the file's header is not JSON: no safetensors file", place, expected) from None
     tensors: dict[str, StoredTensor] = {}
     if not isinstance(header, dict):
@@ -75,7 +75,7 @@ def read_header(file: Path, code: str = "E401") -> dict[str, StoredTensor]:
             begin, end = (int(n) for n in entry["data_offsets"])
         except KeyError as error:
             raise fail(code, f"the tensor '{name}' has an unknown type or no {error}", place, expected) from None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise fail(code, f"the header's entry for '{name}' is malformed", place, expected) from None
         if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
             raise fail(code, f"the tensor '{name}' has a wrong extent", place, expected)
@@ -149,11 +149,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name) for name in mapping.values()}
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise fail("E503", "the index of the shards is malformed", Place(str(index)), "a 'weight_map'") from None
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(shards):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or "\0" in shard:
             raise fail("E503", f"the shard '{shard}' lies outside the model folder", Place(str(index)), "a file name")
         tensors.update(read_header(folder / shard, "E503"))
     if missing := sorted(set(mapping) - set(tensors)):

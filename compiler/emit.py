@@ -46,6 +46,9 @@ class Emitter:
         else:
             first = inputs[0].type if inputs and inputs[0] is not None else None
             output.type = first or ir.TensorType(self.dtype)
+        ranks = [None if v is None or v.shape is None else len(v.shape) for v in inputs]
+        rank = _rank(kind, ranks, list(inputs))
+        output.shape = None if rank is None else ir.Shape([None] * rank)
         self.graph.append(node)
         self.added.add(node)
         return output
@@ -211,8 +214,11 @@ class OnnxInterpreter(NumericInterpreter):
     def on_mean_seq(self, x: Any, mask: Any) -> Any:
         if mask is None:
             return self.on_mean(x, 1)
-        weights = self.emitter.node("Unsqueeze", [self.value(mask), self.emitter.integers([-1])])
-        total = self.on_sum(self.binary("Mul", x, weights), 1)
+        value = self.value(x)
+        rank = len(value.shape) if value.shape is not None else 3
+        axes = list(range(2, rank))
+        weights = self.emitter.node("Unsqueeze", [self.value(mask), self.emitter.integers(axes)])
+        total = self.on_sum(self.binary("Mul", value, weights), 1)
         return self.binary("Div", total, self.on_sum(weights, 1))
 
     def on_norm2(self, x: Any, axis: int) -> Any:
@@ -230,24 +236,24 @@ class OnnxInterpreter(NumericInterpreter):
         return self.emitter.node("Transpose", [self.value(x)], {"perm": axes})
 
     def on_concat(self, tensors: list[Any], axis: int) -> Any:
-        model = next(self.value(t) for t in tensors if isinstance(t, (ir.Value, Product)))
-        rank = len(model.shape) if model.shape is not None else max(np.ndim(t) for t in tensors)
-        parts = []
-        for tensor in tensors:
-            value = self.value(tensor)
-            if isinstance(tensor, np.ndarray) and tensor.ndim < rank:
-                value = self.repeated(value, tensor, model, rank)
-            parts.append(value)
-        joined = self.emitter.node("Concat", parts, {"axis": axis})
-        joined.shape = ir.Shape([None] * rank)
-        return joined
+        values = [self.value(t) for t in tensors]
+        ranks = [len(v.shape) if v.shape is not None else 0 for v in values]
+        model, rank = values[ranks.index(max(ranks))], max(ranks)
+        parts = [v if len(v.shape or ()) in (0, rank) else self.repeated(v, model, rank) for v in values]
+        return self.emitter.node("Concat", parts, {"axis": axis})
 
-    def repeated(self, value: ir.Value, tensor: Array, model: ir.Value, rank: int) -> ir.Value:
-        """A constant of lower rank, once per leading index of the model value."""
-        missing = rank - tensor.ndim
-        lead = self.emitter.node("Shape", [model], {"start": 0, "end": missing})
-        shape = self.emitter.node("Concat", [lead, self.emitter.integers(tensor.shape)], {"axis": 0})
-        return self.emitter.node("Expand", [value, shape])
+    def repeated(self, value: ir.Value, model: ir.Value, rank: int) -> ir.Value:
+        """A value of lower rank, once per leading index of the model value."""
+        assert value.shape is not None
+        lead = self.emitter.node("Shape", [model], {"start": 0, "end": rank - len(value.shape)})
+        if value.const_value is not None:
+            own = self.emitter.integers(value.const_value.shape.numpy())
+        else:
+            own = self.emitter.node("Shape", [value])
+        shape = self.emitter.node("Concat", [lead, own], {"axis": 0})
+        expanded = self.emitter.node("Expand", [value, shape])
+        expanded.shape = ir.Shape([None] * rank)
+        return expanded
 
     def on_slice(self, x: Any, start: int, stop: int, axis: int) -> Any:
         numbers = [self.emitter.integers([n]) for n in (start, stop, axis)]
@@ -258,6 +264,26 @@ class OnnxInterpreter(NumericInterpreter):
 
     def on_unsqueeze(self, x: Any, axis: int) -> Any:
         return self.emitter.node("Unsqueeze", [self.value(x), self.emitter.integers([axis])])
+
+
+def _rank(kind: str, ranks: list[int | None], inputs: list[ir.Value | None]) -> int | None:
+    """The rank of a node's result, where it can be told."""
+    if kind == "Shape":
+        return 1
+    if kind in ("Einsum",) or not ranks or ranks[0] is None:
+        return None
+    if kind in ("Reshape", "Expand", "Unsqueeze"):
+        shape = inputs[1].const_value if inputs[1] is not None else None
+        count = None if shape is None else int(shape.size)
+        if kind == "Unsqueeze":
+            return None if count is None else ranks[0] + count
+        return count if kind == "Reshape" or count is None else max(count, ranks[0])
+    if kind == "Gather":
+        return None if ranks[1] is None else ranks[0] + ranks[1] - 1
+    if kind in ("Add", "Sub", "Mul", "Div", "Pow", "MatMul", "Where"):
+        known = [r for r in ranks if r is not None]
+        return max(known) if len(known) == len(ranks) else None
+    return ranks[0]
 
 
 def _features(item: Any, size: int) -> bool:

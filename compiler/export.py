@@ -52,7 +52,7 @@ def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, pre
     import transformers
     from accelerate import init_empty_weights
 
-    cls = getattr(transformers, architecture, None)
+    cls = getattr(transformers, str(architecture), None)
     if cls is None or not hasattr(cls, "_from_config"):
         known = [n for n in dir(transformers) if n.endswith(("Model", "LM", "Classification", "Generation"))]
         raise fail(

@@ -5,6 +5,7 @@ A `Claim` is one attachment at one site. The passes carry claims out; none of th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from peltc.spec.dims import Dim, shape_text, simplify
 from peltc.spec.formula import Call, Conditional, Deferred, EvaluationError, Expr, Name, is_static
 from peltc.spec.method import NAMES, RUNTIME_NAMES, Method, Parameter
 from peltc.spec.shapes import Shape, ShapeInterpreter, broadcast
+from peltc.spec.shapes import tensor as as_tensor
 from peltc.spec.specification import Attachment, Spec
 
 IDENTITY = {"input": "x", "output": "y", "weight": "W", "bias": "b", "keys": "k", "values": "v"}
@@ -276,7 +278,7 @@ class _Planner:
                     numbers |= set(range(min(k, n)) if few.group(1) == "first" else range(max(n - k, 0), n))
                 elif isinstance(word, str) and "-" in word:
                     a, b = map(int, word.split("-"))
-                    numbers |= set(range(a, b + 1))
+                    numbers |= set(range(a, min(b, n) + 1))  # one beyond the last is enough to say that it is not there
                 else:
                     numbers.add(int(word))
             if over := sorted(i for i in numbers if i >= n):
@@ -341,6 +343,8 @@ class _Planner:
         for axis, size in zip(parameter.shape, sizes, strict=True):
             if not isinstance(size, int) or size < 1:
                 raise _Misfit(f"'{axis.text}' is {size}, and sizes are positive whole numbers")
+        if math.prod(sizes) > MAX_ELEMENTS:
+            raise _Misfit(f"{shape_text(sizes)} has more than {MAX_ELEMENTS:,} elements")
         where = {"site": site.name, "layer": site.layer_path, "model": ""}[parameter.scope]
         name = ".".join(part for part in (entry.name, where, parameter.name) if part)
         tensor = Tensor(name, sizes, parameter.init, parameter.frozen, parameter.scope)
@@ -359,14 +363,13 @@ class _Planner:
             declared = next(p for p in claim.method.parameters if p.name == name)
             origin = f"parameter {name} [{', '.join(a.text for a in declared.shape)}]"
             values[name] = Shape(tensor.shape, origin)
-        values["norm"] = lambda z: z
+        if "norm" in claim.site.anchors:
+            values["norm"] = lambda z: z
         scope = claim.scope(values, shapes)
         for name, expr in claim.effects.items():
             place = entry.method.place
             try:
-                found = shapes.evaluate(expr, scope)
-                if not isinstance(found, Shape):
-                    found = Shape(())
+                found = as_tensor(shapes.evaluate(expr, scope))
                 wanted = expected[name]
                 if name in ("keys", "values", "prepend"):
                     fits = found.rank == wanted.rank and found.dims[-1] == wanted.dims[-1]
@@ -518,6 +521,10 @@ def _no_norm(z: Any) -> Any:
 
 
 _SHARED = "the weight is shared with other sites, which folding would change too"
+
+
+MAX_ELEMENTS = 2**31
+"""Of one parameter; more is a slip of the pen, or worse."""
 
 
 class _Misfit(Exception):

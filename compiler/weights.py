@@ -11,9 +11,12 @@ import numpy as np
 from peltc.compiler.checkpoint import is_float, read_header
 from peltc.compiler.numeric import start_value
 from peltc.compiler.plan import Claim, Plan, Tensor
+from peltc.spec.check import site_shapes
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, nearest
 from peltc.spec.dims import shape_text
 from peltc.spec.formula import Deferred, EvaluationError
+from peltc.spec.method import initialiser
+from peltc.spec.shapes import ShapeInterpreter
 
 Array = np.ndarray[Any, Any]
 Read = Callable[[str], Array]
@@ -27,7 +30,7 @@ def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
     """
     stored = read_header(file)
     check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, Place(str(file)))
-    return {name: np.array(stored[name].array(), np.float32) for name in plan.tensors}
+    return finite({name: np.array(stored[name].array(), np.float32) for name in plan.tensors}, Place(str(file)))
 
 
 def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -37,7 +40,16 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
         PeltError: E402, E403, E404.
     """
     check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
-    return {name: np.asarray(arrays[name], np.float32) for name in plan.tensors}
+    return finite({name: np.asarray(arrays[name], np.float32) for name in plan.tensors}, Place("<arrays>"))
+
+
+def finite(tensors: dict[str, Array], place: Place) -> dict[str, Array]:
+    """The tensors, all of whose values are numbers."""
+    bad = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+    if bad:
+        raise PeltError(Diagnostic("E404", f"the tensor '{name}' holds values that are no numbers", place,
+                                   "finite values") for name in bad)  # fmt: skip
+    return tensors
 
 
 def check(plan: Plan, given: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], place: Place) -> None:
@@ -90,6 +102,11 @@ def _start(claim: Claim, tensor: Tensor, read: Read, seed: int) -> Array:
 
     scope = {**claim.constants, "W": Deferred(weight), "b": Deferred(bias)}
     try:
+        if initialiser(tensor.init) is None:  # sizes first: a formula may ask for more than there is memory
+            values, _ = site_shapes(site.kind, site.sizes, site.name)
+            ShapeInterpreter().evaluate(
+                tensor.init, {**claim.constants, **{n: values[n] for n in ("W", "b") if n in values}}
+            )
         return start_value(tensor.name, tensor.shape, tensor.init, scope, seed)
     except (EvaluationError, ValueError, KeyError) as error:
         raise PeltError(

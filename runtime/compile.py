@@ -133,9 +133,9 @@ def adapter_tensors(
 
 def save_adapter(folder: Path, tensors: Mapping[str, Array]) -> None:
     """Keep the adapter's tensors in the artifact, so that it can be verified again."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    save_file({n: np.ascontiguousarray(a) for n, a in tensors.items()}, folder / ADAPTER)
+    (folder / ADAPTER).write_bytes(save({n: np.ascontiguousarray(a) for n, a in tensors.items()}))
 
 
 def verify(out: str | Path, model: str | Path | None = None, *, talk: Talk = silent) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def fits(found: Shape, wanted: Shape, effect: str) -> bool:
     """
     if effect in ("keys", "values", "prepend"):  # the number of positions is the method's own
         return found.rank == wanted.rank and same(found.dims[-1], wanted.dims[-1])
-    return broadcast(found, wanted).dims == wanted.dims
+    dims = broadcast(found, wanted).dims
+    return len(dims) == wanted.rank and all(map(same, dims, wanted.dims))
 
 
 def site_shapes(
@@ -138,7 +139,7 @@ def site_shapes(
     """
     B, S, T = Dim.of("B"), Dim.of("S"), Dim.of("T")
     mask = Shape((B, S), "attention mask", True)
-    h = Shape((B, S, Dim.of(width)), "layer input", True)
+    h = Shape((B, S, Dim.of(width) if isinstance(width, str) else width), "layer input", True)
     if kind == "attention":
         keys = Shape((B, sizes["kv_heads"], T, sizes["head_dim"]), "keys and values", True)
         queries = Shape((B, sizes["heads"], S, sizes["head_dim"]), "queries", True)

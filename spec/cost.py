@@ -14,7 +14,6 @@ from typing import Any
 from peltc.spec.check import site_shapes
 from peltc.spec.dims import Dim
 from peltc.spec.formula import Deferred, Expr
-from peltc.spec.method import RUNTIME_NAMES
 from peltc.spec.shapes import Shape, ShapeInterpreter
 
 
@@ -41,11 +40,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Running(Shape):
-    """A value that exists only while the model runs."""
-
-
-@dataclass(frozen=True)
 class Given(Shape):
     """A parameter of the base, which costs nothing more."""
 
@@ -63,17 +57,17 @@ class CostInterpreter(ShapeInterpreter):
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         result = super().call(name, arguments)
         operands = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
-        running = [v for v in operands if isinstance(v, Running)]
+        running = [v for v in operands if isinstance(v, Shape) and v.running]
         if not running:
             return result
         if name in FREE:
             return running[0]
-        stored = sum(per_token(v.dims) for v in operands if type(v) is Shape and v.dims)
+        stored = sum(per_token(v.dims) for v in operands if _stored(v))
         self.cost += Cost(0 if name in LAYOUT else self.flops(name, arguments, running, result), stored, 1)
-        return Running(result.dims, result.origin)
+        return result
 
     @staticmethod
-    def flops(name: str, arguments: Mapping[str, Any], running: list[Running], result: Shape) -> int:
+    def flops(name: str, arguments: Mapping[str, Any], running: list[Shape], result: Shape) -> int:
         """Operations per token of one call."""
         if name == "linear":
             bias = per_token(result.dims) if arguments["bias"] is not None else 0
@@ -81,6 +75,11 @@ class CostInterpreter(ShapeInterpreter):
         if name == "matmul":
             return 2 * per_token(arguments["a"].dims[-1:]) * per_token(result.dims)
         return max(per_token(v.dims) for v in (*running, result))
+
+
+def _stored(value: Any) -> bool:
+    """Whether a value is a tensor that is neither computed at run time nor the base's own."""
+    return isinstance(value, Shape) and not isinstance(value, Given) and not value.running and bool(value.dims)
 
 
 def per_token(dims: tuple[Any, ...]) -> int:
@@ -113,9 +112,7 @@ def cost_of(
     """
     interpreter = CostInterpreter()
     values, expected = site_shapes(kind, sizes)
-    values = {
-        n: Running(v.dims, v.origin) if n in RUNTIME_NAMES else Given(v.dims, v.origin) for n, v in values.items()
-    }
+    values = {n: v if v.running else Given(v.dims, v.origin) for n, v in values.items()}
     scope: dict[str, Any] = {
         **values,
         **{n: Shape(s) for n, s in tensors.items()},
@@ -132,7 +129,7 @@ def cost_of(
         if name in ("keys", "values"):  # each query meets the added positions
             more = per_token((Dim.of(shape.dims[-2]) - Dim.of("T"),))
             interpreter.cost += Cost(2 * sizes["heads"] * sizes["head_dim"] * more, 0, 0)
-        if type(shape) is Shape and shape.dims:
+        if _stored(shape):
             interpreter.cost += Cost(0, per_token(shape.dims), 0)
     return interpreter.cost
 

@@ -51,22 +51,17 @@ class Evil:
 
 
 class Bad(NamedTuple):
-    """What is wrong with a file or folder, and what is said of it; `bug` says where the compiler falls short."""
+    """What is wrong with a file or folder, and what is said of it."""
 
     make: Callable[..., Any]
     words: tuple[str, ...]
-    bug: str = ""
 
 
 def cases(table: dict[str, Bad]) -> list[Any]:
     """Parameters of a test."""
-    return [
-        pytest.param(bad, id=name, marks=[pytest.mark.xfail(reason=bad.bug, strict=True)] if bad.bug else [])
-        for name, bad in table.items()
-    ]
+    return [pytest.param(bad, id=name) for name, bad in table.items()]
 
 
-HEADER = "checkpoint.read_header: a number that is none, in a hostile header, ends as a bug of ours"
 FILES = {
     "empty": Bad(lambda d: b"", ("cut off, or no safetensors file",)),
     "header_cut": Bad(lambda d: good(d)[:50], ("cut off, or no safetensors file",)),
@@ -77,11 +72,11 @@ FILES = {
     "header_length": Bad(lambda d: struct.pack("<Q", 1 << 62) + b"{}", ("no safetensors file",)),
     "header_list": Bad(lambda d: with_header([1]), ("not a mapping",)),
     "header_deep": Bad(lambda d: with_header(b"[" * 5000), ("not JSON",)),
-    "header_digits": Bad(lambda d: with_header(b'{"a": ' + b"9" * 5000 + b"}"), ("E401",), HEADER),
+    "header_digits": Bad(lambda d: with_header(b'{"a": ' + b"9" * 5000 + b"}"), ("E401",)),
     "entry_number": Bad(lambda d: with_header({"a": 3}), ("'a' is malformed",)),
     "entry_type": Bad(lambda d: with_header(entry(dtype="F8")), ("'a' has an unknown type",)),
     "entry_shape": Bad(lambda d: with_header(entry(shape="x")), ("'a' is malformed",)),
-    "entry_infinite": Bad(lambda d: with_header(entry(shape=[float("inf")])), ("'a' is malformed",), HEADER),
+    "entry_infinite": Bad(lambda d: with_header(entry(shape=[float("inf")])), ("'a' is malformed",)),
     "entry_negative": Bad(lambda d: with_header(entry(shape=[-1])), ("'a' has a wrong extent",)),
     "entry_huge": Bad(lambda d: with_header(entry(shape=[1 << 60])), ("'a' has a wrong extent",)),
     "entry_offsets": Bad(lambda d: with_header(entry(data_offsets=[0, 4, 5])), ("'a' is malformed",)),
@@ -125,7 +120,6 @@ def test_wrong_tensors_are_all_listed(desk: Any) -> None:
     assert err.endswith("5 errors\n")
 
 
-@pytest.mark.xfail(reason="weights.load_tensors does not look whether values are finite", strict=True)
 def test_weights_that_are_not_finite(desk: Any) -> None:
     tensors = TENSORS | {f"{NAMES[0]}.A": np.full((8, 32), np.nan, np.float32)}
     desk.write(stored(tensors, desk.folder / "adapter.safetensors"), "adapter.safetensors")
@@ -221,7 +215,7 @@ MODELS = {
     "config_text": Bad(replaced("config.json", b"{hello"), (f"{CONFIG} the model's config is not JSON", "line 1")),
     "config_list": Bad(replaced("config.json", b"[1]"), (CONFIG, "a key 'model_type'")),
     "config_bytes": Bad(replaced("config.json", b"\xff\xfe"), (CONFIG, "not JSON")),
-    "config_deep": Bad(replaced("config.json", b"[" * 100_000), (CONFIG,), "base.read_config: RecursionError"),
+    "config_deep": Bad(replaced("config.json", b"[" * 100_000), (CONFIG,)),
     "weights_empty": Bad(replaced("model.safetensors", b""), (WEIGHTS, "cut off")),
     "weights_text": Bad(replaced("model.safetensors", b"x" * 99), (WEIGHTS, "no safetensors file")),
     "weights_cut": Bad(cut, (WEIGHTS, "cut off before the end of")),
@@ -230,16 +224,14 @@ MODELS = {
     "index_parent": Bad(sharded({"x": "../x.safetensors"}), (f"{INDEX}\n  E503", "'../x.safetensors' lies outside")),
     "index_absolute": Bad(sharded({"x": "/etc/passwd"}), (f"{INDEX}\n  E503", "'/etc/passwd' lies outside")),
     "index_lacks": Bad(sharded({"x": "one.safetensors"}), (f"{INDEX}\n  E503", "first 'x'")),
-    "index_nul": Bad(sharded({"x": "a\0b"}), ("E503",), "checkpoint.open_checkpoint: ValueError, a NUL in a path"),
+    "index_nul": Bad(sharded({"x": "a\0b"}), ("E503",)),
     "index_text": Bad(instead(INDEX, b"{"), (f"{INDEX}\n  E503 the index", "a 'weight_map'")),
-    "index_list": Bad(instead(INDEX, b"[]"), (f"{INDEX}\n  E503",), "checkpoint.open_checkpoint: TypeError"),
-    "index_deep": Bad(
-        instead(INDEX, b"[" * 100_000), (f"{INDEX}\n  E503",), "checkpoint.open_checkpoint: RecursionError"
-    ),
-    "pickle_empty": Bad(instead("pytorch_model.bin", b""), (BIN,), "base._checkpoint: IndexError, an empty message"),
+    "index_list": Bad(instead(INDEX, b"[]"), (f"{INDEX}\n  E503",)),
+    "index_deep": Bad(instead(INDEX, b"[" * 100_000), (f"{INDEX}\n  E503",)),
+    "pickle_empty": Bad(instead("pytorch_model.bin", b""), (BIN,)),
     "pickle_evil": Bad(instead("pytorch_model.bin", pickle.dumps(Evil(), 2)), (BIN, "plain tensors")),
     "pickle_torch_evil": Bad(pickled({"a": Evil()}), (BIN, "plain tensors")),
-    "pickle_number": Bad(pickled({"a": 3}), ("E503",), "base._save: AttributeError, a value that is no tensor"),
+    "pickle_number": Bad(pickled({"a": 3}), ("E503",)),
 }
 
 
@@ -273,7 +265,6 @@ def test_config_is_refused(desk: Any, name: str) -> None:
     assert words in err
 
 
-@pytest.mark.xfail(reason="export.export_graph: TypeError, an architecture that is no text", strict=True)
 def test_architecture_that_is_a_number(desk: Any) -> None:
     desk.copy_model(architectures=[3])
     assert "E502" in desk.refuse(model="model").err
@@ -312,16 +303,11 @@ PATHS = {
 }
 
 
-@pytest.mark.xfail(reason="artifact.staged: these errors of the operating system end as bugs of ours", strict=True)
 @pytest.mark.parametrize("name", PATHS)
 def test_output_cannot_be_made(desk: Any, name: str) -> None:
     assert "E602" in desk.refuse(out=PATHS[name]).err
 
 
-LINK = "artifact._exchange: the link itself changes places with the new folder, and stays under a staging name"
-
-
-@pytest.mark.xfail(reason=LINK, strict=True)
 @pytest.mark.parametrize("target", ["empty", "artifact"])
 def test_output_is_a_link(desk: Any, target: str) -> None:
     """The artifact goes where the link leads, and the link stays."""
@@ -338,7 +324,6 @@ def test_output_is_a_link(desk: Any, target: str) -> None:
     assert (desk.folder / "there" / "pelt.json").is_file()
 
 
-@pytest.mark.xfail(reason="artifact._exchange: NotADirectoryError ends as a bug of ours", strict=True)
 def test_output_is_a_link_to_nowhere(desk: Any) -> None:
     (desk.folder / "out").symlink_to("nowhere")
     assert desk.compile().code in (0, 1)

@@ -132,14 +132,11 @@ def test_killed_half_way(desk: Any, number: signal.Signals) -> None:
     desk.check_same(before)
 
 
-RUST = "compile.save_adapter: safetensors raises its own error on a full disk, which ends as a bug of ours"
-
-
 @pytest.mark.parametrize(
     ("r", "limit"),
     [
         pytest.param(4, 1000, id="data"),
-        pytest.param(4000, 400_000, id="adapter", marks=pytest.mark.xfail(reason=RUST, strict=True)),
+        pytest.param(4000, 400_000, id="adapter"),
     ],
 )
 def test_disk_is_full(desk: Any, r: int, limit: int) -> None:

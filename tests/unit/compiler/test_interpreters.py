@@ -159,23 +159,6 @@ CASES: list[tuple[str, dict[str, tuple[int, ...]], Callable[..., Array]]] = [
 ]  # fmt: skip
 IDS = [text for text, _, _ in CASES]
 
-RANK = "emit.on_transpose: the rank of what a node computes is not known, and is taken for 2"
-MASK = "emit.on_mean_seq gives the mask one more axis, whatever the rank of what is averaged"
-GAPS = {
-    ("mean_seq(k, mask)", "k"): MASK,
-    ("mean_seq(k, mask)", "mask"): MASK,
-    ("mean_seq(k, mask)", "k mask"): MASK,
-    ("transpose(x + 1)", "x"): RANK,
-    ("transpose(linear(x, w))", "x"): RANK,
-    ("transpose(linear(x, w))", "w"): RANK,
-    ("transpose(linear(x, w))", "x w"): RANK,
-    ("concat(k, h, axis=-2)", "k h"): "emit.on_concat repeats constants of lower rank only",
-    ("concat(k, h, axis=-2)", "k"): "emit.on_concat takes the rank of the first value of the graph",
-    ("concat(v, x, 2 * v)", "x v"): "emit.on_concat repeats constants of lower rank only",
-    ("concat(v, x, 2 * v)", "v"): "emit.on_concat takes the rank of the first value of the graph",
-}
-"""What the graph cannot do yet: formula, arguments at run time."""
-
 
 def values(text: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
     """Random arguments, the same in every run. `p` is positive, `mask` of ones and zeros, `q` has an inverse, `ties`
@@ -227,9 +210,7 @@ def subsets(names: list[str]) -> Iterator[tuple[str, ...]]:
 def graph_cases() -> Iterator[Any]:
     for text, shapes, _ in CASES:
         for running in subsets(list(shapes)):
-            gap = GAPS.get((text, " ".join(running)))
-            marks = [pytest.mark.xfail(reason=gap, strict=True)] if gap else []
-            yield pytest.param(text, set(running), id=f"{text} of {' '.join(running)}", marks=marks)
+            yield pytest.param(text, set(running), id=f"{text} of {' '.join(running)}")
 
 
 EXPECTED = {text: (shapes, oracle) for text, shapes, oracle in CASES}

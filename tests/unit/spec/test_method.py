@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from peltc.spec.check import check_formulas, check_method
+from peltc.spec.check import check_formulas, check_method, fits, site_shapes
 from peltc.spec.diagnostics import PeltError
+from peltc.spec.dims import Dim
 from peltc.spec.document import parse
-from peltc.spec.formula import Name, Number
+from peltc.spec.formula import FormulaError, Name, Number
 from peltc.spec.method import EFFECTS, KINDS, NAMES, Method, build, initialiser, shipped
+from peltc.spec.shapes import Shape
 from peltc.spec.specification import load_spec
 
 FILES = sorted(f.name for f in resources.files("peltc.spec.methods").iterdir() if f.name.endswith(".yaml"))
@@ -218,6 +220,27 @@ def test_shapes_that_do_not_fit(changes: dict[str, Any], words: str) -> None:
 )
 def test_shapes_that_may_fit(changes: dict[str, Any]) -> None:
     assert wrong(**changes) == ""
+
+
+def test_shapes_at_a_site_of_known_sizes() -> None:
+    """Numbers stay numbers, so that what fits is equal; what the model computes as it runs is marked."""
+    values, expected = site_shapes("linear", {"in": 4, "out": 6}, "here", 4)
+    assert [values[name].dims[-1] for name in "xyhWb"] == [4, 6, 4, 4, 6]
+    assert all(type(values[name].dims[-1]) is int for name in "xyhWb")
+    assert {name for name, shape in values.items() if shape.running} == {"x", "y", "h", "mask"}
+    assert str(expected["delta"]).endswith("6] (output of here)")
+    assert fits(values["h"], expected["input"], "input")
+    with pytest.raises(FormulaError, match="6 is not 4"):
+        fits(values["b"], expected["input"], "input")
+
+
+def test_what_fits_an_attention_core() -> None:
+    values, expected = site_shapes("attention", {"heads": 4, "kv_heads": 2, "head_dim": 8})
+    longer = Shape((Dim.of("B"), 2, Dim.of("T") + 10, 8))
+    assert fits(longer, expected["keys"], "keys") and fits(values["k"], expected["values"], "values")
+    assert not fits(Shape((2, 10, 8)), expected["keys"], "keys") and not fits(
+        Shape((1, 2, 3, 4)), expected["keys"], "keys"
+    )
 
 
 def test_check_formulas_of_a_spec() -> None:
