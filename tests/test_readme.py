@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,3 +74,11 @@ def test_code_map_is_the_code() -> None:
 def test_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     assert [t for t in targets if "://" not in t and not (ROOT / t).exists()] == []
+
+
+def test_picture_is_up_to_date(model_folder: Callable[..., Path]) -> None:
+    """`pelt sites MODEL --svg examples/anatomy.svg` draws it, MODEL being MiniLM."""
+    from peltc.compiler.drawing import draw
+
+    drawn = draw(peltc.survey(model_folder("minilm")), "BertModel")
+    assert drawn == (ROOT / "examples/anatomy.svg").read_text(encoding="utf-8")
