@@ -161,7 +161,8 @@ def _trace(model: Any, inputs: Mapping[str, Any], constants: Mapping[str, Any]) 
     options = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False, opset_version=OPSET)
     try:
         with quiet():
-            return next(iter(OnnxExporter().export(model, {**inputs, **constants}, options).components.values()))
+            exporter = OnnxExporter()  # type: ignore[no-untyped-call]
+            return next(iter(exporter.export(model, {**inputs, **constants}, options).components.values()))
     except Exception as error:
         raise fail(
             "E505",
@@ -278,7 +279,7 @@ def quiet() -> Iterator[None]:
 
     level, bars = logging.root.manager.disable, talk.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
-    talk.disable_progress_bar()
+    talk.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -286,7 +287,7 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(level)
         if bars:
-            talk.enable_progress_bar()
+            talk.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException) -> str:

@@ -113,9 +113,9 @@ class Attached(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the adapter's tensors as safetensors, float32, names as the compiler expects them."""
-        from safetensors.torch import save_file
+        from safetensors.numpy import save
 
-        save_file({name: torch.from_numpy(array) for name, array in self.tensors().items()}, str(path))
+        Path(path).write_bytes(save(self.tensors()))
 
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors by their names in the weights file, float32."""

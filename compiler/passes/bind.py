@@ -74,7 +74,9 @@ def add_bias(model: ir.Model, written: str, tensor: ir.TensorProtocol, claims: S
     """
     y = next(v for node in model.graph for v in node.outputs if v.name == written)
     label = tensor.name or ""
-    bias = ir.Value(name=label, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    bias = ir.Value(
+        name=label, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     model.graph.register_initializer(bias)
     uses = tuple(y.uses())
     node = ir.node("Add", [y, bias], name=f"{label}.add")
