@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -57,6 +57,7 @@ class Claim:
         effects: definitions that change something, in the order of their effect.
         index, count: this site's number among the attachment's.
         constants: names known at compile time: options and sizes.
+        width: the model's.
         mode: emission mode.
         absorbed: the name of the weight that takes the claim in, or "".
         reason: why it is not absorbed; names the sub-expression.
@@ -71,6 +72,7 @@ class Claim:
     index: int
     count: int
     constants: Mapping[str, Any]
+    width: int
     mode: str
     absorbed: str = ""
     reason: str = ""
@@ -90,7 +92,9 @@ class Claim:
         if self.absorbed:
             return Cost()
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return cost_of(self.site.kind, self.site.sizes, self.effects, self.method.let, self.constants, shapes)
+        return cost_of(
+            self.site.kind, self.site.sizes, self.width, self.effects, self.method.let, self.constants, shapes
+        )
 
     @cached_property
     def reads(self) -> set[str]:
@@ -192,7 +196,7 @@ class _Planner:
         claims = [claim for entry in self.spec.attach for claim in self.claims(entry)]
         self.check_order(claims)
         if self.findings:
-            raise PeltError(list(dict.fromkeys(self.findings)))
+            raise PeltError(_once(self.findings))
         return Plan(self.spec, self.fingerprint, tuple(self.decide(claims)))
 
     def find(self, code: str, message: str, place: Place, expected: str = "", hint: str = "") -> None:
@@ -253,10 +257,10 @@ class _Planner:
         if wanted is not None:
             sites = [s for s in sites if s.layer in wanted.get(s.stack, ())]
             if not sites and not self.findings:
-                self.find("E203", f"the selector matches nothing in layers {entry.layers!r}", _at(entry),
+                self.find("E203", "the selector matches nothing in these layers", _at(entry, "layers"),
                           "layers that the model has")  # fmt: skip
         if entry.expect is not None and len(sites) != entry.expect and sites:
-            self.find("E204", f"the selector matches {len(sites)} sites", _at(entry), f"{entry.expect} sites")
+            self.find("E204", f"the selector matches {len(sites)} sites", _at(entry, "expect"), f"{entry.expect} sites")
         return sites
 
     def layers(self, entry: Attachment, sites: list[Site]) -> dict[str, set[int]] | None:
@@ -282,7 +286,12 @@ class _Planner:
                 else:
                     numbers.add(int(word))
             if over := sorted(i for i in numbers if i >= n):
-                self.find("E203", f"the {stack or 'model'} has no layer {over[0]}", _at(entry), f"layers 0 to {n - 1}")
+                self.find(
+                    "E203",
+                    f"the {stack or 'model'} has no layer {over[0]}",
+                    _at(entry, "layers"),
+                    f"layers 0 to {n - 1}",
+                )
             wanted[stack] = numbers
         return wanted
 
@@ -292,7 +301,7 @@ class _Planner:
         for name, value in entry.options.items():
             if isinstance(value, list):
                 if len(value) != len(layers):
-                    self.find("E205", f"'{name}' lists {len(value)} values for {len(layers)} layers", _at(entry),
+                    self.find("E205", f"'{name}' lists {len(value)} values for {len(layers)} layers", _at(entry, name),
                               f"one value, or {len(layers)}")  # fmt: skip
                     return None
                 value = value[layers.index((site.stack, site.layer))]
@@ -312,7 +321,7 @@ class _Planner:
                 if parameter.condition is None or shapes.evaluate(parameter.condition, constants):
                     tensors[parameter.name] = self.tensor(entry, site, parameter, constants, shapes)
             except (EvaluationError, _Misfit) as error:
-                self.find("E205", f"'{parameter.name}' has no size at {site.name}: {error}", _at(entry))
+                self.find("E205", f"'{parameter.name}' has no size at {site.name}: {error}", entry.place)
                 return None
         effects: dict[str, Expr] = {}
         for name, expr in method.effects:
@@ -327,7 +336,7 @@ class _Planner:
                       _at(entry), "the encoder's embedding", "encoder.embedding.word")  # fmt: skip
             return None
         claim = Claim(entry.name, method, site, options, tensors, effects, constants["index"], constants["count"],
-                      constants, mode)  # fmt: skip
+                      constants, self.anatomy.width, mode)  # fmt: skip
         return claim if self.check_shapes(entry, claim, shapes) else None
 
     def tensor(
@@ -468,7 +477,9 @@ class _Planner:
                 reason = f"it reads '{min(more)}', and the map that ends the block does not"
             return ("", reason) if reason else self.affine(claim, weight)
         if site.kind == "linear":
-            if "weight" in claim.effects and claim.reads & {"x", "y", "h", "mask"}:
+            if more := claim.reads & {"h", "mask"}:
+                return "", self.not_affine(claim) or f"it reads '{min(more)}', and the map does not"
+            if "weight" in claim.effects and claim.reads & {"x", "y"}:
                 return "", "its weight depends on the input"
             return self.affine(claim, site.parameters["weight"])
         return "", {"attention": "attention's softmax is not linear in keys and values",
@@ -531,9 +542,22 @@ class _Misfit(Exception):
     """A size that is none."""
 
 
-def _at(entry: Attachment) -> Place:
-    place = entry.place
-    return Place(place.path, place.line, place.column, f"{place.key}.{'parameter' if entry.by_parameter else 'at'}")
+def _once(findings: list[Diagnostic]) -> list[Diagnostic]:
+    """Findings that repeat from site to site, told once each with their number."""
+    groups: dict[tuple[Any, ...], list[Diagnostic]] = {}
+    for finding in dict.fromkeys(findings):
+        apart = () if finding.code in ("E205", "E206", "E310") else (finding.message,)
+        groups.setdefault((finding.code, finding.place, finding.hint, *apart), []).append(finding)
+    told = []
+    for first, *more in groups.values():
+        again = f" (and {len(more)} more like it)" if more else ""
+        told.append(replace(first, message=first.message + again))
+    return told
+
+
+def _at(entry: Attachment, key: str = "") -> Place:
+    """Where an attachment says something: under `key`, or where it names its sites."""
+    return entry.at_key(key or ("parameter" if entry.by_parameter else "at"))
 
 
 def constants_of(site: Site, method: Method) -> dict[str, Any]:

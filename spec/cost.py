@@ -94,6 +94,7 @@ def per_token(dims: tuple[Any, ...]) -> int:
 def cost_of(
     kind: str,
     sizes: Mapping[str, Any],
+    width: int,
     effects: Mapping[str, Expr],
     let: tuple[tuple[str, Expr], ...],
     constants: Mapping[str, Any],
@@ -103,6 +104,7 @@ def cost_of(
 
     Args:
         kind: the kind of site; `sizes` its sizes.
+        width: the model's, which is that of a layer's input.
         effects, let: formulas by name.
         constants: options and sizes.
         tensors: shapes of the method's parameters there.
@@ -111,7 +113,7 @@ def cost_of(
         EvaluationError: a formula does not fit the site.
     """
     interpreter = CostInterpreter()
-    values, expected = site_shapes(kind, sizes)
+    values, expected = site_shapes(kind, sizes, width=width)
     values = {n: v if v.running else Given(v.dims, v.origin) for n, v in values.items()}
     scope: dict[str, Any] = {
         **values,

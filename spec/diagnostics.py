@@ -54,7 +54,8 @@ class Diagnostic:
             lines.append(f"{indent}expected {self.expected}")
         if self.hint:
             lines.append(f"{indent}hint: {self.hint}")
-        return "\n".join(lines)
+        text = "\n".join(lines)
+        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
     def to_dict(self) -> dict[str, object]:
         """The finding as plain data, for `--json`."""

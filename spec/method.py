@@ -206,6 +206,9 @@ def build(document: Document, name: str, keys: tuple[str | int, ...] = ()) -> Me
     scope = known | {p.name for p in parameters}
     for key, expr in let:
         check(expr, scope, "let", key)
+        if key in scope or key == "norm":
+            message = f"'{key}' hides a name that there is already"
+            findings.append(Diagnostic("E305", message, document.key_place(*keys, "let", key)))
         scope.add(key)
     for key, expr in effects:
         check(expr, scope, key)
