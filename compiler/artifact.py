@@ -41,12 +41,9 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         PeltError: E601 `out` is something else than an artifact, E602 the disk is full or not writable.
     """
-    out = _resolved(out)
+    out = free(out)
     folder: Path | None = None
     try:
-        if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-            raise fail("E601", "the output path is taken by something that is no artifact", Place(str(out)),
-                       "a new folder, an empty one, or an artifact to replace")  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(None, f".{out.name}-", out.parent))
         folder.chmod(0o755)
@@ -60,18 +57,21 @@ def staged(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _resolved(out: Path) -> Path:
-    """Where a path leads; links along it stay.
+def free(out: Path) -> Path:
+    """Where an output path leads, links followed, if an artifact may be written there.
 
     Raises:
-        PeltError: E602 it leads nowhere.
+        PeltError: E601 something is there that is no artifact, E602 the path leads nowhere.
     """
     try:
-        return out.resolve()
+        place = out.resolve()
+        taken = place.exists() and not (place.is_dir() and ((place / MANIFEST).is_file() or not any(place.iterdir())))
     except (OSError, RuntimeError) as error:
-        raise fail(
-            "E602", f"cannot write the artifact: {error}", Place(str(out)), "a path that can be followed"
-        ) from None
+        raise fail("E602", f"cannot write the artifact: {error}", Place(str(out)), "a path to follow") from None
+    if taken:
+        raise fail("E601", "the output path is taken by something that is no artifact", Place(str(out)),
+                   "a new folder, an empty one, or an artifact to replace")  # fmt: skip
+    return place
 
 
 def _exchange(new: Path, out: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import MANIFEST, read_manifest, staged, write_manifest
+from peltc.compiler.artifact import MANIFEST, free, read_manifest, staged, write_manifest
 from peltc.compiler.base import Base, open_base
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
@@ -75,6 +75,7 @@ def compile(
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
+    free(Path(out))  # before anything takes time
     if not isinstance(model, (str, Path)):
         with saved(model, Path(out)) as (folder, attached):
             return compile(spec, folder, out, attached if weights is None else weights, architecture=architecture,
