@@ -18,9 +18,9 @@ from peltc.compiler.artifact import DataFile, digest, write_artifact
 from peltc.compiler.base import Base
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, absorb
 from peltc.compiler.passes.bind import add_bias, bind
-from peltc.compiler.passes.insert import LEVELS, insert
+from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
-from peltc.compiler.plan import Claim, Plan
+from peltc.compiler.plan import LEVELS, Claim, Plan
 
 Array = np.ndarray[Any, Any]
 EMPTY = np.zeros(0, np.float32)

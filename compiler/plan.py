@@ -35,6 +35,10 @@ STAGE = {"input": 0, "weight": 1, "bias": 1, "delta": 2, "output": 2}
 """When definitions take effect, whatever their order in the file."""
 
 
+LEVELS = {"linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
+"""What lies inside takes effect before what contains it, whatever the order in the file."""
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of the weights file."""
@@ -441,8 +445,8 @@ class _Planner:
         """Which claims go into weights. At one weight, claims are absorbed up to the first that cannot be; later
         additions that read the input alone commute with it and are absorbed as well."""
         blocked: dict[str, list[Claim]] = {}
-        decided = []
-        for claim in claims:
+        decided: dict[int, Claim] = {}
+        for claim in sorted(claims, key=lambda c: LEVELS[c.site.kind]):
             target, reason = self.absorber(claim)
             before = blocked.get(target, [])
             if target and before:
@@ -450,13 +454,12 @@ class _Planner:
                 others = all(set(c.effects) == {"delta"} and "y" not in c.reads for c in before)
                 if not (additive and others):
                     reason, target = f"it takes effect after '{before[0].attachment}', which stays in the graph", ""
-            result = Claim(**{**{f: getattr(claim, f) for f in Claim.__dataclass_fields__},
-                              "absorbed": target, "reason": "" if target else reason})  # fmt: skip
+            result = replace(claim, absorbed=target, reason="" if target else reason)
             if not target:
                 weight = claim.site.values.get("linear") or claim.site.parameters.get("weight", "")
                 blocked.setdefault(weight, []).append(result)
-            decided.append(result)
-        return decided
+            decided[id(claim)] = result
+        return [decided[id(claim)] for claim in claims]
 
     def absorber(self, claim: Claim) -> tuple[str, str]:
         """The weight that can take a claim in, or why none can."""

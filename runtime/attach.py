@@ -19,8 +19,7 @@ from torch.func import functional_call
 
 from peltc.compiler.anatomy import Site
 from peltc.compiler.base import survey_model
-from peltc.compiler.passes.insert import LEVELS
-from peltc.compiler.plan import Claim, Plan, make_plan
+from peltc.compiler.plan import LEVELS, Claim, Plan, make_plan
 from peltc.compiler.weights import check_arrays, inside, load_tensors, start_tensors
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import fail

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from peltc.compiler.anatomy import Rows, Site
 from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
-from peltc.compiler.plan import Claim
+from peltc.compiler.plan import LEVELS, Claim
 from peltc.spec.check import site_shapes
 from peltc.spec.diagnostics import fail
 from peltc.spec.dims import Dim, simplify
@@ -26,7 +26,6 @@ from peltc.spec.formula import Deferred, Expr
 from peltc.spec.shapes import Shape, ShapeInterpreter
 
 Array = np.ndarray[Any, Any]
-LEVELS = {"linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
 MASK_STEPS = {"Cast", "Not", "Identity", "Mul", "Sub", "Unsqueeze"}
 
 

@@ -45,6 +45,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"method": "prefix", "at": "attention", "length": 2, "reparameterise": False},
         {"method": "norm_tuning", "at": "*norm"},
     ],
+    "outer-before-inner": [
+        {"method": "bottleneck", "at": BLOCK, "reduction": 4},
+        {"method": "lora", "at": "feed_forward.down", "r": 2},
+    ],
     "several-at-one-site": [
         {"method": "lora", "at": QV, "r": 2},
         {"method": "lora", "name": "second", "at": "attention.query", "r": 3},

@@ -149,6 +149,12 @@ def test_bfloat16_is_computed_in_float32(
     figures("fold against PyTorch, stored bfloat16", manifest["verification"]["worst"])
 
 
+def test_a_map_takes_in_what_the_file_names_after_its_block(model_folder: Callable[..., Path]) -> None:
+    """A map's own modules act before those of the block that it ends, so nothing keeps them from folding."""
+    plan, _ = plan_for(load_spec(cases.spec("outer-before-inner", "bert")), model_folder("bert"))
+    assert {claim.attachment: bool(claim.absorbed) for claim in plan.claims} == {"bottleneck": False, "lora": True}
+
+
 class TestWitnesses:
     """Each comparison must be able to fail: what is compiled differs from what PyTorch runs, and is caught."""
 
