@@ -633,9 +633,9 @@ class _Survey:
                     self.claimed_norms.add(norm)
                     yield self.norm_site(f"{head}embedding.norm", norm)
             width = last_size(start) or 0
-            vocab = {"vocab": self.flow.parameters[tables[0][0]][0]} if tables else {}
+            words = {"vocab": self.flow.parameters[tables[0][0]][0]} if tables else {}
             yield Site(f"{head}embedding", "embedding", {"weight": tables[0][0]} if tables else {}, None,
-                       {"d": width, "in": width, "out": width, **vocab},
+                       {"d": width, "in": width, "out": width, **words},
                        {"y": start.name or ""}, {"y": ""})  # fmt: skip
 
     def final_norm(self, stack: str, layers: list[list[Block]]) -> Iterator[Site]:
