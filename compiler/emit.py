@@ -3,7 +3,7 @@ what depends on the input is emitted, and constant factors end up inside the pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -294,8 +294,6 @@ def _features(item: Any, size: int) -> bool:
 _UNARY: dict[str, str] = {
     "negate": "Neg", "tanh": "Tanh", "sigmoid": "Sigmoid", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "abs": "Abs",
 }  # fmt: skip
-
-Replace = Callable[[ir.Value, ir.Value], None]
 
 
 def replace_uses(old: ir.Value, new: ir.Value, keep: set[ir.Node], graph: ir.Graph) -> None:

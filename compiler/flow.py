@@ -208,12 +208,12 @@ class Flow:
         producer = x.producer()
         if producer is not None and producer.op_type == "Reshape":
             inner = producer.inputs[0]
-            if inner is not None and _last(inner) == inputs and _rank(inner) > _rank(x):
+            if inner is not None and last_size(inner) == inputs and _rank(inner) > _rank(x):
                 x = inner
         readers = self.readers(y)
         if len(readers) == 1 and readers[0].op_type == "Reshape":
             outer = readers[0].outputs[0]
-            if _last(outer) == outputs and _rank(outer) > _rank(y):
+            if last_size(outer) == outputs and _rank(outer) > _rank(y):
                 y = outer
         return Linear(source.name, bias, x, y, inputs, outputs, not flips, node)
 
@@ -223,11 +223,6 @@ class Flow:
     def norms(self) -> list[Norm]:
         """Every normalisation with a gain, in order."""
         return [found for node in self.nodes if (found := self._norm(node)) is not None]
-
-    @cached_property
-    def norm_of(self) -> dict[ir.Value, Norm]:
-        """Normalisations by the values they write."""
-        return {norm.y: norm for norm in self.norms}
 
     def _norm(self, node: ir.Node) -> Norm | None:
         if node.inputs[0] is None if node.inputs else True:
@@ -280,9 +275,9 @@ class Flow:
         if value is normed:
             return False
         hidden = [v for v in node.inputs if v is not None and v in self.hidden]
-        wide = [v for v in hidden if _last(v) != 1]
-        if node.op_type in ("Add", "Mul", "Div") and len(wide) >= 1 and _last(value) != 1:
-            statistic = [v for v in hidden if _last(v) == 1]
+        wide = [v for v in hidden if last_size(v) != 1]
+        if node.op_type in ("Add", "Mul", "Div") and len(wide) >= 1 and last_size(value) != 1:
+            statistic = [v for v in hidden if last_size(v) == 1]
             return not statistic and not (node.op_type == "Mul" and len(set(hidden)) == 1 and self._squares(value))
         return False
 
@@ -295,7 +290,7 @@ def _flag(node: ir.Node, name: str) -> bool:
     return node.op_type == "Gemm" and bool(node.attributes.get_int(name, 0))
 
 
-def _last(value: ir.Value) -> int | None:
+def last_size(value: ir.Value) -> int | None:
     """The last axis' size, where it is a number."""
     if value.shape is None or not len(value.shape):
         return None
@@ -305,6 +300,3 @@ def _last(value: ir.Value) -> int | None:
 
 def _rank(value: ir.Value) -> int:
     return len(value.shape) if value.shape is not None else 0
-
-
-last_size, rank = _last, _rank

@@ -17,13 +17,13 @@ import numpy as np
 
 from peltc.compiler.affine import Affine, AffineInterpreter, NotAffine
 from peltc.compiler.anatomy import Anatomy, Site
-from peltc.spec.check import site_shapes
+from peltc.spec.check import fits, site_shapes
 from peltc.spec.cost import Cost, cost_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.dims import Dim, shape_text, simplify
 from peltc.spec.formula import Call, Conditional, Deferred, EvaluationError, Expr, Name, is_static
 from peltc.spec.method import NAMES, RUNTIME_NAMES, Method, Parameter
-from peltc.spec.shapes import Shape, ShapeInterpreter, broadcast
+from peltc.spec.shapes import Shape, ShapeInterpreter
 from peltc.spec.shapes import tensor as as_tensor
 from peltc.spec.specification import Attachment, Spec
 
@@ -384,11 +384,7 @@ class _Planner:
             try:
                 found = as_tensor(shapes.evaluate(expr, scope))
                 wanted = expected[name]
-                if name in ("keys", "values", "prepend"):
-                    fits = found.rank == wanted.rank and found.dims[-1] == wanted.dims[-1]
-                else:
-                    fits = broadcast(found, wanted).dims == wanted.dims
-                if not fits:
+                if not fits(found, wanted, name):
                     self.find("E310", f"'{name}' of '{claim.method.name}' has the shape {found} at {claim.site.name}",
                               place, f"the shape {wanted}")  # fmt: skip
                     return False

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from peltc.compiler.base import Base
+from peltc.compiler.emit import replace_uses
 
 
 def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], table: Base | None = None) -> None:
@@ -78,7 +79,6 @@ def add_bias(model: ir.Model, written: str, tensor: ir.TensorProtocol, claims: S
         name=label, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     model.graph.register_initializer(bias)
-    uses = tuple(y.uses())
     node = ir.node("Add", [y, bias], name=f"{label}.add")
     node.metadata_props["pelt.attachment"] = ", ".join(claims)
     out = node.outputs[0]
@@ -86,9 +86,4 @@ def add_bias(model: ir.Model, written: str, tensor: ir.TensorProtocol, claims: S
     producer = y.producer()
     assert producer is not None
     model.graph.insert_after(producer, node)
-    for use in uses:
-        use.node.replace_input_with(use.idx, out)
-    for i, output in enumerate(model.graph.outputs):
-        if output is y:
-            y.name, out.name = f"{y.name}.base", y.name
-            model.graph.outputs[i] = out
+    replace_uses(y, out, {node}, model.graph)

@@ -264,7 +264,7 @@ class _Inserter:
             for effect, role in (("keys", "k"), ("values", "v")):
                 if effect not in claim.effects:
                     continue
-                read, written = self.current(site.values[role]), self.values[site.values[effect]]
+                read = self.current(site.values[role])
                 value, interpreter = self.evaluate(claim, effect, read, **{role: read})
                 emitter = interpreter.emitter
                 new = interpreter.value(value)
@@ -272,9 +272,7 @@ class _Inserter:
                 repeats = site.sizes["heads"] // site.sizes["kv_heads"]
                 # The base repeats heads with lengths taken from the input, which are no longer right.
                 wide = _repeat_heads(new, site, repeats, emitter) if repeats > 1 else new
-                old = self.replaced.get(written, written)
-                while old in self.replaced:
-                    old = self.replaced[old]
+                old = self.current(site.values[effect])
                 wide.shape, wide.type = None, old.type
                 replace_uses(old, wide, emitter.added, self.graph)
                 self.replaced[old] = wide
