@@ -98,21 +98,22 @@ def link_files(base: Base, folder: Path, copy: bool) -> list[dict[str, Any]]:
 
     All of them, so that the folder is a model folder too and can be verified by itself.
     """
-    linked = []
-    for file in base.checkpoint.files:
-        target, how = folder / file.name, "copy"
-        real = file.resolve()
-        if not copy:
-            try:
-                os.link(real, target)
-                how = "hard link"
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
-                    raise
-        if how == "copy":
-            shutil.copyfile(real, target)
-        linked.append({"file": file.name, "bytes": real.stat().st_size, "how": how})
-    return linked
+    return [link(file, folder / file.name, copy) for file in base.checkpoint.files]
+
+
+def link(file: Path, target: Path, copy: bool) -> dict[str, Any]:
+    """Bring a file to a place, by hard link where possible; says how."""
+    real, how = file.resolve(), "copy"
+    if not copy:
+        try:
+            os.link(real, target)
+            how = "hard link"
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+                raise
+    if how == "copy":
+        shutil.copyfile(real, target)
+    return {"file": target.name, "bytes": real.stat().st_size, "how": how}
 
 
 class DataFile:

@@ -44,12 +44,8 @@ class StoredTensor:
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
-def read_header(file: Path, code: str = "E401") -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, from its header alone.
-
-    Raises:
-        PeltError: `code` where the file is missing, cut off, or no safetensors file.
-    """
+def _header(file: Path, code: str) -> tuple[Any, int, int]:
+    """A safetensors file's header, its length, and the file's size."""
     place = Place(str(file))
     expected = "a safetensors file"
     try:
@@ -64,9 +60,30 @@ def read_header(file: Path, code: str = "E401") -> dict[str, StoredTensor]:
         raise fail(code, f"cannot read the file: {error.strerror}", place, expected) from None
     except (ValueError, RecursionError):
         raise fail(code, "the file's header is not JSON: no safetensors file", place, expected) from None
-    tensors: dict[str, StoredTensor] = {}
     if not isinstance(header, dict):
         raise fail(code, "the file's header is not a mapping", place, expected)
+    return header, length, size
+
+
+def read_metadata(file: Path, code: str = "E401") -> dict[str, str]:
+    """What a safetensors file says about itself.
+
+    Raises:
+        PeltError: as `read_header`.
+    """
+    found = _header(file, code)[0].get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
+def read_header(file: Path, code: str = "E401") -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, from its header alone.
+
+    Raises:
+        PeltError: `code` where the file is missing, cut off, or no safetensors file.
+    """
+    place, expected = Place(str(file)), "a safetensors file"
+    header, length, size = _header(file, code)
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue

@@ -3,6 +3,7 @@ what depends on the input is emitted, and constant factors end up inside the pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.numeric import NumericInterpreter
+from peltc.compiler.numeric import EPSILON, HIDDEN, NumericInterpreter
 from peltc.spec.formula import FormulaError, is_static
 
 Array = np.ndarray[Any, Any]
@@ -41,6 +42,10 @@ class Emitter:
         output.name = name
         if kind == "Shape":
             output.type = ir.TensorType(ir.DataType.INT64)
+        elif kind == "Greater":
+            output.type = ir.TensorType(ir.DataType.BOOL)
+        elif kind == "Where":
+            output.type = inputs[1].type if inputs[1] is not None else None
         elif kind == "Cast":
             output.type = ir.TensorType(ir.DataType((attributes or {})["to"]))
         else:
@@ -202,6 +207,36 @@ class OnnxInterpreter(NumericInterpreter):
 
     def on_softmax(self, x: Any, axis: int) -> Any:
         return self.emitter.node("Softmax", [self.value(x)], {"axis": axis})
+
+    def on_layer_norm(self, x: Any, gain: Any, bias: Any) -> Any:
+        emitter, width = self.emitter, self.width(x)
+        given = [np.ones(width, np.float32) if gain is None else gain] + ([] if bias is None else [bias])
+        values = [self.value(x), *map(self.value, given)]
+        return emitter.node("LayerNormalization", values, {"axis": -1, "epsilon": EPSILON})
+
+    @staticmethod
+    def width(x: Any) -> int:
+        """The size of the last axis, which a constant made it."""
+        if isinstance(x, Product):
+            return int(x.matrix.shape[1])
+        size = x.shape[-1] if x.shape is not None else None
+        if not isinstance(size, int):
+            raise FormulaError("the size of the last axis is not known in the graph")
+        return size
+
+    def on_attend(self, q: Any, k: Any, v: Any, mask: Any, causal: bool) -> Any:
+        emitter = self.emitter
+        scores = self.on_matmul(self.on_multiply(1 / math.sqrt(self.width(q)), q), self.on_transpose(k))
+        hidden = emitter.constant(np.float32(HIDDEN))
+        if mask is not None:
+            shown = emitter.node("Greater", [self.value(mask), emitter.constant(np.float32(0))])
+            scores = emitter.node("Where", [emitter.node("Unsqueeze", [shown, emitter.integers([1])]), scores, hidden])
+        if causal:
+            extent = emitter.node("Shape", [scores], {"start": -2})
+            earlier = emitter.node("Trilu", [emitter.node("Expand", [emitter.constant(np.array(True)), extent])],
+                                   {"upper": 0})  # fmt: skip
+            scores = emitter.node("Where", [earlier, scores, hidden])
+        return self.binary("MatMul", self.on_softmax(scores, -1), v)
 
     # reductions
 

@@ -16,6 +16,12 @@ from peltc.spec.method import initialiser
 Array = np.ndarray[Any, Any]
 
 
+EPSILON = 1e-5
+"""Of `layer_norm`."""
+HIDDEN = -1e4
+"""The score of a key that a mask hides; float16 holds it."""
+
+
 class NumericInterpreter(Interpreter[Any]):
     """Evaluates formulas over numpy arrays, in float32 or better."""
 
@@ -86,6 +92,22 @@ def softmax(x: Array, axis: int) -> Array:
     return np.asarray(e / e.sum(axis=axis, keepdims=True))
 
 
+def layer_norm(x: Array, gain: Array | None, bias: Array | None) -> Array:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    y = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + EPSILON)
+    y = y if gain is None else y * gain
+    return np.asarray(y if bias is None else y + bias)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> Array:
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = np.where(mask[:, None] > 0, scores, HIDDEN)
+    if causal:
+        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, HIDDEN)
+    return np.asarray(softmax(scores, -1) @ v)
+
+
 def mean_seq(x: Array, mask: Array | None) -> Array:
     if mask is None:
         return np.asarray(x.mean(axis=1, keepdims=True))
@@ -125,7 +147,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "activation": lambda x, name: ACTIVATION[name](x),
     "exp": lambda x: np.exp(x), "log": lambda x: np.log(x), "sqrt": lambda x: np.sqrt(x),
     "abs": lambda x: np.abs(x),
-    "softmax": softmax, "detach": lambda x: x, "dropout": lambda x, p: x,
+    "softmax": softmax, "layer_norm": layer_norm, "attend": attend, "detach": lambda x: x, "dropout": lambda x, p: x,
     "mean": lambda x, axis: x.mean(axis=axis, keepdims=True), "sum": lambda x, axis: x.sum(axis=axis, keepdims=True),
     "mean_seq": mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.swapaxes(-1, -2),
     "permute": lambda x, axes: x.transpose(axes), "concat": concat,

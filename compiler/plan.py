@@ -41,13 +41,15 @@ LEVELS = {"linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the weights file."""
+    """A tensor of the weights file; or of the `source`, where it has one."""
 
     name: str
     shape: tuple[int, ...]
     init: Expr
     frozen: bool
     scope: str
+    source: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +215,7 @@ class _Planner:
         layers: list[tuple[str, int | None]] = list(
             sorted({(site.stack, site.layer) for site in sites if site.layer is not None})
         )
+        roles = list(dict.fromkeys(site.role for site in sites))
         found = []
         widest = {name: max((s.sizes.get(name, 0) for s in sites), default=0) for name in ("in", "out")}
         for index, site in enumerate(sites):
@@ -224,6 +227,9 @@ class _Planner:
                 self.find("E207", f"the mode '{mode}' is not available yet", entry.place, "fold or static")
                 return []
             constants = {**options, **constants_of(site, entry.method), "index": index, "count": len(sites)}
+            constants |= {"role": roles.index(site.role), "roles": len(roles), "d_model": self.anatomy.width}
+            place = (site.stack, site.layer)
+            constants |= {"layer": layers.index(place) if place in layers else 0, "layers": max(len(layers), 1)}
             if site.kind == "linear":
                 constants |= {"max_in": widest["in"], "max_out": widest["out"]}
             claim = self.claim(entry, site, options, constants, mode)
@@ -359,8 +365,9 @@ class _Planner:
         if math.prod(sizes) > MAX_ELEMENTS:
             raise _Misfit(f"{shape_text(sizes)} has more than {MAX_ELEMENTS:,} elements")
         where = {"site": site.name, "layer": site.layer_path, "model": ""}[parameter.scope]
-        name = ".".join(part for part in (entry.name, where, parameter.name) if part)
-        tensor = Tensor(name, sizes, parameter.init, parameter.frozen, parameter.scope)
+        name = ".".join(part for part in (parameter.owner or entry.name, where, parameter.name) if part)
+        tensor = Tensor(name, sizes, parameter.init, parameter.frozen, parameter.scope, parameter.source,
+                        parameter.part)  # fmt: skip
         first = self.shared.setdefault(name, tensor)
         if first.shape != sizes:
             raise _Misfit(
@@ -500,9 +507,10 @@ class _Planner:
         return (weight, "") if len(maps) == 1 else None
 
     def not_affine(self, claim: Claim) -> str:
-        """Why a claim's effects are not affine, naming the sub-expression; empty where they are. Tried on zeros."""
-        kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in ("index",) and is_static(v)))
-        key = (claim.method.name, kinds, tuple(claim.effects), claim.site.kind)
+        """Why a claim's effects are not affine, naming the sub-expression; empty where they are. Tried on values drawn at random."""
+        apart = ("index", "layer", "role")
+        kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in apart and is_static(v)))
+        key = (id(claim.method), kinds, tuple(claim.effects), claim.site.kind)
         if key not in self.trials:
             self.trials[key] = self.trial(claim)
         return self.trials[key]
@@ -510,7 +518,8 @@ class _Planner:
     @staticmethod
     def trial(claim: Claim) -> str:
         interpreter = AffineInterpreter()
-        values: dict[str, Any] = {name: np.zeros(t.shape, np.float32) for name, t in claim.tensors.items()}
+        random = np.random.default_rng(0)  # zeros would divide by zero
+        values: dict[str, Any] = {n: random.random(t.shape, np.float32) for n, t in claim.tensors.items()}
         values |= {role: Affine.identity(role) for role in ("x", "y", "r", "h", "mask")}
         values["norm"] = _no_norm
         out, inputs = claim.site.sizes.get("out", 0), claim.site.sizes.get("in", 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 from peltc.compiler.checkpoint import is_float, read_header
 from peltc.compiler.numeric import start_value
 from peltc.compiler.plan import Claim, Plan, Tensor
+from peltc.compiler.profile import is_profile, unpack
 from peltc.spec.check import site_shapes
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, nearest
 from peltc.spec.dims import shape_text
 from peltc.spec.formula import Deferred, EvaluationError
-from peltc.spec.method import initialiser
+from peltc.spec.method import START, initialiser
 from peltc.spec.shapes import ShapeInterpreter
 
 Array = np.ndarray[Any, Any]
@@ -23,14 +24,48 @@ Read = Callable[[str], Array]
 
 
 def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
-    """The tensors that a plan asks for, float32.
+    """The tensors that a plan asks for, float32; a profile's masks are unpacked.
 
     Raises:
-        PeltError: E401 no safetensors file; E402 missing, E403 left-over, E404 misshapen tensors, all of them.
+        PeltError: E401 no safetensors file; E402 missing, E403 left-over, E404 misshapen tensors, all of them; E407
+            a profile of another bank.
     """
+    place = Place(str(file))
     stored = read_header(file)
-    check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, Place(str(file)))
-    return finite({name: np.array(stored[name].array(), np.float32) for name in plan.tensors}, Place(str(file)))
+    apart = sourced(plan)
+    if is_profile(file):
+        return finite(unpack(plan, file, apart) | apart, place)
+    check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, place)
+    own = {name: np.array(stored[name].array(), np.float32) for name in stored}
+    return finite({name: own[name] if name in own else apart[name] for name in plan.tensors}, place)
+
+
+def sourced(plan: Plan) -> dict[str, Array]:
+    """The tensors that are no part of a weights file: those of other files that the spec names, and start values.
+
+    Raises:
+        PeltError: as `load_tensors`, about those files.
+    """
+    found: dict[str, Array] = {}
+    files: dict[str, list[Tensor]] = {}
+    for tensor in plan.tensors.values():
+        if tensor.source and tensor.source != START:
+            files.setdefault(tensor.source, []).append(tensor)
+    for name, wanted in files.items():
+        file = inside(plan.spec.folder, name, plan.spec.path)
+        stored = read_header(file)
+        given = {t.name: (stored[t.name].shape, stored[t.name].dtype) for t in wanted if t.name in stored}
+        check_these(wanted, given, Place(str(file)))
+        found |= finite({t.name: np.array(stored[t.name].array(), np.float32) for t in wanted}, Place(str(file)))
+    for claim in plan.claims:
+        for tensor in claim.tensors.values():
+            if tensor.source == START and tensor.name not in found:
+                found[tensor.name] = _start(claim, tensor, _unread, plan.spec.seed)
+    return found
+
+
+def _unread(name: str) -> Array:
+    raise KeyError(f"a start value that the seed decides cannot read '{name}'")
 
 
 def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -40,7 +75,9 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
         PeltError: E402, E403, E404.
     """
     check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
-    return finite({name: np.asarray(arrays[name], np.float32) for name in plan.tensors}, Place("<arrays>"))
+    apart = {} if all(name in arrays for name in plan.tensors) else sourced(plan)
+    full = {name: arrays[name] if name in arrays else apart[name] for name in plan.tensors}
+    return finite({name: np.asarray(array, np.float32) for name, array in full.items()}, Place("<arrays>"))
 
 
 def finite(tensors: dict[str, Array], place: Place) -> dict[str, Array]:
@@ -53,21 +90,36 @@ def finite(tensors: dict[str, Array], place: Place) -> dict[str, Array]:
 
 
 def check(plan: Plan, given: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], place: Place) -> None:
-    """Hold names, shapes and types of tensors against a plan."""
-    findings = []
-    for name, tensor in plan.tensors.items():
+    """Hold names, shapes and types of tensors against a plan. Those of other sources may be there, and need not."""
+    wanted = [t for t in plan.tensors.values() if not t.source or t.name in given]
+    left = [name for name in given if name not in plan.tensors]
+    check_these(wanted, given, place, left)
+
+
+def check_these(
+    wanted: Iterable[Tensor],
+    given: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    place: Place,
+    left: Iterable[str] = (),
+) -> None:
+    """Hold names, shapes and types against what is wanted.
+
+    Raises:
+        PeltError: E402 missing, E403 left over, E404 misshapen.
+    """
+    findings, known = [], {tensor.name: tensor for tensor in wanted}
+    for name, tensor in known.items():
         if name not in given:
-            wanted = shape_text(tensor.shape)
-            findings.append(Diagnostic("E402", f"the tensor '{name}' is missing", place, wanted, nearest(name, given)))
+            expected = shape_text(tensor.shape)
+            findings.append(Diagnostic("E402", f"the tensor '{name}' is missing", place, expected, nearest(name, given)))
         elif given[name][0] != tensor.shape:
             found = shape_text(given[name][0])
             findings.append(Diagnostic("E404", f"the tensor '{name}' is {found}", place, shape_text(tensor.shape)))
         elif not is_float(given[name][1]):
             findings.append(Diagnostic("E404", f"the tensor '{name}' holds {given[name][1]}", place, "a float type"))
-    for name in given:
-        if name not in plan.tensors:
-            message, hint = f"no module of the spec takes the tensor '{name}'", nearest(name, plan.tensors)
-            findings.append(Diagnostic("E403", message, place, hint=hint))
+    for name in left:
+        message, hint = f"no module of the spec takes the tensor '{name}'", nearest(name, known)
+        findings.append(Diagnostic("E403", message, place, hint=hint))
     if findings:
         raise PeltError(findings)
 
@@ -81,7 +133,7 @@ def start_tensors(plan: Plan, read: Read) -> dict[str, Array]:
     Raises:
         PeltError: E405 a start value that cannot be computed.
     """
-    values: dict[str, Array] = {}
+    values = sourced(plan)
     for claim in plan.claims:
         for tensor in claim.tensors.values():
             if tensor.name not in values:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from peltc.runtime.compile import compile as compile
     from peltc.runtime.compile import verify as verify
     from peltc.runtime.session import Session as Session
+    from peltc.runtime.training import consistency_loss as consistency_loss
+    from peltc.runtime.training import parameter_groups as parameter_groups
     from peltc.spec.diagnostics import Diagnostic as Diagnostic
     from peltc.spec.diagnostics import PeltError as PeltError
     from peltc.spec.specification import Spec as Spec
@@ -36,11 +38,12 @@ _WHERE = {
     "Anatomy": "peltc.compiler.anatomy", "Site": "peltc.compiler.anatomy", "Plan": "peltc.compiler.plan",
     "survey": "peltc.runtime.api", "plan": "peltc.runtime.api", "compile": "peltc.runtime.compile",
     "verify": "peltc.runtime.compile", "attach": "peltc.runtime.attach", "Session": "peltc.runtime.session",
+    "consistency_loss": "peltc.runtime.training", "parameter_groups": "peltc.runtime.training",
 }  # fmt: skip
 
 __all__ = [
-    "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "compile", "load_spec", "plan",
-    "survey", "verify",
+    "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "compile", "consistency_loss",
+    "load_spec", "parameter_groups", "plan", "survey", "verify",
 ]  # fmt: skip
 
 

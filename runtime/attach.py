@@ -20,6 +20,7 @@ from torch.func import functional_call
 from peltc.compiler.anatomy import Site
 from peltc.compiler.base import survey_model
 from peltc.compiler.plan import LEVELS, Claim, Plan, make_plan
+from peltc.compiler.profile import pack
 from peltc.compiler.weights import check_arrays, inside, load_tensors, start_tensors
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import fail
@@ -38,7 +39,8 @@ def attach(
     """Attach a spec's modules to a model, in place.
 
     Everything but the spec's own parameters is frozen. The model gains `save_adapter(path)`, which writes a file that
-    the compiler reads, and `detach_adapter()`, which takes the modules off again.
+    the compiler reads, `save_profile(path)`, which packs masks over a bank to bits, and `detach_adapter()`, which takes
+    the modules off again.
 
     Args:
         model: a model of `transformers`.
@@ -84,7 +86,7 @@ def attach_plan(model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any
     attached.restore.append(partial(_require, model, trained))
     _require(model, {})
     model.pelt = attached
-    model.save_adapter = attached.save
+    model.save_adapter, model.save_profile = attached.save, attached.save_profile
     model.detach_adapter = lambda: attached.remove(model)
     return model
 
@@ -101,6 +103,7 @@ class Attached(nn.Module):
         self.handles: list[Any] = []
         self.seen: dict[str, Tensor] = {}
         self.mask: Tensor | None = None
+        self.decoder_mask: Tensor | None = None
         self.muted = False
         self.fired: set[str] = set()
         self.whole = True
@@ -116,14 +119,24 @@ class Attached(nn.Module):
 
         Path(path).write_bytes(save(self.tensors()))
 
+    def save_profile(self, path: str | Path) -> None:
+        """Write what is this profile's own: hard masks over a bank as bits, and whatever else is trained.
+
+        Raises:
+            PeltError: E211 the spec has no hard mask over a bank.
+        """
+        every = {name: self.parameter(name).detach().float().cpu().numpy() for name in self.plan.tensors}
+        Path(path).write_bytes(pack(self.plan, every))
+
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The tensors by their names in the weights file, float32."""
-        return {n: self.parameter(n).detach().float().cpu().contiguous().numpy() for n in self.plan.tensors}
+        """The tensors by their names in the weights file, float32; those of other sources are not among them."""
+        own = [name for name, tensor in self.plan.tensors.items() if not tensor.source]
+        return {name: self.parameter(name).detach().float().cpu().contiguous().numpy() for name in own}
 
     def remove(self, model: Any) -> None:
         """Take the modules off the model."""
         self.uninstall()
-        for name in ("pelt", "save_adapter", "detach_adapter"):
+        for name in ("pelt", "save_adapter", "save_profile", "detach_adapter"):
             delattr(model, name)
 
     def uninstall(self) -> None:
@@ -167,7 +180,7 @@ class Attached(nn.Module):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = _named(module, args, kwargs)
-            self.mask = given.get("attention_mask")
+            self.mask, self.decoder_mask = given.get("attention_mask"), given.get("decoder_attention_mask")
             self.whole = given.get("encoder_outputs") is None and given.get("past_key_values") is None
             self.fired.clear()
 
@@ -201,7 +214,7 @@ class Attached(nn.Module):
         for role in ("x", "r", "h"):
             anchor = claim.site.anchors.get(role, "")
             found[role] = Deferred(partial(self.recall, anchor, role, claim, dtype))
-        found["mask"] = Deferred(lambda: self.given_mask().to(dtype))
+        found["mask"] = Deferred(partial(self.mask_of, claim, dtype))
         return claim.scope(found | values, interpreter)
 
     def lifted(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -212,10 +225,13 @@ class Attached(nn.Module):
             raise fail("E209", f"'{role}' of {claim.site.name} cannot be reached in torch")
         return self.seen[anchor].to(dtype)
 
-    def given_mask(self) -> Tensor:
+    def mask_of(self, claim: Claim, dtype: torch.dtype) -> Tensor | None:
+        """The mask of the tokens that a site sees, [B, S]; None where a decoder beside an encoder sees all."""
+        if claim.site.stack == "decoder":
+            return None if self.decoder_mask is None else self.decoder_mask.to(dtype)
         if self.mask is None:
             raise fail("E208", "a formula reads `mask`, and the model was called without attention_mask")
-        return self.mask
+        return self.mask.to(dtype)
 
     def evaluate(self, claim: Claim, effect: str, like: Tensor, **values: Any) -> Tensor:
         """A definition's value. Half-precision models compute their modules in float32, as they are trained."""

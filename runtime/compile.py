@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import MANIFEST, free, read_manifest, staged, write_manifest
+from peltc.compiler.artifact import MANIFEST, free, link, read_manifest, staged, write_manifest
 from peltc.compiler.base import Base, open_base
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
 from peltc.compiler.weights import check_arrays, inside, load_tensors, start_tensors
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
+from peltc.spec.method import START
 from peltc.spec.specification import Spec, build_spec, load_spec
 
 Array = np.ndarray[Any, Any]
@@ -89,7 +90,7 @@ def compile(
         embeds = open_base(model, architecture=architecture, precision=spec.precision, variant="embeds", talk=talk)
     with staged(Path(out)) as folder:
         manifest = build(plan, base, tensors, folder, embeds=embeds, weights_from=source, self_contained=self_contained)
-        save_adapter(folder, tensors)
+        save_adapter(folder, plan, tensors, self_contained)
         for entry in manifest["folded"]:
             if entry["warning"]:
                 talk(
@@ -132,11 +133,16 @@ def adapter_tensors(
     return start_tensors(plan, lambda name: base.stored(name).array()), "start values"
 
 
-def save_adapter(folder: Path, tensors: Mapping[str, Array]) -> None:
-    """Keep the adapter's tensors in the artifact, so that it can be verified again."""
+def save_adapter(folder: Path, plan: Plan, tensors: Mapping[str, Array], copy: bool = False) -> None:
+    """Keep the adapter's tensors in the artifact, and the files that the spec names, so that it can be verified again."""
     from safetensors.numpy import save
 
-    (folder / ADAPTER).write_bytes(save({n: np.ascontiguousarray(a) for n, a in tensors.items()}))
+    own = {name: np.ascontiguousarray(tensors[name]) for name, t in plan.tensors.items() if not t.source}
+    (folder / ADAPTER).write_bytes(save(own))
+    for name in {t.source for t in plan.tensors.values()} - {"", START}:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link(inside(plan.spec.folder, name, plan.spec.path), target, copy)
 
 
 def verify(out: str | Path, model: str | Path | None = None, *, talk: Talk = silent) -> dict[str, Any]:

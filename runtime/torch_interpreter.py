@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from peltc.compiler.numeric import EPSILON, HIDDEN
 from peltc.spec.formula import FormulaError, Interpreter
 
 Tensor = torch.Tensor
@@ -24,6 +26,7 @@ class TorchInterpreter(Interpreter[Any]):
 
     def __init__(self, training: bool = False, like: Tensor | None = None):
         self.training, self.like = training, like
+        self.drawn: dict[tuple[Any, int], Tensor] = {}
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         if name in ("dropout", "choose", "top_k_mask", "eye", "zeros", "ones"):
@@ -38,7 +41,10 @@ class TorchInterpreter(Interpreter[Any]):
     def choose(self, stack: Tensor, draw: Any) -> Tensor:
         if not self.training:
             return stack.mean(0)
-        return stack[int(torch.randint(len(stack), ()))]
+        key = (draw, len(stack))
+        if key not in self.drawn:  # what is drawn together is the same expert of each
+            self.drawn[key] = torch.randint(len(stack), (1,), device=stack.device)
+        return stack.index_select(0, self.drawn[key]).squeeze(0)
 
     def top_k_mask(self, z: Tensor, k: int) -> Tensor:
         order = torch.argsort(z, dim=-1, descending=True, stable=True)[..., :k]
@@ -80,6 +86,16 @@ def _block_diagonal(x: Tensor) -> Tensor:
     return result
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(mask[:, None] <= 0, HIDDEN)
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, HIDDEN)
+    return torch.softmax(scores, -1) @ v
+
+
 def _mean_seq(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.mean(1, keepdim=True)
@@ -107,6 +123,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "exp": lambda x: torch.exp(x), "log": lambda x: torch.log(x), "sqrt": lambda x: torch.sqrt(x),
     "abs": lambda x: torch.abs(x), "softmax": lambda x, axis: torch.softmax(x, axis), "detach": lambda x: x.detach(),
     "mean": lambda x, axis: x.mean(axis, keepdim=True), "sum": lambda x, axis: x.sum(axis, keepdim=True),
+    "layer_norm": lambda x, gain, bias: F.layer_norm(x, x.shape[-1:], gain, bias, EPSILON), "attend": _attend,
     "mean_seq": _mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.transpose(-1, -2),
     "permute": lambda x, axes: x.permute(axes), "concat": _concat,
     "take": lambda x, index, axis: x.select(axis, index),

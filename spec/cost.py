@@ -72,6 +72,10 @@ class CostInterpreter(ShapeInterpreter):
         if name == "linear":
             bias = per_token(result.dims) if arguments["bias"] is not None else 0
             return 2 * per_token(arguments["weight"].dims) + bias
+        if name == "layer_norm":
+            return 8 * per_token(result.dims)
+        if name == "attend":  # per pair of tokens what is not known here; each token's own share of it
+            return 2 * per_token(arguments["q"].dims) + 2 * per_token(arguments["v"].dims)
         if name == "matmul":
             return 2 * per_token(arguments["a"].dims[-1:]) * per_token(result.dims)
         return max(per_token(v.dims) for v in (*running, result))

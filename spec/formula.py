@@ -91,7 +91,8 @@ STATIC: dict[str, Callable[..., Any]] = {
     "equal": operator.eq, "not_equal": operator.ne, "less": operator.lt, "less_equal": operator.le,
     "greater": operator.gt, "greater_equal": operator.ge, "not": operator.not_, "sqrt": lambda x: x**0.5,
     "and": lambda a, b: a and b, "or": lambda a, b: a or b, "min": min, "max": max,
-    "exp": math.exp, "log": math.log, "abs": abs, "tanh": math.tanh, "sigmoid": lambda x: 0.5 * (1 + math.tanh(x / 2)),
+    "exp": math.exp, "log": math.log, "abs": abs, "floor": math.floor,
+    "tanh": math.tanh, "sigmoid": lambda x: 0.5 * (1 + math.tanh(x / 2)),
 }  # fmt: skip
 """What operators and a few functions mean on values known while the formula is read: options and sizes."""
 
@@ -285,6 +286,24 @@ def names(expr: Expr) -> set[str]:
 def calls(expr: Expr) -> set[str]:
     """The functions that an expression calls, operators included."""
     return {node.function for node in walk(expr) if isinstance(node, Call)}
+
+
+def substitute(expr: Expr, values: Mapping[str, Expr]) -> Expr:
+    """The expression with other expressions in place of names."""
+
+    def sub(child: Expr) -> Expr:
+        return substitute(child, values)
+
+    match expr:
+        case Name(id=name):
+            return values.get(name, expr)
+        case Items(elements=elements, text=text):
+            return Items(tuple(map(sub, elements)), text)
+        case Conditional(test=test, then=then, other=other, text=text):
+            return Conditional(sub(test), sub(then), sub(other), text)
+        case Call(function=function, args=args, keywords=keywords, text=text):
+            return Call(function, tuple(map(sub, args)), tuple((key, sub(value)) for key, value in keywords), text)
+    return expr
 
 
 class FormulaError(Exception):

@@ -77,6 +77,7 @@ _TABLE = [
     _function("not", "not x", "x"),
     _function("min", "the smaller of two known numbers", "a", "b"),
     _function("max", "the larger of two known numbers", "a", "b"),
+    _function("floor", "the largest whole number that is not above a known number", "x"),
     _function("matmul", "matrix product over the last two axes: [..., M, K] @ [..., K, N] → [..., M, N]", "a", "b"),
     # linear algebra
     _function("linear", "x Wᵀ + b: [..., I], weight [O, I], bias [O] → [..., O]", "x", "weight", ("bias", None)),
@@ -98,6 +99,10 @@ _TABLE = [
     _function("softmax", "softmax along an axis", "x", ("axis", -1)),
     _function("detach", "x; no gradient flows through it in training", "x"),
     _function("dropout", "dropout with probability p in training, x otherwise", "x", "p"),
+    _function("layer_norm", "(x - mean) / √(variance + 1e-5) over the last axis, times a gain, plus a bias",
+              "x", ("gain", None), ("bias", None)),
+    _function("attend", "softmax(q kᵀ / √E) v: q [B, S, E], k [B, T, E], v [B, T, F] → [B, S, F]; a mask [B, T] hides keys,"
+              " `causal` those that come later", "q", "k", "v", ("mask", None), ("causal", False)),
     # reductions; the reduced axis stays with size 1
     _function("mean", "mean along an axis, which stays with size 1", "x", ("axis", -1)),
     _function("sum", "sum along an axis, which stays with size 1", "x", ("axis", -1)),

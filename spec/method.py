@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
 from typing import Any
 
 from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.document import Document
-from peltc.spec.document import parse as parse_document
-from peltc.spec.formula import Call, Expr, Name, calls, names, parse
+from peltc.spec.formula import Call, Expr, Interpreter, Name, calls, names, parse
+from peltc.spec.shelf import Shelf
 
 KINDS = ("linear", "norm", "attention", "block", "embedding")
 """The kinds of site that a method may ask for."""
@@ -25,18 +24,23 @@ EFFECTS: dict[str, tuple[str, ...]] = {
 }
 """What a method may define at each kind of site, in the order in which definitions take effect."""
 
+_PLACE = ("index", "count", "layer", "layers", "role", "roles", "d_model")
 NAMES: dict[str, tuple[str, ...]] = {
-    "linear": ("x", "y", "W", "b", "h", "mask", "in", "out", "max_in", "max_out", "biased", "index", "count"),
-    "norm": ("x", "y", "W", "b", "d", "biased", "index", "count"),
-    "block": ("x", "y", "r", "h", "mask", "in", "out", "d", "index", "count"),
-    "attention": ("q", "k", "v", "h", "mask", "heads", "kv_heads", "head_dim", "index", "count"),
-    "embedding": ("d", "index", "count"),
+    "linear": ("x", "y", "W", "b", "h", "mask", "in", "out", "max_in", "max_out", "biased", *_PLACE),
+    "norm": ("x", "y", "W", "b", "d", "biased", *_PLACE),
+    "block": ("x", "y", "r", "h", "mask", "in", "out", "d", *_PLACE),
+    "attention": ("q", "k", "v", "h", "mask", "heads", "kv_heads", "head_dim", *_PLACE),
+    "embedding": ("d", *_PLACE),
 }
-"""Names in scope by kind of site, besides options, parameters and `let:` bindings."""
+"""Names in scope by kind of site, besides options, parameters and `let:` bindings.
+
+`index` of `count` numbers an attachment's sites, `layer` of `layers` their layers, `role` of `roles` what they are in
+one layer."""
 
 RUNTIME_NAMES = ("x", "y", "r", "h", "q", "k", "v", "mask")
 """Names of values that exist only while the model runs; everything else is known at compile time."""
 
+START = "start value"
 SCOPES = ("site", "layer", "model")
 INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform")
 """Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis."""
@@ -68,6 +72,10 @@ class Parameter:
         scope: one tensor per `site`, per `layer`, or for the whole `model`.
         frozen: not trained, though part of the weights file.
         condition: the parameter exists where this is true of the options; None: always.
+        source: where its values lie when it is no part of the weights file: a file's name, or `START` for start
+            values that the seed decides.
+        owner: what its tensors' names start with, in place of the attachment's name.
+        part: what it is where it is no weight of the method's own: `gate`, `mask` or `bank`.
     """
 
     name: str
@@ -76,11 +84,18 @@ class Parameter:
     scope: str = "site"
     frozen: bool = False
     condition: Expr | None = None
+    source: str = ""
+    owner: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A PEFT technique: options, parameters, and what its formulas define at a site of one kind."""
+    """A PEFT technique: options, parameters, and what its formulas define at a site of one kind.
+
+    Attributes:
+        gated_by: the name that a gate on this method reads; empty: what the site reads.
+    """
 
     name: str
     title: str
@@ -93,6 +108,7 @@ class Method:
     start: str = ""
     notes: str = ""
     place: Place = NOWHERE
+    gated_by: str = ""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -100,6 +116,18 @@ class Method:
 
     def effect(self, name: str) -> Expr | None:
         return dict(self.effects).get(name)
+
+    def chosen(self, options: Mapping[str, Any]) -> Method:
+        """The method without the parameters that these options rule out."""
+        interpreter: Interpreter[Any] = Interpreter()
+
+        def exists(parameter: Parameter) -> bool:
+            condition = parameter.condition
+            if condition is None or not names(condition) <= set(options):
+                return True
+            return bool(interpreter.evaluate(condition, options))
+
+        return replace(self, parameters=tuple(filter(exists, self.parameters)))
 
     def reads(self) -> set[str]:
         """The names that the method's definitions read, through `let:` bindings."""
@@ -114,8 +142,8 @@ class Method:
         return found
 
 
-def build(document: Document, name: str, keys: tuple[str | int, ...] = ()) -> Method:
-    """A method from a validated tree at `keys` of a document.
+def build(document: Document, name: str = "", keys: tuple[str | int, ...] = ()) -> Method:
+    """A method from a validated tree at `keys` of a document, which says its name where `name` does not.
 
     Raises:
         PeltError: every finding: formulas that do not parse (E301-E304), names not in scope (E305), definitions that
@@ -124,6 +152,7 @@ def build(document: Document, name: str, keys: tuple[str | int, ...] = ()) -> Me
     tree: Any = document.tree
     for key in keys:
         tree = tree[key]
+    name = name or tree["method"]
     findings: list[Diagnostic] = []
 
     def formula(text: Any, *path: str | int, functions: tuple[str, ...] = ("norm",)) -> Expr:
@@ -212,6 +241,9 @@ def build(document: Document, name: str, keys: tuple[str | int, ...] = ()) -> Me
         scope.add(key)
     for key, expr in effects:
         check(expr, scope, key)
+    if (gated_by := str(tree.get("gated_by", ""))) and gated_by not in scope:
+        message, where = f"unknown name '{gated_by}'", document.place(*keys, "gated_by")
+        findings.append(Diagnostic("E305", message, where, one_of(sorted(scope)), nearest(gated_by, scope)))
     if findings:
         raise PeltError(findings)
     return Method(
@@ -226,44 +258,14 @@ def build(document: Document, name: str, keys: tuple[str | int, ...] = ()) -> Me
         str(tree.get("start", "")),
         str(tree.get("notes", "")).strip(),
         document.place(*keys),
+        gated_by,
     )
-
-
-class _Shipped(Mapping[str, Method]):
-    """The method files, each read when first asked for: a spec names few of them."""
-
-    def __init__(self) -> None:
-        files = resources.files("peltc.spec.methods").iterdir()
-        self.files = {f.name.removesuffix(".yaml"): f for f in sorted(files, key=lambda f: f.name) if _is_yaml(f.name)}
-        self.read: dict[str, Method] = {}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, name: str) -> Method:
-        if name not in self.read:
-            from peltc.spec.schema import validate
-
-            document = parse_document(self.files[name].read_text(encoding="utf-8"), self.files[name].name)
-            validate(document, "method")
-            if document.tree["method"] != name:
-                message = f"the file is called '{name}' and its method '{document.tree['method']}'"
-                raise PeltError(Diagnostic("E201", message, document.place("method"), "one name"))
-            self.read[name] = build(document, name)
-        return self.read[name]
-
-
-def _is_yaml(name: str) -> bool:
-    return name.endswith(".yaml")
 
 
 @cache
 def shipped() -> Mapping[str, Method]:
     """The methods that come with the compiler, by name."""
-    return _Shipped()
+    return Shelf("peltc.spec.methods", "method", build)
 
 
 def initialiser(expr: Expr) -> tuple[str, tuple[Expr, ...]] | None:

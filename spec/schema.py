@@ -12,9 +12,11 @@ from jsonschema.exceptions import ValidationError
 from jsonschema.validators import extend
 
 from peltc import schemas
+from peltc.spec.combinators import COMBINATORS, Combinator
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.document import Document
 from peltc.spec.method import Method, Option
+from peltc.spec.recipe import COMMON, Recipe, recipes
 
 MODES = ("fold", "static", "swappable", "bank")
 PRECISIONS = ("checkpoint", "float32", "float16", "bfloat16")
@@ -57,8 +59,24 @@ _COMMON: dict[str, Any] = {
     "mode": {"enum": list(MODES), "description": "as deploy.mode, for this attachment"},
     "after": {"type": "string", "description": "the attachment that takes effect before this one at shared sites"},
 }
-RESERVED = ("method", *_COMMON)
+RESERVED = ("method", *_COMMON, *COMBINATORS)
 """Keys of an attachment that are not options of its method."""
+
+
+def combinator_schema(combinator: Combinator) -> dict[str, Any]:
+    """What an attachment may say under a combinator's name: `true`, or its options."""
+    options = {o.name: {**_one(o.schema), "description": o.doc, "default": o.default} for o in combinator.options}
+    one = {"type": "object", "properties": options, "additionalProperties": False}
+    return {"description": combinator.title, "anyOf": [one, {"type": "boolean"}]}
+
+
+def recipe_schema(recipe: Recipe) -> dict[str, Any]:
+    """What an entry of a spec may say about a recipe."""
+    common = {key: _COMMON[key] for key in COMMON if key in _COMMON}
+    properties = {"recipe": {"const": recipe.name, "description": recipe.title}, **common}
+    for option in recipe.options:
+        properties[option.name] = {**_one(option.schema), "description": option.doc, "default": option.default}
+    return {"properties": properties, "additionalProperties": False}
 
 
 def option_schema(option: Option) -> dict[str, Any]:
@@ -78,13 +96,19 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
     """The schema of a spec in which `methods` can be named.
 
     Args:
-        named: the methods that the document at hand names, where the others' options need not be spelt out.
+        named: the methods and recipes that the document at hand names, where the others' options need not be spelt
+            out.
     """
-    cases, own = [], schemas.load("method")
-    for name in methods if named is None else [n for n in methods if n in set(named)]:
+    cases, own, known = [], schemas.load("method"), recipes()
+    wanted = None if named is None else set(named)
+    for name in (n for n in known if wanted is None or n in wanted):
+        chosen = {"properties": {"recipe": {"const": name}}, "required": ["recipe"]}
+        cases.append({"if": chosen, "then": recipe_schema(known[name])})
+    for name in (n for n in methods if wanted is None or n in wanted):
         method = methods[name]
         properties = {"method": {"const": name, "description": method.title}, **_COMMON}
         properties |= {option.name: option_schema(option) for option in method.options}
+        properties |= {combinator.name: combinator_schema(combinator) for combinator in COMBINATORS.values()}
         cases.append(
             {
                 "if": {"properties": {"method": {"const": name}}, "required": ["method"]},
@@ -109,9 +133,10 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
                 "minItems": 1,
                 "items": {
                     "type": "object",
-                    "required": ["method"],
-                    "properties": {"method": {"enum": list(methods)}},
-                    "oneOf": [{"required": ["at"]}, {"required": ["parameter"]}],
+                    "properties": {"method": {"enum": list(methods)}, "recipe": {"enum": list(known)}},
+                    "oneOf": [{"required": ["method"]}, {"required": ["recipe"]}],
+                    "if": {"required": ["method"]},
+                    "then": {"oneOf": [{"required": ["at"]}, {"required": ["parameter"]}]},
                     "allOf": cases,
                 },
             },

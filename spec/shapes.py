@@ -158,6 +158,23 @@ def _matmul(a: Any, b: Any) -> Shape:
     return Shape((*lead.dims, a.dims[-2], b.dims[-1]))
 
 
+def _layer_norm(x: Any, gain: Any, bias: Any) -> Shape:
+    x = _array(x)
+    for vector in (gain, bias):
+        if vector is not None and not _equal(_array(vector).dims, x.dims[-1:]):
+            raise FormulaError(f"layer_norm needs a gain and a bias like the last axis of its x: {vector}, x {x}")
+    return Shape(x.dims, x.origin)
+
+
+def _attend(q: Any, k: Any, v: Any, mask: Any, causal: Any) -> Shape:
+    q, k, v = _array(q), _array(k), _array(v)
+    if not q.rank == k.rank == v.rank == 3 or not same(q.dims[-1], k.dims[-1]) or not same(k.dims[1], v.dims[1]):
+        raise FormulaError(f"attend needs q [B, S, E], k [B, T, E] and v [B, T, F], found {q}, {k} and {v}")
+    if mask is not None and not _equal(_array(mask).dims, k.dims[:2]):
+        raise FormulaError(f"attend needs a mask [B, T] for its k [B, T, E]: mask {mask}, k {k}")
+    return Shape((*q.dims[:-1], v.dims[-1]))
+
+
 def _einsum(operands: list[Any], equation: Any) -> Shape:
     shapes = [_array(o) for o in operands]
     if not isinstance(equation, str) or not re.fullmatch(r"[A-Za-z, ]+->[A-Za-z ]*", equation):
@@ -339,5 +356,5 @@ _RULES: dict[str, Callable[..., Shape]] = {
     "mean_seq": _mean_seq, "reshape": _reshape, "transpose": _transpose, "permute": _permute, "concat": _concat,
     "take": _take, "slice": _slice, "unsqueeze": _unsqueeze, "choose": _choose,
     "zeros": lambda shape: Shape(_sizes(shape)), "ones": lambda shape: Shape(_sizes(shape)),
-    "top_k_mask": _top_k_mask,
+    "top_k_mask": _top_k_mask, "layer_norm": _layer_norm, "attend": _attend,
 }  # fmt: skip

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, nearest, one_of
 from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.method import Method, build, shipped
+from peltc.spec.recipe import recipes
 from peltc.spec.schema import RESERVED, check_defaults, spec_schema, validate
 
 
@@ -27,6 +29,8 @@ class Attachment:
         expect: how many sites must match, or None.
         mode: emission mode, or None for the spec's.
         after: the attachment that takes effect before this one, or "".
+        combined: the combinators that wrap the method, with their options; `method` is what came of it.
+        recipe: the recipe that it is from, or "".
         place: where it stands; `places` where the value of each of its keys does.
     """
 
@@ -39,6 +43,8 @@ class Attachment:
     expect: int | None = None
     mode: str | None = None
     after: str = ""
+    combined: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe: str = ""
     place: Place = NOWHERE
     places: Mapping[str, Place] = field(default_factory=dict)
 
@@ -115,9 +121,10 @@ def build_spec(document: Document, text: str = "") -> Spec:
             raise PeltError(findings)
         known = ChainMap(added, known)  # type: ignore[arg-type]
     entries = tree.get("attach")
-    named = [e.get("method") for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+    mappings = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+    named = [e.get(key) for e in mappings for key in ("method", "recipe")]
     validate(document, spec_schema(known, [name for name in named if isinstance(name, str)]))
-    attach = tuple(_attachment(document, i, entry, known) for i, entry in enumerate(tree["attach"]))
+    attach = tuple(_attachments(document, known))
     _check_names(document, attach)
     deploy = tree.get("deploy") or {}
     return Spec(
@@ -133,23 +140,77 @@ def build_spec(document: Document, text: str = "") -> Spec:
     )
 
 
-def _attachment(document: Document, i: int, entry: Mapping[str, Any], known: Mapping[str, Method]) -> Attachment:
+def _attachments(document: Document, known: Mapping[str, Method]) -> Iterator[Attachment]:
+    """What stands under `attach:`, recipes expanded.
+
+    Raises:
+        PeltError: every finding about combinators.
+    """
+    findings: list[Diagnostic] = []
+    for i, entry in enumerate(document.tree["attach"]):
+        own = {key: document.place("attach", i, key) for key in entry}
+        expanded = [(entry, {key: key for key in entry})]
+        if "recipe" in entry:
+            expanded = recipes()[entry["recipe"]].expand(entry)
+        for said, origins in expanded:
+            places = {key: own[origin] for key, origin in origins.items()}
+            try:
+                yield _attachment(said, known, document.place("attach", i), places, entry.get("recipe", ""))
+            except PeltError as error:
+                findings.extend(error.diagnostics)
+    if findings:
+        raise PeltError(findings)
+
+
+def _attachment(
+    entry: Mapping[str, Any], known: Mapping[str, Method], place: Place, places: Mapping[str, Place], recipe: str
+) -> Attachment:
     method = known[entry["method"]]
     selector = entry.get("at", entry.get("parameter"))
     layers = entry.get("layers", "all")
+    options = {**method.defaults, **{k: v for k, v in entry.items() if k not in RESERVED}}
+    method, combined = combine(method, options, entry, place, places)
     return Attachment(
         name=entry.get("name", method.name),
         method=method,
         at=(selector,) if isinstance(selector, str) else tuple(selector or ()),
         by_parameter="parameter" in entry and "at" not in entry,
         layers=tuple(layers) if isinstance(layers, list) else layers,
-        options={**method.defaults, **{k: v for k, v in entry.items() if k not in RESERVED}},
+        options=options,
         expect=entry.get("expect"),
         mode=entry.get("mode"),
         after=entry.get("after", ""),
-        place=document.place("attach", i),
-        places={key: document.place("attach", i, key) for key in entry},
+        combined=combined,
+        recipe=recipe,
+        place=place,
+        places=places,
     )
+
+
+def combine(
+    method: Method,
+    options: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    place: Place,
+    places: Mapping[str, Place],
+) -> tuple[Method, dict[str, dict[str, Any]]]:
+    """A method wrapped as an entry says, and each combinator's options.
+
+    Raises:
+        PeltError: E211 combinators that do not go with the method, or with each other.
+    """
+    used = {name: entry[name] for name in COMBINATORS if entry.get(name) not in (None, False)}
+    combined: dict[str, dict[str, Any]] = {}
+    if used and not any(isinstance(value, list) for value in options.values()):
+        method = method.chosen(options)
+    for name, said in used.items():
+        combinator, where = COMBINATORS[name], places.get(name, place)
+        for other, reason in (combinator.excludes or {}).items():
+            if other in used:
+                raise fail("E211", f"`{name}:` and `{other}:` do not go together: {reason}", where, "one of them")
+        combined[name] = combinator.defaults | (said if isinstance(said, dict) else {})
+        method = combinator.rewrite(method, combined[name], where)
+    return method, combined
 
 
 def _check_names(document: Document, attach: tuple[Attachment, ...]) -> None:

@@ -75,12 +75,17 @@ class _Inserter:
         for role in ("x", "y", "r", "h", "q", "k", "v"):
             if claim.site.values.get(role):
                 found[role] = Deferred(partial(self.current, claim.site.values[role]))
-        found["mask"] = Deferred(partial(self.mask, interpreter))
+        found["mask"] = Deferred(partial(self.mask, claim, interpreter))
         return claim.scope(found | values, interpreter)
 
-    def mask(self, interpreter: OnnxInterpreter) -> ir.Value:
-        """The attention mask [B, S] as numbers."""
-        given = self.values.get("attention_mask")
+    def mask(self, claim: Claim, interpreter: OnnxInterpreter) -> ir.Value | None:
+        """The mask of the tokens that a site sees, [B, S], as numbers; None where all are seen."""
+        name = "attention_mask"
+        if claim.site.stack == "decoder":  # of an encoder-decoder model, whose attention_mask is the encoder's
+            name = "decoder_attention_mask"
+        given = self.values.get(name)
+        if given is None and claim.site.stack == "decoder":
+            return None
         if given is None:
             raise fail("E208", "this model takes no attention mask, and a formula reads `mask`")
         emitter = interpreter.emitter
@@ -334,7 +339,7 @@ class _Inserter:
 def added_positions(claim: Claim, expr: Expr) -> int:
     """By how many positions a definition of keys or values makes them longer."""
     shapes = ShapeInterpreter()
-    values, _ = site_shapes(claim.site.kind, claim.site.sizes)
+    values, _ = site_shapes(claim.site.kind, claim.site.sizes, width=claim.width)
     values |= {name: Shape(t.shape) for name, t in claim.tensors.items()}
     found = shapes.evaluate(expr, claim.scope(values, shapes))
     more = simplify(Dim.of(found.dims[-2]) - Dim.of("T"))

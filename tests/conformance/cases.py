@@ -55,6 +55,38 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"method": "ia3", "at": "attention.query", "after": "second"},
         {"method": "ia3", "name": "values", "at": "attention.value", "after": "lora"},
     ],
+    "bottleneck-inner-norm": [{"method": "bottleneck", "at": BLOCK, "size": 6, "inner_norm": "affine"}],
+    "tiny_attention": [{"method": "tiny_attention", "at": BLOCK, "size": 4}],
+    "tiny_attention-causal": [{"method": "tiny_attention", "at": "attention.block", "causal": True}],
+    "lorahub": [{"method": "lorahub", "at": QV, "modules": 3, "r": 2}],
+    "lorahub-delta": [{"method": "lorahub", "at": QV, "modules": 3, "r": 2, "rule": "delta_linear"}],
+    "mole": [{"method": "mole", "at": QV, "experts_count": 3, "r": 2}],
+    "replace": [{"method": "replace", "at": ["feed_forward.up", "attention.query"]}],
+    "gate-lora": [{"method": "lora", "at": QV, "r": 2, "gate": True}],
+    "gate-lora-masked": [{"method": "lora", "at": QV, "r": 2, "gate": {"mask_padding": True, "replaces_scale": False}}],
+    "gate-constant": [{"method": "lora", "at": QV, "r": 2, "gate": {"constant": True}}],
+    "gate-prefix": [
+        {"method": "prefix", "at": "attention", "length": 2, "hidden": 8, "gate": True},
+    ],
+    "gate-adapter": [{"method": "bottleneck", "at": BLOCK, "reads": "normed", "reduction": 4, "gate": True}],
+    "gate-ia3": [{"method": "ia3", "at": ["attention.key", "feed_forward.up"], "gate": {"scales": "result"}},
+                 {"method": "ia3", "name": "values", "at": "attention.value", "gate": True}],
+    "experts-adapter": [{"method": "bottleneck", "at": BLOCK, "reduction": 4, "experts": {"share": "up"}}],
+    "experts-lora": [{"method": "lora", "at": QV, "r": 2, "experts": {"count": 3, "share": "B"}}],
+    "experts-prefix": [{"method": "prefix", "at": "attention", "length": 2, "hidden": 4, "experts": True}],
+    "bank-hard": [{"method": "bottleneck", "at": BLOCK, "reduction": 4, "bank": {"size": 9, "k": 4}}],
+    "bank-soft": [{"method": "bottleneck", "at": BLOCK, "reduction": 4, "bank": {"size": 9, "mask": "soft"}}],
+    "bank-lora": [{"method": "lora", "at": QV, "r": 2, "bank": {"size": 5, "k": 2, "normalise": "sum"}}],
+    "generate": [{"method": "bottleneck", "at": ["attention.block", BLOCK], "size": 4,
+                  "generate": {"tasks": 3, "task": 1, "size": 4, "hidden": 6}}],
+    "generate-ia3": [{"method": "ia3", "at": ["attention.query", "attention.output"], "generate": {"size": 4, "hidden": 6}}],
+    "prototype": [{"method": "bottleneck", "at": BLOCK, "size": 4, "prototype": {"keep": 0.3}}],
+    "bank-of-experts-gated": [{"method": "bottleneck", "at": BLOCK, "size": 4, "bank": {"size": 5, "k": 2},
+                               "experts": {"count": 2}, "gate": True}],
+    "unipelt": [{"recipe": "unipelt", "r": 2, "length": 3, "hidden": 8, "reduction": 4}],
+    "unipelt_ia3": [{"recipe": "unipelt_ia3", "length": 3, "hidden": 8, "reduction": 4}],
+    "mam": [{"recipe": "mam", "length": 3, "hidden": 8, "reduction": 4}],
+    "hyperpelt": [{"recipe": "hyperpelt", "size": 4, "hidden": 6, "reduction": 8, "length": 2}],
     "own-nonlinear": [{"method": "bend", "at": QV, "s": 0.5}],
     "own-affine": [{"method": "shear", "at": QV}],
 }
@@ -78,6 +110,7 @@ OWN: dict[str, Any] = {
 }
 
 FOLDS = {
+    "lorahub", "lorahub-delta", "replace", "gate-constant", "experts-lora", "bank-lora", "generate-ia3",
     "lora", "lora-everywhere", "lora-rank-stabilised", "dora", "adalora", "loha", "lokr", "lokr-full", "vera", "ia3",
     "norm_tuning", "oft", "oft-exact", "several-at-one-site", "own-affine", "bottleneck-linear",
     "linear_adapter", "bitfit",
@@ -92,11 +125,11 @@ def spec(case: str, family: str, mode: str = "fold", precision: str = "checkpoin
     """The content of a spec."""
     entries = [dict(entry) for entry in CASES[case]]
     for entry in entries:
-        if entry["method"] == "prompt" and family == "t5":
+        if entry.get("method") == "prompt" and family == "t5":
             entry["at"] = "encoder.embedding.word"
-        if family == "minilm" and "head" in entry["at"]:
+        if family == "minilm" and "head" in entry.get("at", ()):
             entry["at"] = [at for at in entry["at"] if at != "head"] + ["pooler"]
-    own = {entry["method"] for entry in entries} & set(OWN)
+    own = {entry.get("method") for entry in entries} & set(OWN)
     methods = {"methods": {name: OWN[name] for name in sorted(own)}} if own else {}
     return {"pelt": 1, "attach": entries, **methods, "deploy": {"mode": mode, "precision": precision}}
 

@@ -1,0 +1,183 @@
+"""Profiles: what one user of a bank of modules has of their own, hard masks packed to bits.
+
+A profile is a safetensors file. For each attachment that mixes a bank it holds `<attachment>.masks`, bytes
+[sites, masks, ⌈N/8⌉]: bit i of a row, counted from the lowest bit of the first byte, is 1 where module i takes part.
+Rows follow the model's layers, masks the method's order (A, then B). Whatever else is trained (norms, gates, a head)
+follows under its own name. The metadata say N, k, the normaliser, and which bank the masks are over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.checkpoint import is_float, read_header, read_metadata
+from peltc.compiler.plan import Plan
+from peltc.spec.combinators.bank import BANK_SUFFIX
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.specification import Attachment
+
+Array = np.ndarray[Any, Any]
+KEY = "pelt.profile"
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one attachment.
+
+    Attributes:
+        names: their tensors' names, one row per site: [sites][masks].
+        size, k, normalise: of the bank's options.
+        bank: the bank's tensors by name.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    size: int
+    k: int
+    normalise: str
+    bank: tuple[str, ...]
+
+    def describe(self, tensors: Mapping[str, Array]) -> dict[str, Any]:
+        """What a profile must agree about with the spec that reads it."""
+        return {"n": self.size, "k": self.k, "normalise": self.normalise, "bank": fingerprint(self.bank, tensors)}
+
+
+def fingerprint(names: tuple[str, ...], tensors: Mapping[str, Array]) -> str:
+    """The SHA-256 of a bank: names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        array = np.ascontiguousarray(tensors[name], np.float32)
+        digest.update(f"{name} {array.shape}".encode())
+        digest.update(memoryview(array).cast("B"))
+    return digest.hexdigest()
+
+
+def packed(plan: Plan) -> Iterator[tuple[str, Masks]]:
+    """The attachments whose masks a profile packs: those with a hard mask over a bank."""
+    entries: dict[str, Attachment] = {entry.name: entry for entry in plan.spec.attach}
+    for name, entry in entries.items():
+        options = entry.combined.get("bank")
+        if not options or options["mask"] != "hard":
+            continue
+        claims = [claim for claim in plan.claims if claim.attachment == name]
+        rows = tuple(tuple(t.name for t in c.tensors.values() if t.part == "mask") for c in claims)
+        bank = {t.name for c in claims for t in c.tensors.values() if t.part == "bank"}
+        yield name, Masks(rows, options["size"], options["k"], options["normalise"], tuple(sorted(bank)))
+
+
+def pack(plan: Plan, tensors: Mapping[str, Array]) -> bytes:
+    """A profile's file.
+
+    Args:
+        tensors: all tensors of the plan; of masks the logits.
+
+    Raises:
+        PeltError: E211 the spec has no hard mask over a bank.
+    """
+    from safetensors.numpy import save
+
+    from peltc.compiler.numeric import top_k_mask
+
+    found = dict(packed(plan))
+    if not found:
+        raise fail("E211", "the spec has no hard masks, so there is nothing to pack", Place(plan.spec.path),
+                   "an attachment with `bank: {mask: hard}`", "save the adapter instead")  # fmt: skip
+    content: dict[str, Array] = {}
+    for name, masks in found.items():
+        logits = np.stack([[tensors[mask] for mask in row] for row in masks.names])
+        bits = top_k_mask(logits, masks.k).astype(np.uint8)
+        content[f"{name}.masks"] = np.packbits(bits, axis=-1, bitorder="little")
+    taken = {mask for masks in found.values() for row in masks.names for mask in row}
+    for name, tensor in plan.tensors.items():
+        if name not in taken and not tensor.source:
+            content[name] = np.ascontiguousarray(tensors[name], np.float32)
+    notes = {name: masks.describe(tensors) for name, masks in found.items()}
+    return bytes(save(content, {KEY: json.dumps({"version": 1, "attachments": notes}, separators=(",", ":"))}))
+
+
+def is_profile(file: Path) -> bool:
+    """Whether a safetensors file is a profile."""
+    return KEY in read_metadata(file)
+
+
+def unpack(plan: Plan, file: Path, apart: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors of a profile; a mask's logits are 1 where its bits are and 0 elsewhere, which give the same mask.
+
+    Args:
+        apart: the tensors that no weights file holds, banks among them.
+
+    Raises:
+        PeltError: E402, E403, E404 missing, left-over or misshapen tensors; E407 masks over another bank, or with
+            another number of ones.
+    """
+    place, stored = Place(str(file)), read_header(file)
+    try:
+        notes = json.loads(read_metadata(file)[KEY])["attachments"]
+        assert isinstance(notes, dict)
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        raise fail("E407", "the profile's metadata are malformed", place, "what `save_profile` wrote") from None
+    found: dict[str, Array] = {}
+    findings: list[Diagnostic] = []
+    expected = dict(packed(plan))
+    for name, masks in expected.items():
+        wanted = masks.describe(apart)
+        if (given := notes.get(name)) != wanted:
+            parts = given if isinstance(given, dict) else {}
+            different = [key for key in wanted if parts.get(key) != wanted[key]]
+            what = ", ".join(f"{key} {parts.get(key)}" for key in different)
+            findings.append(Diagnostic("E407", f"the profile's masks for '{name}' are of another bank: {what}", place,
+                                       ", ".join(f"{key} {wanted[key]}" for key in different)))  # fmt: skip
+            continue
+        shape = (len(masks.names), len(masks.names[0]), -(-masks.size // 8))
+        tensor = stored.get(f"{name}.masks")
+        if tensor is None or tensor.shape != shape or tensor.dtype != np.uint8:
+            message = f"the profile's '{name}.masks' is {'missing' if tensor is None else list(tensor.shape)}"
+            findings.append(Diagnostic("E404", message, place, f"bytes {list(shape)}"))
+            continue
+        bits = np.unpackbits(np.asarray(tensor.array()), axis=-1, bitorder="little")
+        ones, spare = bits[..., : masks.size], bits[..., masks.size :]
+        if spare.any() or (ones.sum(-1) != masks.k).any():
+            findings.append(Diagnostic("E407", f"a mask of '{name}' does not have {masks.k} ones", place))
+            continue
+        for row, values in zip(masks.names, ones, strict=True):
+            found |= {mask: value.astype(np.float32) for mask, value in zip(row, values, strict=True)}
+    known = {f"{name}.masks" for name in expected}
+    rest = {name: t for name, t in plan.tensors.items() if not t.source and name not in found}
+    for name, wanted_tensor in rest.items() if not findings else ():
+        entry = stored.get(name)
+        if entry is None or entry.shape != wanted_tensor.shape or not is_float(entry.dtype):
+            message = f"the tensor '{name}' is {'missing' if entry is None else list(entry.shape)}"
+            code = "E402" if entry is None else "E404"
+            findings.append(Diagnostic(code, message, place, str(list(wanted_tensor.shape))))
+        else:
+            found[name] = np.array(entry.array(), np.float32)
+    for name in sorted(set(stored) - known - set(plan.tensors)):
+        findings.append(Diagnostic("E403", f"no module of the spec takes the tensor '{name}'", place))
+    if findings:
+        raise PeltError(findings)
+    return found
+
+
+def stack_bank(files: list[Path]) -> dict[str, Array]:
+    """A bank's tensors from adapters of one spec: `<name>_bank` [N, ...] for each tensor.
+
+    Raises:
+        PeltError: E401 no safetensors file, E404 adapters whose tensors differ in name or shape.
+    """
+    headers = [read_header(file) for file in files]
+    first = {name: tensor.shape for name, tensor in headers[0].items()}
+    for file, header in zip(files, headers, strict=True):
+        if (own := {name: tensor.shape for name, tensor in header.items()}) != first:
+            odd = sorted(set(own.items()) ^ set(first.items()))[0][0]
+            raise fail("E404", f"the tensor '{odd}' differs from that of {files[0].name}", Place(str(file)),
+                       "adapters of one spec on one model")  # fmt: skip
+    return {
+        name + BANK_SUFFIX: np.stack([np.asarray(header[name].array(), np.float32) for header in headers])
+        for name in first
+    }

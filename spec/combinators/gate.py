@@ -1,0 +1,88 @@
+"""`gate:` scales what a method adds by a number that a small map reads off the input.
+
+    g = mean_S σ(z wᵀ + c)        delta: g · delta        keys: [g · K ; k]        (UniPELT)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, option, refused
+from peltc.spec.diagnostics import Place
+from peltc.spec.formula import Call, Conditional, Expr, Name, names
+from peltc.spec.method import Method, Parameter
+
+READS = {"linear": "x", "norm": "x", "block": "y", "attention": "h"}
+SIZES = {"x": "in", "h": "d_model", "y": "out", "r": "d"}
+GATE_NAME = Name("gate", "gate")
+
+
+def rewrite(method: Method, settings: Settings, place: Place) -> Method:
+    """The method, gated."""
+    if method.site == "embedding":
+        raise refused("gate", method, "tokens before a sequence cannot be scaled by what follows them", place)
+    for effect, _ in method.effects:
+        if effect in ("weight", "bias"):
+            reason = f"it changes a {effect}, which is known before any input is, and a gate reads the input"
+            raise refused("gate", method, reason, place)
+    if settings["constant"]:
+        gated = add(method, (Parameter("gate", (formula("1"),), formula("0.5"), part="gate"),), (), place)
+    else:
+        reads = settings["reads"] or method.gated_by or READS[method.site]
+        size = "d" if method.site in ("block", "norm") else SIZES.get(reads, "in")
+        weight = Parameter("gate_weight", (formula("1"), formula(size)), formula("normal(0.02)"), part="gate")
+        bias = Parameter("gate_bias", (formula("1"),), formula("zeros"), part="gate")
+        masked = ", mask" if settings["mask_padding"] else ""
+        text = f"mean_seq(sigmoid(linear({reads}, gate_weight, gate_bias)){masked})"
+        gated = add(method, (weight, bias), (("gate", formula(text)),), place)
+    return replace(gated, effects=tuple((e, scaled(e, expr, method, settings, place)) for e, expr in method.effects))
+
+
+def scaled(effect: str, expr: Expr, method: Method, settings: Settings, place: Place) -> Expr:
+    """A definition with the gate in it."""
+    if isinstance(expr, Conditional):
+        branches = (scaled(effect, branch, method, settings, place) for branch in (expr.then, expr.other))
+        return Conditional(expr.test, *branches, expr.text)
+    if effect == "delta":
+        if settings["replaces_scale"] and isinstance(expr, Call) and expr.function == "multiply":
+            known = {o.name for o in method.options}
+            if names(expr.args[0]) <= known:
+                expr = expr.args[1]
+        return _times(GATE_NAME, expr)
+    if effect in ("keys", "values"):
+        own = {"keys": "k", "values": "v"}[effect]
+        if not (isinstance(expr, Call) and expr.function == "concat" and Name(own) in expr.args):
+            raise refused("gate", method, f"its {effect} are not joined to the sequence's own, {expr.text!r}", place)
+        wide = Call("unsqueeze", (GATE_NAME, formula("1")), (), "unsqueeze(gate, 1)")
+        parts = tuple(part if part == Name(own) else _times(wide, part) for part in expr.args)
+        return replace(expr, args=parts)
+    own = {"input": "x", "output": "y"}[effect]
+    if expr == Name(own):
+        return expr
+    if settings["scales"] == "result":
+        return _times(GATE_NAME, expr)
+    change = Call("subtract", (expr, Name(own, own)), (), f"({expr.text}) - {own}")
+    return Call("add", (Name(own, own), _times(GATE_NAME, change)), (), f"{own} + gate * ({change.text})")
+
+
+def _times(factor: Expr, expr: Expr) -> Expr:
+    return Call("multiply", (factor, expr), (), f"{factor.text} * ({expr.text})")
+
+
+GATE = Combinator(
+    "gate",
+    "a gate per sample scales what the method adds",
+    "arXiv:2110.07577, section 3.2; the authors' code: sigmoid, then the mean over the sequence",
+    (
+        option("mask_padding", "the mean leaves padding out; published weights were trained with it in", False,
+               type="boolean"),
+        option("replaces_scale", "the gate stands in place of the method's own constant scale", True, type="boolean"),
+        option("scales", "of a method that replaces a value: its change, or its result", "change",
+               enum=["change", "result"]),
+        option("reads", "the value that the gate reads; empty: what the method reads", "", enum=["", "x", "y", "h", "r"]),
+        option("constant", "one trained or measured number in place of the map", False, type="boolean"),
+    ),
+    rewrite,
+    notes="The mean is over one sequence, so that splitting a batch changes nothing. It includes padding, as in the"
+    " authors' code: the same text with more padding gives another result. `mask_padding` repairs that.",
+)  # fmt: skip
