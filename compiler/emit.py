@@ -53,10 +53,24 @@ class Emitter:
             output.type = first or ir.TensorType(self.dtype)
         ranks = [None if v is None or v.shape is None else len(v.shape) for v in inputs]
         rank = _rank(kind, ranks, list(inputs))
-        output.shape = None if rank is None else ir.Shape([None] * rank)
+        if rank is not None:
+            output.shape = ir.Shape([*[None] * (rank - 1), _features_of(kind, list(inputs))] if rank else [])
         self.graph.append(node)
         self.added.add(node)
         return output
+
+    def split(self, value: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
+        """The features of a value in parts."""
+        node = ir.node("Split", [value, self.integers(widths)], {"axis": -1}, num_outputs=len(widths))
+        node.name = self.unique("split")
+        node.metadata_props.update(self.marks)
+        for output, width in zip(node.outputs, widths, strict=True):
+            output.name, output.type = self.unique("part"), value.type
+            if value.shape is not None:
+                output.shape = ir.Shape([*value.shape[:-1], width])
+        self.graph.append(node)
+        self.added.add(node)
+        return list(node.outputs)
 
     def constant(self, array: Any, name: str = "constant") -> ir.Value:
         """An initializer; floating-point values are stored in the graph's type."""
@@ -150,10 +164,21 @@ class OnnxInterpreter(NumericInterpreter):
                 factor = np.asarray(other, np.float32)
                 bias = None if product.bias is None else product.bias * factor
                 return Product(product.x, product.matrix * factor, bias)
+            if isinstance(product, Product) and isinstance(other, ir.Value) and last_size(other) == 1:
+                return self.gated(product, other)
         for one, other in ((a, b), (b, a)):
             if not isinstance(one, (ir.Value, Product)) and np.ndim(one) == 0 and float(one) == 1:
                 return other
         return self.binary("Mul", a, b)
+
+    def gated(self, product: Product, factor: ir.Value) -> Any:
+        """A product times one number per sample or token: g (x M + b) = (g x) M + g b, where x is the narrower side."""
+        if product.matrix.shape[0] >= product.matrix.shape[1]:
+            return self.binary("Mul", product, factor)
+        narrow = Product(self.binary("Mul", product.x, factor), product.matrix)
+        if product.bias is None:
+            return narrow
+        return self.binary("Add", narrow, self.binary("Mul", factor, product.bias))
 
     def on_divide(self, a: Any, b: Any) -> Any:
         if not isinstance(b, (ir.Value, Product)):
@@ -209,24 +234,26 @@ class OnnxInterpreter(NumericInterpreter):
         return self.emitter.node("Softmax", [self.value(x)], {"axis": axis})
 
     def on_layer_norm(self, x: Any, gain: Any, bias: Any) -> Any:
-        emitter, width = self.emitter, self.width(x)
-        given = [np.ones(width, np.float32) if gain is None else gain] + ([] if bias is None else [bias])
-        values = [self.value(x), *map(self.value, given)]
-        return emitter.node("LayerNormalization", values, {"axis": -1, "epsilon": EPSILON})
-
-    @staticmethod
-    def width(x: Any) -> int:
-        """The size of the last axis, which a constant made it."""
-        if isinstance(x, Product):
-            return int(x.matrix.shape[1])
-        size = x.shape[-1] if x.shape is not None else None
-        if not isinstance(size, int):
-            raise FormulaError("the size of the last axis is not known in the graph")
-        return size
+        width = last_size(value := self.value(x))
+        if width is None and gain is None:  # the operator needs a gain as long as the last axis
+            centred = self.binary("Sub", value, self.on_mean(value, -1))
+            variance = self.on_mean(self.binary("Mul", centred, centred), -1)
+            y = self.binary("Div", centred, self.emitter.node("Sqrt", [self.on_add(variance, EPSILON)]))
+            return y if bias is None else self.on_add(y, bias)
+        given = [np.ones(width or 1, np.float32) if gain is None else gain] + ([] if bias is None else [bias])
+        values = [value, *map(self.value, given)]
+        return self.emitter.node("LayerNormalization", values, {"axis": -1, "epsilon": EPSILON})
 
     def on_attend(self, q: Any, k: Any, v: Any, mask: Any, causal: bool) -> Any:
-        emitter = self.emitter
-        scores = self.on_matmul(self.on_multiply(1 / math.sqrt(self.width(q)), q), self.on_transpose(k))
+        emitter, query = self.emitter, self.value(q)
+        width = last_size(query)
+        if width is None:
+            extent = emitter.node("Shape", [query], {"start": -1})
+            scale = emitter.node("Sqrt", [emitter.node("Cast", [extent], {"to": emitter.dtype.value})])
+            query = self.binary("Div", query, scale)
+        else:
+            query = self.value(self.on_multiply(1 / math.sqrt(width), q))
+        scores = self.binary("MatMul", query, self.on_transpose(self.value(k)))
         hidden = emitter.constant(np.float32(HIDDEN))
         if mask is not None:
             shown = emitter.node("Greater", [self.value(mask), emitter.constant(np.float32(0))])
@@ -321,6 +348,33 @@ def _rank(kind: str, ranks: list[int | None], inputs: list[ir.Value | None]) -> 
     return ranks[0]
 
 
+def _features_of(kind: str, inputs: list[ir.Value | None]) -> int | None:
+    """The size of the last axis of a node's result, where it can be told."""
+    lasts = [last_size(v) for v in inputs]
+    if kind == "MatMul":
+        return lasts[1]
+    if kind in ("Add", "Sub", "Mul", "Div", "Pow", "Where"):
+        operands = lasts[-2:]
+        return None if None in operands else max(size for size in operands if size is not None)
+    if kind in ("ReduceMean", "ReduceSum", "ReduceL2"):
+        axes = inputs[1].const_value if inputs[1] is not None else None
+        return lasts[0] if axes is not None and axes.numpy().tolist() == [1] else None
+    return lasts[0] if kind in _SAME_SIZE else None
+
+
+def last_size(value: ir.Value | None) -> int | None:
+    """The size of a value's last axis, 1 of one without axes; None where it is not known."""
+    if value is None or value.shape is None:
+        return None
+    if not len(value.shape):
+        return 1
+    size = value.shape[-1]
+    return size if isinstance(size, int) else None
+
+
+_SAME_SIZE = {"Sigmoid", "Tanh", "Relu", "Gelu", "Neg", "Exp", "Log", "Sqrt", "Abs", "Softmax", "LayerNormalization"}
+
+
 def _features(item: Any, size: int) -> bool:
     """Whether an item is a number or a vector over features."""
     return not isinstance(item, (ir.Value, Product)) and (np.ndim(item) == 0 or np.shape(item) in ((size,), (1,)))
@@ -372,6 +426,8 @@ def clone_between(source: ir.Value, target: ir.Value, replacement: ir.Value, emi
             for before, after in zip(node.outputs, clone.outputs, strict=True):
                 after.name = emitter.unique(before.name or "copy")
                 after.type = before.type
+                if before.shape is not None and len(before.shape):
+                    after.shape = ir.Shape([*[None] * (len(before.shape) - 1), last_size(before)])
                 copies[before] = after
             clone.name = clone.outputs[0].name
             emitter.graph.append(clone)

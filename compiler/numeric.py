@@ -104,7 +104,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> Ar
     if mask is not None:
         scores = np.where(mask[:, None] > 0, scores, HIDDEN)
     if causal:
-        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, HIDDEN)
+        scores = np.where(np.tri(*scores.shape[-2:]) > 0, scores, HIDDEN)
     return np.asarray(softmax(scores, -1) @ v)
 
 

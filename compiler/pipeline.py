@@ -1,4 +1,4 @@
-"""The rewrite stage, in order: absorb, insert, prepend, bind, write. Decisions come from the plan."""
+"""The rewrite stage, in order: absorb, insert, prepend, stack, bind, write. Decisions come from the plan."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from peltc.compiler.passes.absorb import NEW_BIAS, Folded, absorb
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
+from peltc.compiler.passes.stack import stack
 from peltc.compiler.plan import LEVELS, Claim, Plan
 
 Array = np.ndarray[Any, Any]
@@ -58,7 +59,8 @@ def build(
     sites = {site.name: site for site in source.anatomy}
     insert(model, [c for c in staying if "prepend" not in c.effects], sites, tensors)
     if plan.prepends:
-        prepend(model, [c for c in staying if "prepend" in c.effects], tensors)
+        prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites, base)
+    stack(model)
     for entry in folded:
         if entry.name.endswith(NEW_BIAS):
             written = map_site(source.anatomy, entry.name.removesuffix(NEW_BIAS)).values["full"]

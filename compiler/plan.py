@@ -103,6 +103,13 @@ class Claim:
         )
 
     @cached_property
+    def cut(self) -> str:
+        """Where tokens that the claim puts before the sequence leave it again: `head` or `outputs`."""
+        if self.method.cut is None:
+            return "outputs"
+        return str(ShapeInterpreter().evaluate(self.method.cut, self.constants))
+
+    @cached_property
     def reads(self) -> set[str]:
         """Runtime names that the effects read, `let:` bindings resolved, branches not taken left out."""
         found: set[str] = set()
@@ -201,6 +208,7 @@ class _Planner:
     def plan(self) -> Plan:
         claims = [claim for entry in self.spec.attach for claim in self.claims(entry)]
         self.check_order(claims)
+        self.check_prepends([claim for claim in claims if "prepend" in claim.effects])
         if self.findings:
             raise PeltError(_once(self.findings))
         return Plan(self.spec, self.fingerprint, tuple(self.decide(claims)))
@@ -340,14 +348,40 @@ class _Planner:
                 effects[name] = resolved
         if "bias" in effects and site.kind == "norm" and not constants["biased"]:
             del effects["bias"]
-        stacks = {s.stack for s in self.anatomy if s.stack}
-        if "prepend" in effects and len(stacks) > 1 and site.stack == "decoder":
-            self.find("E208", "tokens before the sequence of an encoder-decoder model's decoder are not available",
-                      _at(entry), "the encoder's embedding", "encoder.embedding.word")  # fmt: skip
-            return None
         claim = Claim(entry.name, method, site, options, tensors, effects, constants["index"], constants["count"],
                       constants, self.anatomy.width, mode)  # fmt: skip
+        if "prepend" in effects and not self.check_prepend(entry, claim):
+            return None
         return claim if self.check_shapes(entry, claim, shapes) else None
+
+    def check_prepend(self, entry: Attachment, claim: Claim) -> bool:
+        """Whether tokens can be put before the sequence at a site, and leave it where they should."""
+        site, several = claim.site, len({s.stack for s in self.anatomy if s.stack}) > 1
+        message = hint = ""
+        if several and site.stack == "decoder":
+            message = "tokens before the sequence of an encoder-decoder model's decoder are not available"
+            hint = "encoder.embedding.word"
+        elif site.role == "embedding" and (several or not site.anchors.get("y")):
+            message = f"'{site.name}' has no module of its own in this model, after which tokens could join"
+            hint = f"{site.name}.word"
+        elif claim.cut not in ("head", "outputs"):
+            message = f"'cut' of '{claim.method.name}' is '{claim.cut}'"
+        elif claim.cut == "head" and (several or not site.values.get("end")):
+            message = "this model's last layer does not end in a norm, after which tokens could leave before the head"
+        if message:
+            expected = f"the site '{hint}'" if hint else "'head' or 'outputs'"
+            self.find("E208", message, _at(entry), expected, f"attach to '{hint}'" if hint else "")
+        return not message
+
+    def check_prepends(self, claims: list[Claim]) -> None:
+        """Tokens of several attachments join at one place and leave at one."""
+        entries = {entry.name: entry for entry in self.spec.attach}
+        for first, second in pairwise(claims):
+            if (first.site.role, first.cut) != (second.site.role, second.cut):
+                message = (
+                    f"the tokens of '{first.attachment}' and '{second.attachment}' join or leave at different places"
+                )
+                self.find("E208", message, _at(entries[second.attachment]), "one place for all")
 
     def tensor(
         self,
@@ -507,7 +541,7 @@ class _Planner:
         return (weight, "") if len(maps) == 1 else None
 
     def not_affine(self, claim: Claim) -> str:
-        """Why a claim's effects are not affine, naming the sub-expression; empty where they are. Tried on values drawn at random."""
+        """Why a claim's effects are not affine, naming the sub-expression; empty where they are. Tried at random."""
         apart = ("index", "layer", "role")
         kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in apart and is_static(v)))
         key = (id(claim.method), kinds, tuple(claim.effects), claim.site.kind)

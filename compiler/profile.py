@@ -52,7 +52,7 @@ def fingerprint(names: tuple[str, ...], tensors: Mapping[str, Array]) -> str:
     """The SHA-256 of a bank: names, shapes and float32 values."""
     digest = hashlib.sha256()
     for name in sorted(names):
-        array = np.ascontiguousarray(tensors[name], np.float32)
+        array: Any = np.ascontiguousarray(tensors[name], np.float32)
         digest.update(f"{name} {array.shape}".encode())
         digest.update(memoryview(array).cast("B"))
     return digest.hexdigest()

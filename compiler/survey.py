@@ -9,6 +9,7 @@ product, `gate`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -573,7 +574,7 @@ class _Survey:
         assert core is not None
         heads, kv_heads, head_dim = core.heads
         values = {
-            "q": core.query.name, "k": core.read[0].name if core.read[0] else "",
+            "x": core.linears["query"].x.name, "q": core.query.name, "k": core.read[0].name if core.read[0] else "",
             "v": core.read[1].name if core.read[1] else "", "keys": core.written[0].name if core.written[0] else "",
             "values": core.written[1].name if core.written[1] else "", "scores": core.scores.outputs[0].name,
             "context": core.context.outputs[0].name, "mask": core.mask.name if core.mask is not None else "",
@@ -585,7 +586,7 @@ class _Survey:
             {role: linear.weight for role, linear in core.linears.items()},
             sizes={"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "d": heads * head_dim},
             values={k: v or "" for k, v in values.items()},
-            anchors={"core": core.linears["query"].weight, "h": h_anchor},
+            anchors={"core": core.linears["query"].weight, "h": h_anchor, "x": core.linears["query"].weight},
         )
 
     @staticmethod
@@ -622,12 +623,14 @@ class _Survey:
                     name, source = self.flow.parameter(node.inputs[0]), self.flow.origin(node.inputs[1])
                     if name and source.is_graph_input() and (source.name or "").endswith("input_ids"):
                         tables.append((name, node))
+            last = layers[-1][-1].after  # a norm after the last layer is followed by reshapes to the input's length
+            end, ender = ({"end": last.y.name or ""}, {"end": last.weight}) if last else ({}, {})
             for name, node in tables[:1]:
                 vocab, width = self.flow.parameters[name]
                 yield Site(f"{head}embedding.word", "embedding", {"weight": name}, None,
                            {"vocab": vocab, "d": width, "in": vocab, "out": width},
-                           {"x": node.inputs[1].name or "", "y": node.outputs[0].name or ""},  # type: ignore[union-attr]
-                           {"y": name})  # fmt: skip
+                           {"x": node.inputs[1].name or "", "y": node.outputs[0].name or "", **end},  # type: ignore[union-attr]
+                           {"y": name, **ender})  # fmt: skip
             for norm in self.flow.norms:
                 if norm.y in behind and norm not in self.claimed_norms:
                     self.claimed_norms.add(norm)
@@ -636,7 +639,22 @@ class _Survey:
             words = {"vocab": self.flow.parameters[tables[0][0]][0]} if tables else {}
             yield Site(f"{head}embedding", "embedding", {"weight": tables[0][0]} if tables else {}, None,
                        {"d": width, "in": width, "out": width, **words},
-                       {"y": start.name or ""}, {"y": ""})  # fmt: skip
+                       {"y": start.name or "", **end}, {"y": self.embedding_module(start), **ender})  # fmt: skip
+
+    def embedding_module(self, start: ir.Value) -> str:
+        """The module whose output begins the stream: that which owns what leads there, and nothing else; or ''."""
+        behind, pending = {start}, [start]
+        while pending:
+            node = pending.pop().producer()
+            for source in node.inputs if node is not None else ():
+                if source is not None and source not in behind:
+                    behind.add(source)
+                    pending.append(source)
+        owned = {v.name for v in behind if v.name in self.flow.parameters}
+        paths = [(name or "").replace(".", "/") for name in owned]
+        common = os.path.commonpath([os.path.dirname(path) for path in paths]).replace("/", ".") if paths else ""
+        inside = {name for name in self.flow.parameters if name.startswith(f"{common}.")}
+        return common if common and inside <= owned else ""
 
     def final_norm(self, stack: str, layers: list[list[Block]]) -> Iterator[Site]:
         end = layers[-1][-1].out

@@ -111,7 +111,9 @@ def check_these(
     for name, tensor in known.items():
         if name not in given:
             expected = shape_text(tensor.shape)
-            findings.append(Diagnostic("E402", f"the tensor '{name}' is missing", place, expected, nearest(name, given)))
+            findings.append(
+                Diagnostic("E402", f"the tensor '{name}' is missing", place, expected, nearest(name, given))
+            )
         elif given[name][0] != tensor.shape:
             found = shape_text(given[name][0])
             findings.append(Diagnostic("E404", f"the tensor '{name}' is {found}", place, shape_text(tensor.shape)))

@@ -25,6 +25,7 @@ from peltc.compiler.weights import check_arrays, inside, load_tensors, start_ten
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula import Deferred
+from peltc.spec.shapes import Shape, ShapeInterpreter
 from peltc.spec.specification import Spec, load_spec
 
 Tensor = torch.Tensor
@@ -85,7 +86,7 @@ def attach_plan(model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any
         raise
     attached.restore.append(partial(_require, model, trained))
     _require(model, {})
-    model.pelt = attached
+    model.pelt = attached.train(model.training)
     model.save_adapter, model.save_profile = attached.save, attached.save_profile
     model.detach_adapter = lambda: attached.remove(model)
     return model
@@ -107,7 +108,12 @@ class Attached(nn.Module):
         self.muted = False
         self.fired: set[str] = set()
         self.whole = True
+        self.drawn: dict[str, dict[str, dict[Any, Tensor]]] = {}
         self.restore: list[Callable[[], None]] = []
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise fail("E209", "a model with modules attached cannot be copied: the copy would run the original's modules",
+                   hint="copy the model first, then attach modules to each")  # fmt: skip
 
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter by its name in the weights file."""
@@ -156,7 +162,8 @@ class Attached(nn.Module):
         anchors = set()
         for claim in self.plan.claims:
             anchors |= {claim.site.anchors.get(role, "") for role in ("x", "r", "h") if role in claim.reads}
-        for anchor in sorted(a for a in anchors if a):
+        self.anchors = sorted(a for a in anchors if a)
+        for anchor in self.anchors:
             module = _owner(model, anchor)
             self.handles.append(module.register_forward_pre_hook(self.watcher(anchor), with_kwargs=True))
         self.handles.append(model.register_forward_pre_hook(self.opening(), with_kwargs=True))
@@ -164,6 +171,7 @@ class Attached(nn.Module):
         for claims in ordered:
             getattr(self, f"install_{claims[0].site.kind}")(model, claims[0].site, claims)
         self.handles.append(model.register_forward_hook(self.closing()))
+        self.restore.append(partial(_forget_reruns, model))
 
     def watcher(self, anchor: str) -> Callable[..., None]:
         """Remember what a module reads."""
@@ -176,35 +184,50 @@ class Attached(nn.Module):
 
     def opening(self) -> Callable[..., None]:
         """Remember the mask, and whether the whole model will run: not where an encoder's output or a cache is given.
-        The mask stays until the next call, since checkpointed layers run again in the backward pass."""
+        Checkpointed layers, which run again in the backward pass, are told to remember it too."""
+        remember = bool(self.anchors) or any("mask" in claim.reads for claim in self.plan.claims)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = _named(module, args, kwargs)
             self.mask, self.decoder_mask = given.get("attention_mask"), given.get("decoder_attention_mask")
             self.whole = given.get("encoder_outputs") is None and given.get("past_key_values") is None
             self.fired.clear()
+            if getattr(module, "_is_replica", False):
+                raise fail("E209", "modules do not work in the copies of the model that nn.DataParallel makes",
+                           hint="start one process per device: torchrun, or accelerate launch")  # fmt: skip
+            if remember and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                _remember_reruns(module, self)
 
         return hook
 
     def closing(self) -> Callable[..., None]:
         """Every module must have taken part: a site that the forward pass goes around is an error, not a no-op."""
-        expected = {claim.site.name for claim in self.plan.claims}
+        expected = {claim.site.name: claim.site.kind for claim in self.plan.claims}
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.seen.clear()
-            if self.whole and (missed := expected - self.fired):
+            if self.whole and (missed := expected.keys() - self.fired):
+                name = min(missed)
+                attention = expected[name] == "attention"
                 raise fail(
                     "E209",
-                    f"the model's forward pass does not go through {sorted(missed)[0]}",
+                    f"the model's forward pass does not go through {name}",
                     expected="a model whose attention runs through transformers' attention interface"
-                    if "attention" in sorted(missed)[0]
+                    if attention
                     else "",
-                    hint="load the model with attn_implementation='sdpa'",
+                    hint="load the model with attn_implementation='sdpa'"
+                    if attention
+                    else "where torch.compile is used, use it after peltc.attach, not before",
                 )
 
         return hook
 
     # evaluation
+
+    def enter(self, site: Site) -> None:
+        """A site's modules take part; what their definitions draw, keys and values say, is drawn anew and once."""
+        self.fired.add(site.name)
+        self.drawn[site.name] = {}
 
     def scope(self, claim: Claim, interpreter: TorchInterpreter, **values: Any) -> dict[str, Any]:
         dtype = interpreter.like.dtype if interpreter.like is not None else torch.float32
@@ -236,11 +259,16 @@ class Attached(nn.Module):
     def evaluate(self, claim: Claim, effect: str, like: Tensor, **values: Any) -> Tensor:
         """A definition's value. Half-precision models compute their modules in float32, as they are trained."""
         wide = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
-        interpreter = TorchInterpreter(self.training, wide)
+        drawn = self.drawn.setdefault(claim.site.name, {}).setdefault(claim.attachment, {})
+        interpreter = TorchInterpreter(self.training, wide, drawn)
         lifted = {
             k: v.to(wide.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()
         }
-        result = interpreter.evaluate(claim.effects[effect], self.scope(claim, interpreter, **lifted))
+        scope = self.scope(claim, interpreter, **lifted)
+        try:
+            result = interpreter.evaluate(claim.effects[effect], scope)
+        finally:
+            scope.clear()  # it refers to itself: its tensors would stay until the garbage collector comes
         if not isinstance(result, Tensor):
             result = torch.as_tensor(result, dtype=wide.dtype, device=wide.device)
         return result.to(like.dtype)
@@ -272,7 +300,7 @@ class Attached(nn.Module):
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self.muted:
                 return None
-            self.fired.add(site.name)
+            self.enter(site)
             x, y = args[0], output
             changed = False
             for claim in claims:
@@ -319,7 +347,7 @@ class Attached(nn.Module):
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if getattr(module, "_pelt_inner", False):
                 return None
-            self.fired.add(site.name)
+            self.enter(site)
             parameters: dict[str, Tensor] = {}
             for role, short in (("weight", "W"), ("bias", "b")):
                 for claim in claims:
@@ -353,7 +381,7 @@ class Attached(nn.Module):
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if self.muted:
                 return None
-            self.fired.add(site.name)
+            self.enter(site)
             y = output[0] if isinstance(output, tuple) else output
             new = self.outputs(site, claims, y, norm=norm)
             return (new, *output[1:]) if isinstance(output, tuple) else new
@@ -366,7 +394,7 @@ class Attached(nn.Module):
         self.restore.append(_route(model))
 
         def change(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            self.fired.add(site.name)
+            self.enter(site)
             for claim in claims:
                 k, v = key, value
                 if "keys" in claim.effects:
@@ -379,37 +407,45 @@ class Attached(nn.Module):
         self.restore.append(lambda: delattr(module, "_pelt_change"))
 
     def install_embedding(self, model: Any, site: Site, claims: list[Claim]) -> None:
-        """Tokens before the sequence: the model is called with embedded tokens, its outputs are cut."""
+        """Tokens before the sequence: the model is called with embedded tokens, or its embedding gives more of them;
+        what follows the layers, or the outputs, are cut."""
         table = model.get_input_embeddings()
         seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-        length = {"P": 0}
+        behind, early = site.role == "embedding", claims[0].cut == "head"
+        added = sum(prepended(claim) for claim in claims)
+        length = {"whole": 0}
+
+        def join(text: Tensor) -> Tensor:
+            tokens = torch.cat([self.evaluate(c, "prepend", text) for c in claims])
+            longer = torch.cat([tokens.expand(len(text), *tokens.shape), text], 1)
+            length["whole"] = longer.shape[1]
+            return longer
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self.fired.add(site.name)
+            self.enter(site)
             kwargs = _named(module, args, kwargs)
             if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
                 raise fail("E209", "tokens before the sequence do not work with a cache in torch yet",
                            hint="call the model with use_cache=False, without generate()")  # fmt: skip
-            ids = kwargs.pop("input_ids", None)
-            text = kwargs.pop("inputs_embeds", None)
-            text = table(ids) if text is None else text
-            tokens = torch.cat([self.evaluate(c, "prepend", text) for c in claims])
-            length["P"] = len(tokens)
-            kwargs["inputs_embeds"] = torch.cat([tokens.expand(len(text), *tokens.shape), text], 1)
-            fills = {"attention_mask": 1, "token_type_ids": 0} | ({} if seq2seq else {"labels": -100})
+            text = kwargs.get("inputs_embeds")
+            text = kwargs["input_ids"] if text is None else text
+            if not behind:
+                text = table(text) if kwargs.get("inputs_embeds") is None else text
+                kwargs |= {"input_ids": None, "inputs_embeds": join(text)}
+            fills = {"attention_mask": 1}
+            fills |= {} if behind else {"token_type_ids": 0}
+            fills |= {} if seq2seq or early else {"labels": -100}
             for name, fill in fills.items():
                 given = kwargs.get(name)
                 if isinstance(given, Tensor) and given.shape[:2] == text.shape[:2]:
-                    kwargs[name] = torch.cat([given.new_full((len(given), len(tokens)), fill), given], 1)
+                    kwargs[name] = torch.cat([given.new_full((len(given), added), fill), given], 1)
             self.mask = kwargs.get("attention_mask")
             return (), kwargs
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-            whole = kwargs["inputs_embeds"].shape[1]
-
             def cut(value: Any) -> Any:
-                sequence = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == whole
-                return value[:, length["P"] :] if sequence else value
+                sequence = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length["whole"]
+                return value[:, added:] if sequence else value
 
             if isinstance(output, tuple):
                 return output if seq2seq else tuple(cut(value) for value in output)
@@ -418,8 +454,65 @@ class Attached(nn.Module):
                     output[name] = cut(output[name])
             return output
 
+        def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            return None if self.muted else output[:, added:]
+
         self.handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        if behind:
+            module = model.get_submodule(site.anchors["y"])
+            self.handles.append(module.register_forward_hook(lambda m, args, output: join(output)))
+        if early:
+            self.handles.append(_owner(model, site.anchors["end"]).register_forward_hook(leave))
         self.handles.append(model.register_forward_hook(after, with_kwargs=True))
+
+
+class Rerun:
+    """Checkpointing of a layer. When it runs again, in the backward pass, it sees the masks of its first run, whatever
+    the model was called with since, and what it remembers itself goes when it ends."""
+
+    def __init__(self, checkpoint: Callable[..., Any], attached: Attached):
+        self.checkpoint, self.attached = checkpoint, attached
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        own, first = self.attached, True
+        masks = own.mask, own.decoder_mask
+
+        def run(*inputs: Any, **more: Any) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                return layer(*inputs, **more)
+            before = own.mask, own.decoder_mask, own.seen
+            own.mask, own.decoder_mask, own.seen = *masks, {}
+            try:
+                return layer(*inputs, **more)
+            finally:
+                own.mask, own.decoder_mask, own.seen = before
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def _remember_reruns(model: nn.Module, attached: Attached) -> None:
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not isinstance(checkpoint, Rerun):
+                layer._gradient_checkpointing_func = Rerun(checkpoint, attached)  # type: ignore[assignment]
+
+
+def _forget_reruns(model: nn.Module) -> None:
+    for layer in model.modules():
+        checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, Rerun):
+            layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+
+
+def prepended(claim: Claim) -> int:
+    """How many tokens a claim puts before the sequence."""
+    shapes = ShapeInterpreter()
+    values = {name: Shape(tensor.shape) for name, tensor in claim.tensors.items()}
+    found = shapes.evaluate(claim.effects["prepend"], claim.scope(values, shapes))
+    return int(found.dims[0])
 
 
 def _key(name: str) -> str:

@@ -134,7 +134,7 @@ def adapter_tensors(
 
 
 def save_adapter(folder: Path, plan: Plan, tensors: Mapping[str, Array], copy: bool = False) -> None:
-    """Keep the adapter's tensors in the artifact, and the files that the spec names, so that it can be verified again."""
+    """Keep the adapter's tensors in the artifact, and the files that the spec names: it can be verified again."""
     from safetensors.numpy import save
 
     own = {name: np.ascontiguousarray(tensors[name]) for name, t in plan.tensors.items() if not t.source}

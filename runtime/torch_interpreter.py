@@ -22,11 +22,14 @@ class TorchInterpreter(Interpreter[Any]):
     Args:
         training: whether functions with two meanings (`dropout`, `choose`, `top_k_mask`) take that of training.
         like: gives new tensors their type and device.
+        drawn: what was drawn already, by what is drawn together; shared by definitions that draw once.
     """
 
-    def __init__(self, training: bool = False, like: Tensor | None = None):
+    def __init__(
+        self, training: bool = False, like: Tensor | None = None, drawn: dict[tuple[Any, int], Tensor] | None = None
+    ):
         self.training, self.like = training, like
-        self.drawn: dict[tuple[Any, int], Tensor] = {}
+        self.drawn = {} if drawn is None else drawn
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         if name in ("dropout", "choose", "top_k_mask", "eye", "zeros", "ones"):

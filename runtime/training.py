@@ -1,4 +1,4 @@
-"""What training needs beside an attached model: groups of parameters, and AdaMix's second loss. Trainers are others'."""
+"""What training needs beside attached modules: groups of parameters, and AdaMix's second loss. Trainers are others'."""
 
 from __future__ import annotations
 

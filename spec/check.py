@@ -144,7 +144,8 @@ def site_shapes(
     if kind == "attention":
         keys = Shape((B, sizes["kv_heads"], T, sizes["head_dim"]), "keys and values", True)
         queries = Shape((B, sizes["heads"], S, sizes["head_dim"]), "queries", True)
-        return {"q": queries, "k": keys, "v": keys, "mask": mask, "h": h}, {"keys": keys, "values": keys}
+        x = Shape(h.dims, "what queries, keys and values are made of", True)
+        return {"x": x, "q": queries, "k": keys, "v": keys, "mask": mask, "h": h}, {"keys": keys, "values": keys}
     if kind == "embedding":
         return {}, {"prepend": Shape((Dim.of("P"), sizes["d"]), "[length, d]")}
     inputs: Any = sizes.get("in", sizes.get("d"))

@@ -101,8 +101,8 @@ _TABLE = [
     _function("dropout", "dropout with probability p in training, x otherwise", "x", "p"),
     _function("layer_norm", "(x - mean) / √(variance + 1e-5) over the last axis, times a gain, plus a bias",
               "x", ("gain", None), ("bias", None)),
-    _function("attend", "softmax(q kᵀ / √E) v: q [B, S, E], k [B, T, E], v [B, T, F] → [B, S, F]; a mask [B, T] hides keys,"
-              " `causal` those that come later", "q", "k", "v", ("mask", None), ("causal", False)),
+    _function("attend", "softmax(q kᵀ / √E) v: q [B, S, E], k [B, T, E], v [B, T, F] → [B, S, F]; a mask [B, T] hides"
+              " keys, `causal` those that come later", "q", "k", "v", ("mask", None), ("causal", False)),
     # reductions; the reduced axis stays with size 1
     _function("mean", "mean along an axis, which stays with size 1", "x", ("axis", -1)),
     _function("sum", "sum along an axis, which stays with size 1", "x", ("axis", -1)),

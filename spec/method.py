@@ -29,7 +29,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "linear": ("x", "y", "W", "b", "h", "mask", "in", "out", "max_in", "max_out", "biased", *_PLACE),
     "norm": ("x", "y", "W", "b", "d", "biased", *_PLACE),
     "block": ("x", "y", "r", "h", "mask", "in", "out", "d", *_PLACE),
-    "attention": ("q", "k", "v", "h", "mask", "heads", "kv_heads", "head_dim", *_PLACE),
+    "attention": ("x", "q", "k", "v", "h", "mask", "heads", "kv_heads", "head_dim", *_PLACE),
     "embedding": ("d", *_PLACE),
 }
 """Names in scope by kind of site, besides options, parameters and `let:` bindings.
@@ -95,6 +95,8 @@ class Method:
 
     Attributes:
         gated_by: the name that a gate on this method reads; empty: what the site reads.
+        cut: of a method that puts tokens before the sequence, where they leave it again: a formula over the options
+            that gives `head`, before the first map after the last layer, or `outputs`.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Method:
     notes: str = ""
     place: Place = NOWHERE
     gated_by: str = ""
+    cut: Expr | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -241,6 +244,8 @@ def build(document: Document, name: str = "", keys: tuple[str | int, ...] = ()) 
         scope.add(key)
     for key, expr in effects:
         check(expr, scope, key)
+    if "cut" in tree:
+        check(formula(tree["cut"], "cut"), sizes, "cut")
     if (gated_by := str(tree.get("gated_by", ""))) and gated_by not in scope:
         message, where = f"unknown name '{gated_by}'", document.place(*keys, "gated_by")
         findings.append(Diagnostic("E305", message, where, one_of(sorted(scope)), nearest(gated_by, scope)))
@@ -259,6 +264,7 @@ def build(document: Document, name: str = "", keys: tuple[str | int, ...] = ()) 
         str(tree.get("notes", "")).strip(),
         document.place(*keys),
         gated_by,
+        formula(tree["cut"], "cut") if "cut" in tree else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""A recipe: attachments that belong together, under one name. Read from `spec/recipes/`; a spec says `recipe: unipelt`."""
+"""A recipe: attachments that belong together, under one name, which a spec gives: `recipe: unipelt`."""
 
 from __future__ import annotations
 

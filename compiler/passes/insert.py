@@ -10,6 +10,7 @@ gives the base graph back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,8 +39,8 @@ def insert(model: ir.Model, claims: Iterable[Claim], sites: Mapping[str, Site], 
     """
     inserter = _Inserter(model, tensors)
     groups: dict[str, list[Claim]] = {}
-    for claim in claims:
-        groups.setdefault(claim.site.name, []).append(claim)
+    for claim in claims:  # the plan was made on the graph of token ids, whose values have other names
+        groups.setdefault(claim.site.name, []).append(replace(claim, site=sites[claim.site.name]))
     ordered = sorted(groups, key=lambda name: (LEVELS[sites[name].kind], sites[name].role == "layer"))
     for name in ordered:
         getattr(inserter, sites[name].kind)(sites[name], groups[name])

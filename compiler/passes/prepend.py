@@ -1,9 +1,11 @@
 """Tokens before the sequence, on a graph that reads embedded tokens.
 
-    input_ids ─► lookup ─► concat(tokens, ·) ─► inputs_embeds      attention_mask ─► concat(1, ·)
-    outputs over the sequence ─► without the first P positions
+    before the embedding   input_ids ─► lookup ─► concat(tokens, ·) ─► inputs_embeds ─► embedding ─► layers
+    after it               input_ids ─► embedding ─► concat(tokens, ·) ─► layers
+    attention_mask ─► concat(1, ·);  outputs over the sequence, or all that follows the layers, without the tokens
 
-Such a graph derives positions and masks from the longer sequence itself, so both are right by construction.
+Such a graph derives positions and masks from the longer sequence itself, so both are right by construction. What is
+embedded before the tokens join is taken from the graph that reads token ids, where positions are the text's own.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from peltc.compiler.anatomy import Site
+from peltc.compiler.base import Base
 from peltc.compiler.emit import Emitter, replace_uses
 from peltc.compiler.numeric import NumericInterpreter
 from peltc.compiler.plan import Claim
@@ -21,8 +26,15 @@ from peltc.compiler.plan import Claim
 Array = np.ndarray[Any, Any]
 
 
-def prepend(model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array]) -> None:
-    """Put the claims' tokens before the sequence, in place. The first claim's tokens come first."""
+def prepend(
+    model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array], sites: Mapping[str, Site], base: Base
+) -> None:
+    """Put the claims' tokens before the sequence, in place. The first claim's tokens come first.
+
+    Args:
+        model: a graph that reads embedded tokens; `sites` are its own.
+        base: the same model's graph on token ids.
+    """
     graph = model.graph
     embedded = next(v for v in graph.inputs if v.name == "inputs_embeds")
     claim = claims[0]
@@ -42,29 +54,104 @@ def prepend(model: ir.Model, claims: list[Claim], tensors: Mapping[str, Array]) 
             if value.shape is not None:
                 value.shape = ir.Shape("positions" if str(size) == "sequence" else size for size in value.shape)
 
-    table = claim.site.parameters["weight"]
     ids = ir.Value(name="input_ids", shape=ir.Shape(["batch", "sequence"]), type=ir.TensorType(ir.DataType.INT64))
-    parameter = next((v for v in graph.inputs if v.name == table), None)
-    if parameter is None:
-        shape = ir.Shape([claim.site.sizes["vocab"], claim.site.sizes["d"]])
-        parameter = ir.Value(name=table, shape=shape, type=ir.TensorType(emitter.dtype))
-        graph.inputs.append(parameter)
-    looked_up = emitter.node("Gather", [parameter, ids], {"axis": 0})
-    longer = _before(looked_up, emitter.constant(tokens[None], "tokens"), ids, [1, length, tokens.shape[1]], emitter)
-    replace_uses(embedded, longer, set(), graph)
+    role = claim.site.role
+    whole = next(s for s in sites.values() if s.role == "embedding" and s.stack == claim.site.stack)
+    text = _embedded(graph, base, claim.site, ids, emitter) if role == "embedding" else _looked_up(
+        graph, claim.site, ids, emitter)  # fmt: skip
+    longer = _before(text, emitter.constant(tokens[None], "tokens"), ids, [1, length, tokens.shape[1]], emitter)
+    own = set(emitter.added)
+    if role == "embedding":
+        start = next(v for v in _values(graph) if v.name == whole.values["y"])
+        if start is not embedded:
+            replace_uses(start, longer, own, graph)
+    replace_uses(embedded, longer, own, graph)
     for value in list(graph.inputs):
         if value.name in ("attention_mask", "token_type_ids"):
             fill = np.full((1, length), int(value.name == "attention_mask"), np.int64)
             wide = _before(value, emitter.constant(fill, value.name), ids, [1, length], emitter)
-            replace_uses(value, wide, emitter.added, graph)
+            replace_uses(value, wide, own | emitter.added, graph)
     graph.inputs[graph.inputs.index(embedded)] = ids
+    graph.sort()
+    if claim.cut == "head":
+        end = next(v for v in _values(graph) if v.name == whole.values["end"])
+        replace_uses(end, _without(end, length, emitter), emitter.added, graph)
     for i, (output, before) in enumerate(zip(list(graph.outputs), shapes, strict=True)):
         if before is not None and len(before) > 1 and str(before[1]) == "sequence":
-            cut = emitter.node("Slice", [output, *(emitter.integers([n]) for n in (length, 2**62, 1))])
+            if claim.cut == "head":  # cut already
+                output.shape = before
+                continue
+            cut = _without(output, length, emitter)
             cut.name, output.name = output.name, f"{output.name}.whole"
             cut.shape, cut.type = before, output.type
             graph.outputs[i] = cut  # only what leaves the graph is cut; inside, everybody sees all positions
     graph.sort()
+    RemoveUnusedNodesPass()(model)
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *(value for node in graph for value in node.outputs)]
+
+
+def _looked_up(graph: ir.Graph, site: Site, ids: ir.Value, emitter: Emitter) -> ir.Value:
+    """The rows of the embedding table [B, S, D]."""
+    table = site.parameters["weight"]
+    parameter = next((v for v in graph.inputs if v.name == table), None)
+    if parameter is None:
+        shape = ir.Shape([site.sizes["vocab"], site.sizes["d"]])
+        parameter = ir.Value(name=table, shape=shape, type=ir.TensorType(emitter.dtype))
+        graph.inputs.append(parameter)
+    return emitter.node("Gather", [parameter, ids], {"axis": 0})
+
+
+def _embedded(graph: ir.Graph, base: Base, site: Site, ids: ir.Value, emitter: Emitter) -> ir.Value:
+    """What leaves the embedding [B, S, D], as the graph on token ids computes it: its nodes are copied here."""
+    other = base.load_graph().graph
+    inputs = {v.name: v for v in graph.inputs}
+    copies: dict[ir.Value, ir.Value] = {}
+
+    def copy(value: ir.Value | None) -> ir.Value | None:
+        if value is None or value in copies:
+            return value if value is None else copies[value]
+        node = value.producer()
+        if node is None:
+            copies[value] = ids if value.name == "input_ids" else _same_input(value, inputs, graph, emitter)
+            return copies[value]
+        sources = [copy(v) for v in node.inputs]
+        clone = ir.Node(node.domain, node.op_type, sources, node.attributes.values(), num_outputs=len(node.outputs))
+        clone.metadata_props.update({**node.metadata_props, **emitter.marks})
+        for before, after in zip(node.outputs, clone.outputs, strict=True):
+            after.name, after.type = emitter.unique(before.name or "copy"), before.type
+            after.shape = before.shape
+            copies[before] = after
+        clone.name = clone.outputs[0].name
+        graph.append(clone)
+        emitter.added.add(clone)
+        return copies[value]
+
+    start = next(v for v in _values(other) if v.name == site.values["y"])
+    result = copy(start)
+    assert result is not None
+    return result
+
+
+def _same_input(
+    value: ir.Value, inputs: dict[str | None, ir.Value], graph: ir.Graph, emitter: Emitter
+) -> ir.Value:  # fmt: skip
+    """The value that an input, a parameter or a constant of another graph is in this one."""
+    if value.const_value is not None:
+        return emitter.constant(value.const_value.numpy(), value.name or "constant")
+    if value.name not in inputs:
+        inputs[value.name] = ir.Value(name=value.name, shape=value.shape, type=value.type)
+        graph.inputs.append(inputs[value.name])
+    return inputs[value.name]
+
+
+def _without(value: ir.Value, length: int, emitter: Emitter) -> ir.Value:
+    """A value [B, P + S, ...] from the text's first position on."""
+    cut = emitter.node("Slice", [value, *(emitter.integers([n]) for n in (length, 2**62, 1))])
+    cut.type = value.type
+    return cut
 
 
 def _before(value: ir.Value, constant: ir.Value, ids: ir.Value, shape: list[int], emitter: Emitter) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Combinators: what wraps any method of a spec by rewriting its formulas. One file each; the order is that of effect."""
+"""Combinators: what wraps any method of a spec by rewriting its formulas, in the order of their effect."""
 
 from peltc.spec.combinators.bank import BANK
 from peltc.spec.combinators.combinator import Combinator, Settings

@@ -1,6 +1,6 @@
 """`bank:` mixes a frozen bank of modules by masks, which are all that a profile trains.
 
-    down = Σᵢ mᵢ downᵢ      up = Σᵢ m'ᵢ upᵢ      m = top_k(z) / k  or  softmax(z)        (X-PEFT)
+down = Σᵢ mᵢ downᵢ      up = Σᵢ m'ᵢ upᵢ      m = top_k(z) / k  or  softmax(z)        (X-PEFT)
 """
 
 from __future__ import annotations
@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peltc.spec.combinators.combinator import (
-    Combinator, Settings, add, formula, groups, norms, number, option, refused, starts_at_zero,
+    Combinator,
+    Settings,
+    add,
+    formula,
+    groups,
+    norms,
+    number,
+    option,
+    refused,
+    starts_at_zero,
 )  # fmt: skip
 from peltc.spec.diagnostics import Place
 from peltc.spec.method import START, Method, Parameter
@@ -67,5 +76,5 @@ BANK = Combinator(
     notes="A map's weight and bias are mixed by one mask. Weights are mixed, never outputs. Among equal logits the"
     " lowest index wins. In training a hard mask passes gradients straight through. The gain and bias of a norm inside"
     " are not mixed: each profile trains its own.",
-    excludes={"generate": "both say where the parameters come from", "prototype": "both say where the parameters come from"},
+    excludes=dict.fromkeys(("generate", "prototype"), "both say where the parameters come from"),
 )  # fmt: skip

@@ -71,7 +71,12 @@ def add(
         PeltError: E211 the method has such a name already.
     """
     kept = tuple(p for p in method.parameters if p.name not in without)
-    taken = {*NAMES[method.site], *(o.name for o in method.options), *(n for n, _ in method.let), *(p.name for p in kept)}
+    taken = {
+        *NAMES[method.site],
+        *(o.name for o in method.options),
+        *(n for n, _ in method.let),
+        *(p.name for p in kept),
+    }
     for name in (*(p.name for p in parameters), *(n for n, _ in let)):
         if name in taken:
             raise fail("E211", f"'{method.name}' has a '{name}' of its own, which a combinator needs", place)

@@ -1,7 +1,7 @@
 """`experts:` trains several modules in each other's place, and deploys the average of their weights.
 
-    training    y + Wu_k φ(Wd_j x)     j, k drawn anew in each forward pass, independently
-    deployment  y + Wū φ(Wd̄ x)        Wd̄ = mean_j Wd_j, Wū = mean_k Wu_k        (AdaMix)
+training    y + Wu_k φ(Wd_j x)     j, k drawn anew in each forward pass, independently
+deployment  y + Wū φ(Wd̄ x)        Wd̄ = mean_j Wd_j, Wū = mean_k Wu_k        (AdaMix)
 """
 
 from __future__ import annotations

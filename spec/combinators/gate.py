@@ -1,6 +1,6 @@
 """`gate:` scales what a method adds by a number that a small map reads off the input.
 
-    g = mean_S σ(z wᵀ + c)        delta: g · delta        keys: [g · K ; k]        (UniPELT)
+g = mean_S σ(z wᵀ + c)        delta: g · delta        keys: [g · K ; k]        (UniPELT)
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from peltc.spec.diagnostics import Place
 from peltc.spec.formula import Call, Conditional, Expr, Name, names
 from peltc.spec.method import Method, Parameter
 
-READS = {"linear": "x", "norm": "x", "block": "y", "attention": "h"}
-SIZES = {"x": "in", "h": "d_model", "y": "out", "r": "d"}
+READS = {"linear": "x", "norm": "x", "block": "y", "attention": "x"}
+SIZES = {"x": "in", "h": "d_model", "y": "out"}
+WIDTHS = {"block": "d", "norm": "d", "attention": "d_model"}
 GATE_NAME = Name("gate", "gate")
 
 
@@ -29,7 +30,7 @@ def rewrite(method: Method, settings: Settings, place: Place) -> Method:
         gated = add(method, (Parameter("gate", (formula("1"),), formula("0.5"), part="gate"),), (), place)
     else:
         reads = settings["reads"] or method.gated_by or READS[method.site]
-        size = "d" if method.site in ("block", "norm") else SIZES.get(reads, "in")
+        size = WIDTHS.get(method.site) or SIZES[reads]
         weight = Parameter("gate_weight", (formula("1"), formula(size)), formula("normal(0.02)"), part="gate")
         bias = Parameter("gate_bias", (formula("1"),), formula("zeros"), part="gate")
         masked = ", mask" if settings["mask_padding"] else ""
@@ -41,8 +42,8 @@ def rewrite(method: Method, settings: Settings, place: Place) -> Method:
 def scaled(effect: str, expr: Expr, method: Method, settings: Settings, place: Place) -> Expr:
     """A definition with the gate in it."""
     if isinstance(expr, Conditional):
-        branches = (scaled(effect, branch, method, settings, place) for branch in (expr.then, expr.other))
-        return Conditional(expr.test, *branches, expr.text)
+        then, other = (scaled(effect, branch, method, settings, place) for branch in (expr.then, expr.other))
+        return Conditional(expr.test, then, other, expr.text)
     if effect == "delta":
         if settings["replaces_scale"] and isinstance(expr, Call) and expr.function == "multiply":
             known = {o.name for o in method.options}
@@ -79,7 +80,8 @@ GATE = Combinator(
         option("replaces_scale", "the gate stands in place of the method's own constant scale", True, type="boolean"),
         option("scales", "of a method that replaces a value: its change, or its result", "change",
                enum=["change", "result"]),
-        option("reads", "the value that the gate reads; empty: what the method reads", "", enum=["", "x", "y", "h", "r"]),
+        option("reads", "the value that the gate reads; empty: what the method reads", "",
+               enum=["", "x", "y", "h", "r"]),
         option("constant", "one trained or measured number in place of the map", False, type="boolean"),
     ),
     rewrite,

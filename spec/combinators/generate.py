@@ -1,6 +1,6 @@
 """`generate:` lets a small network write a method's parameters, from embeddings of the task, the layer and the role.
 
-    I = W₂ relu(W₁ [z_task ; l_layer ; b_role])        W = reshape(U_W I)        (HyperPELT)
+I = W₂ relu(W₁ [z_task ; l_layer ; b_role])        W = reshape(U_W I)        (HyperPELT)
 """
 
 from __future__ import annotations
@@ -44,13 +44,17 @@ def rewrite(method: Method, settings: Settings, place: Place) -> Method:
         constant = {"zeros": "0", "ones": "1"}.get(named[0] if named else "", "")
         if named is None:
             if not p.init.text.replace(".", "").isdigit():
-                raise refused("generate", method, f"'{p.name}' starts at {p.init.text!r}, which a network cannot", place)
+                raise refused(
+                    "generate", method, f"'{p.name}' starts at {p.init.text!r}, which a network cannot", place
+                )
             constant = p.init.text
         init = formula("zeros" if constant else f"normal({settings['std']})")
         parameters.append(replace(p, name=f"{p.name}_generator", shape=(product(p.shape), number(size)), init=init,
                                   scope="model"))  # fmt: skip
         value: Expr = Call("reshape", (formula(f"linear(hyper, {p.name}_generator)"), Items(p.shape)), (), p.name)
-        let.append((p.name, Call("add", (formula(constant), value), (), p.name) if constant not in ("", "0") else value))
+        let.append(
+            (p.name, Call("add", (formula(constant), value), (), p.name) if constant not in ("", "0") else value)
+        )
     return add(method, tuple(parameters), tuple(let), place, frozenset(p.name for p in written))
 
 

@@ -1,6 +1,6 @@
 """`prototype:` lets all sites share one module, of which each site keeps some elements.
 
-    W_l = W ⊙ top_k(|s_l|)        (ProPETL)
+W_l = W ⊙ top_k(|s_l|)        (ProPETL)
 """
 
 from __future__ import annotations

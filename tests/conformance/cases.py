@@ -69,20 +69,38 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"method": "prefix", "at": "attention", "length": 2, "hidden": 8, "gate": True},
     ],
     "gate-adapter": [{"method": "bottleneck", "at": BLOCK, "reads": "normed", "reduction": 4, "gate": True}],
-    "gate-ia3": [{"method": "ia3", "at": ["attention.key", "feed_forward.up"], "gate": {"scales": "result"}},
-                 {"method": "ia3", "name": "values", "at": "attention.value", "gate": True}],
+    "gate-ia3": [
+        {"method": "ia3", "at": ["attention.key", "feed_forward.up"], "gate": {"scales": "result"}},
+        {"method": "ia3", "name": "values", "at": "attention.value", "gate": True},
+    ],
     "experts-adapter": [{"method": "bottleneck", "at": BLOCK, "reduction": 4, "experts": {"share": "up"}}],
     "experts-lora": [{"method": "lora", "at": QV, "r": 2, "experts": {"count": 3, "share": "B"}}],
     "experts-prefix": [{"method": "prefix", "at": "attention", "length": 2, "hidden": 4, "experts": True}],
     "bank-hard": [{"method": "bottleneck", "at": BLOCK, "reduction": 4, "bank": {"size": 9, "k": 4}}],
     "bank-soft": [{"method": "bottleneck", "at": BLOCK, "reduction": 4, "bank": {"size": 9, "mask": "soft"}}],
     "bank-lora": [{"method": "lora", "at": QV, "r": 2, "bank": {"size": 5, "k": 2, "normalise": "sum"}}],
-    "generate": [{"method": "bottleneck", "at": ["attention.block", BLOCK], "size": 4,
-                  "generate": {"tasks": 3, "task": 1, "size": 4, "hidden": 6}}],
-    "generate-ia3": [{"method": "ia3", "at": ["attention.query", "attention.output"], "generate": {"size": 4, "hidden": 6}}],
+    "generate": [
+        {
+            "method": "bottleneck",
+            "at": ["attention.block", BLOCK],
+            "size": 4,
+            "generate": {"tasks": 3, "task": 1, "size": 4, "hidden": 6},
+        }
+    ],
+    "generate-ia3": [
+        {"method": "ia3", "at": ["attention.query", "attention.output"], "generate": {"size": 4, "hidden": 6}}
+    ],
     "prototype": [{"method": "bottleneck", "at": BLOCK, "size": 4, "prototype": {"keep": 0.3}}],
-    "bank-of-experts-gated": [{"method": "bottleneck", "at": BLOCK, "size": 4, "bank": {"size": 5, "k": 2},
-                               "experts": {"count": 2}, "gate": True}],
+    "bank-of-experts-gated": [
+        {
+            "method": "bottleneck",
+            "at": BLOCK,
+            "size": 4,
+            "bank": {"size": 5, "k": 2},
+            "experts": {"count": 2},
+            "gate": True,
+        }
+    ],
     "unipelt": [{"recipe": "unipelt", "r": 2, "length": 3, "hidden": 8, "reduction": 4}],
     "unipelt_ia3": [{"recipe": "unipelt_ia3", "length": 3, "hidden": 8, "reduction": 4}],
     "mam": [{"recipe": "mam", "length": 3, "hidden": 8, "reduction": 4}],

@@ -34,8 +34,8 @@ def plan(fresh_cache: None) -> Callable[..., Plan]:
     with init_empty_weights(include_buffers=False):
         anatomy, key = survey_model(RobertaModel(config).eval())
 
-    def build(*entries: Entry) -> Plan:
-        return make_plan(load_spec({"pelt": 1, "attach": [dict(e) for e in entries]}), anatomy, key)
+    def build(*entries: Entry, mode: str | None = None) -> Plan:
+        return make_plan(load_spec({"pelt": 1, "attach": [dict(e) for e in entries]}), anatomy, key, mode)
 
     return build
 
@@ -65,22 +65,18 @@ COUNTS: dict[str, tuple[int, list[Entry]]] = {
     # Biases of all linear maps and of all norms, the embedding's norm and the pooler included.
     "bitfit": (102_912, [entry("bitfit", [*LINEAR, "pooler"]), entry("norm_tuning", "*norm", weight=False)]),
     "prompt 10": (7_680, [entry("prompt", "embedding", length=10)]),
-    # UniPELT without its gates: prefix network, Pfeiffer adapter and LoRA; with the prefix as what is deployed.
-    "unipelt trained": (
-        9_857_024 + 894_528 + 294_912,
-        [
-            entry("lora", ["attention.query", "attention.value"], r=8),
-            entry("prefix", "attention", length=10, hidden=512),
-            entry("bottleneck", "feed_forward.block", reduction=16, reads="normed"),
-        ],
-    ),
-    "mam": (
-        22_493_984,
-        [
-            entry("prefix", "attention", length=30, hidden=800),
-            entry("parallel_adapter", "feed_forward.block", reduction=2),
-        ],
-    ),
+    "unipelt": (11_083_376, [{"recipe": "unipelt"}]),
+    "unipelt, AP": (11_083_376 - 294_912 - 2 * 12 * 769, [{"recipe": "unipelt", "lora": False}]),
+    "unipelt without gates": (11_083_376 - 4 * 12 * 769, [{"recipe": "unipelt", "gates": False}]),
+    "unipelt with a prompt": (11_091_056, [{"recipe": "unipelt_prompt"}]),
+    "gated ia3, prefix, adapter": (10_852_988, [{"recipe": "unipelt_ia3"}]),
+    "mam": (22_493_984, [{"recipe": "mam"}]),
+    "pfeiffer": (894_528, [{"recipe": "pfeiffer"}]),
+    "houlsby": (1_789_056, [{"recipe": "houlsby"}]),
+    "adamix, four down and one up": (2_223_360, [{"recipe": "adamix"}]),
+    # Two masks of 100 logits in each layer; with a norm inside, its gain and bias: 2 (N + b) L.
+    "xpeft": (2_400, [{"recipe": "xpeft"}]),
+    "xpeft with norms": (3_552, [{"recipe": "xpeft", "inner_norm": "affine"}]),
 }
 
 
@@ -88,6 +84,37 @@ COUNTS: dict[str, tuple[int, list[Entry]]] = {
 def test_trained_values(name: str, plan: Callable[..., Plan]) -> None:
     expected, entries = COUNTS[name]
     same(plan(*entries).trained(), expected)
+
+
+DEPLOYED: dict[str, tuple[int, list[Entry]]] = {
+    "unipelt": (1_410_672, [{"recipe": "unipelt"}]),
+    "unipelt with a prompt": (1_418_352, [{"recipe": "unipelt_prompt"}]),
+    "mam": (552_960 + 7_091_712, [{"recipe": "mam"}]),
+    "adamix": (894_528, [{"recipe": "adamix"}]),
+    "adamix, 8 experts, nothing shared": (894_528, [{"recipe": "adamix", "experts": 8, "share": ""}]),
+    "xpeft": (894_528, [{"recipe": "xpeft"}]),
+}
+
+
+@pytest.mark.parametrize("name", list(DEPLOYED))
+def test_deployed_values(name: str, plan: Callable[..., Plan]) -> None:
+    """What is stored beside the base once all that can be computed is."""
+    expected, entries = DEPLOYED[name]
+    same(plan(*entries, mode="static").cost.stored, expected)
+
+
+def test_adamix_on_the_large_shape(fresh_cache: None) -> None:
+    """RoBERTa-large with b = 16, the paper's 0.23 %: four projections down and one up are trained, one each is left."""
+    from accelerate import init_empty_weights
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(vocab_size=50265, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                           num_attention_heads=16, max_position_embeddings=514, type_vocab_size=1)  # fmt: skip
+    with init_empty_weights(include_buffers=False):
+        anatomy, key = survey_model(RobertaModel(config).eval())
+    large = make_plan(load_spec({"pelt": 1, "attach": [{"recipe": "adamix", "size": 16}]}), anatomy, key)
+    same(large.trained(), 1_992_192)
+    same(large.cost.stored, 811_392)
 
 
 def test_formulas() -> None:
@@ -103,6 +130,10 @@ def test_formulas() -> None:
     same(57_088, 2 * L * compacter + n**3)
     same(28_576, L * compacter + n**3)
     same(102_912, L * (4 * D + F + D + 2 * D) + D + D)
+    same(11_083_376, 9_857_024 + 894_528 + 294_912 + 4 * L * (D + 1))
+    same(10_852_988, 9_857_024 + 894_528 + 55_296 + 5 * L * (D + 1))
+    same(1_410_672, 184_320 + 894_528 + 294_912 + 4 * L * (D + 1))
+    same(2_223_360, L * (4 * (D * b + b) + b * D + D))
     same(22_493_984, 30 * D + (D + 1) * 800 + (800 + 1) * 2 * L * D + 7_091_712)
 
 

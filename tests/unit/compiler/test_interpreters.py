@@ -82,6 +82,22 @@ def tiled(t: Array, *lead: int) -> Array:
     return np.tile(t, (*lead, *[1] * t.ndim))
 
 
+def normal(x: Array) -> Array:
+    """Each row with mean 0 and variance 1, but for the small number that keeps a division possible."""
+    centred = x - x.mean(-1, keepdims=True)
+    return np.asarray(centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5))
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array | None = None, causal: bool = False) -> Array:
+    """Token by token: the mean of the values that are seen, weighted by exp(q k / √E)."""
+    out = np.zeros((*q.shape[:2], v.shape[2]))
+    for b, s in np.ndindex(q.shape[:2]):
+        seen = [t for t in range(k.shape[1]) if (mask is None or mask[b, t]) and (t <= s or not causal)]
+        weights = np.exp([q[b, s] @ k[b, t] / math.sqrt(q.shape[2]) for t in seen])
+        out[b, s] = weights @ v[b, seen] / weights.sum()
+    return out
+
+
 ACTIVATION: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.where(x > 0, x, 0), "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": lambda x: x * sigmoid(x),
     "tanh": np.tanh, "sigmoid": sigmoid, "identity": lambda x: x,
@@ -152,9 +168,16 @@ CASES: list[tuple[str, dict[str, tuple[int, ...]], Callable[..., Array]]] = [
     ("unsqueeze(x, axis=1)", {"x": X}, lambda x: x[:, None]),
     ("x * 0 + zeros([5, 4])", {"x": X}, lambda x: np.zeros(X)),
     ("x * ones([4])", {"x": X}, lambda x: x),
+    ("layer_norm(x)", {"x": X}, normal),
+    ("layer_norm(x, v, u)", {"x": X, "v": V, "u": V}, lambda x, v, u: normal(x) * v + u),
+    ("attend(x, y, k)", {"x": X, "y": X, "k": (*X[:2], 3)}, attention),
+    ("attend(x, y, x, mask)", {"x": X, "y": X, "mask": M}, lambda x, y, mask: attention(x, y, x, mask)),
+    ("attend(x, x, x, mask, causal=True)", {"x": X, "mask": M},
+     lambda x, mask: attention(x, x, x, mask, True)),
     ("choose(a)", {"a": (3, 2, 4)}, lambda a: sum(a) / 3),
     ("top_k_mask(a, 2)", {"a": (3, 6)}, lambda a: top_k(a, 2)),
     ("top_k_mask(ties, 3)", {"ties": (4, 6)}, lambda ties: top_k(ties, 3)),
+    ("x * floor(2.7)", {"x": X}, lambda x: 2 * x),
     ("exp(2) * log(3) * abs(-4) * x", {"x": X}, lambda x: x * math.exp(2) * math.log(3) * 4),
 ]  # fmt: skip
 IDS = [text for text, _, _ in CASES]

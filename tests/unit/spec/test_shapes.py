@@ -78,6 +78,8 @@ RIGHT = {
     "zeros": [("zeros([2, d])", (2, D)), ("zeros([])", ())],
     "ones": [("ones([3])", (3,))],
     "choose": [("choose(T)", (4, 6)), ("choose(w, 1)", ())],
+    "layer_norm": [("layer_norm(x)", (B, S, 6)), ("layer_norm(x, v, v)", (B, S, 6))],
+    "attend": [("attend(x, x, x)", (B, S, 6)), ("attend(x, x, linear(x, A), mask, True)", (B, S, 4))],
     "top_k_mask": [("top_k_mask(A, 6)", (4, 6)), ("top_k_mask(M, 3)", (D, 2 * D))],
     "activation": [("activation(x, word)", (B, S, 6)), ("activation(x, 'identity')", (B, S, 6))],
     "dropout": [("dropout(x, 0)", (B, S, 6)), ("dropout(x, 0.5)", (B, S, 6))],
@@ -200,6 +202,15 @@ WRONG = {
     ],
     "ones": [("ones(['a'])", "expected a size"), ("ones([-1])", "sizes are positive")],
     "choose": [("choose(s)", "choose needs a stack"), ("choose('a')", "expected a tensor")],
+    "floor": [("floor(A)", "works on options and sizes")],
+    "layer_norm": [
+        ("layer_norm(x, w)", "a gain and a bias like the last axis"),
+        ("layer_norm(2)", "expected a tensor"),
+    ],
+    "attend": [
+        ("attend(x, linear(x, A), x)", "attend needs q [B, S, E]"),
+        ("attend(x, x, x, v)", "attend needs a mask [B, T]"),
+    ],
     "top_k_mask": [
         ("top_k_mask(A, 7)", "no 7 largest"),
         ("top_k_mask(A, 0)", "no 0 largest"),
@@ -260,7 +271,7 @@ def test_every_function_is_tried() -> None:
     """The tables name each function of the language, and a formula under a name calls it."""
     assert set(WRONG) == set(FUNCTIONS)
     known = {"floor_divide", "modulo", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal",
-             "and", "or", "not", "min", "max"}  # fmt: skip
+             "and", "or", "not", "min", "max", "floor"}  # fmt: skip
     assert set(RIGHT) == set(FUNCTIONS) - known
     assert all(name in calls(parse(text)) for table in (RIGHT, WRONG) for name in table for text, _ in table[name])
 
