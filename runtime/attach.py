@@ -7,6 +7,7 @@ module, an attention core through `transformers`' attention interface, an embedd
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -87,6 +88,8 @@ def attach_plan(model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any
     attached.restore.append(partial(_require, model, trained))
     _require(model, {})
     model.pelt = attached.train(model.training)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # code compiled before knows nothing of the modules
     model.save_adapter, model.save_profile = attached.save, attached.save_profile
     model.detach_adapter = lambda: attached.remove(model)
     return model
@@ -107,7 +110,7 @@ class Attached(nn.Module):
         self.decoder_mask: Tensor | None = None
         self.muted = False
         self.fired: set[str] = set()
-        self.whole = True
+        self.whole, self.seq2seq = True, False
         self.drawn: dict[str, dict[str, dict[Any, Tensor]]] = {}
         self.restore: list[Callable[[], None]] = []
 
@@ -156,6 +159,7 @@ class Attached(nn.Module):
 
     def install(self, model: Any) -> None:
         """Register every hook, sites that lie within others first."""
+        self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         groups: dict[str, list[Claim]] = {}
         for claim in self.plan.claims:
             groups.setdefault(claim.site.name, []).append(claim)
@@ -202,22 +206,18 @@ class Attached(nn.Module):
 
     def closing(self) -> Callable[..., None]:
         """Every module must have taken part: a site that the forward pass goes around is an error, not a no-op."""
-        expected = {claim.site.name: claim.site.kind for claim in self.plan.claims}
+        expected = {claim.site.name for claim in self.plan.claims}
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.seen.clear()
-            if self.whole and (missed := expected.keys() - self.fired):
-                name = min(missed)
-                attention = expected[name] == "attention"
+            if self.whole and (missed := expected - self.fired):
                 raise fail(
                     "E209",
-                    f"the model's forward pass does not go through {name}",
+                    f"the model's forward pass does not go through {sorted(missed)[0]}",
                     expected="a model whose attention runs through transformers' attention interface"
-                    if attention
+                    if "attention" in sorted(missed)[0]
                     else "",
-                    hint="load the model with attn_implementation='sdpa'"
-                    if attention
-                    else "where torch.compile is used, use it after peltc.attach, not before",
+                    hint="load the model with attn_implementation='sdpa'",
                 )
 
         return hook
@@ -250,7 +250,7 @@ class Attached(nn.Module):
 
     def mask_of(self, claim: Claim, dtype: torch.dtype) -> Tensor | None:
         """The mask of the tokens that a site sees, [B, S]; None where a decoder beside an encoder sees all."""
-        if claim.site.stack == "decoder":
+        if claim.site.stack == "decoder" and self.seq2seq:
             return None if self.decoder_mask is None else self.decoder_mask.to(dtype)
         if self.mask is None:
             raise fail("E208", "a formula reads `mask`, and the model was called without attention_mask")
@@ -410,7 +410,7 @@ class Attached(nn.Module):
         """Tokens before the sequence: the model is called with embedded tokens, or its embedding gives more of them;
         what follows the layers, or the outputs, are cut."""
         table = model.get_input_embeddings()
-        seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+        seq2seq = self.seq2seq
         behind, early = site.role == "embedding", claims[0].cut == "head"
         added = sum(prepended(claim) for claim in claims)
         length = {"whole": 0}

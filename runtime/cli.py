@@ -406,6 +406,22 @@ def run_command(out: str, texts: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The bank's file.")
+def bank(adapters: tuple[Path, ...], out: Path) -> None:
+    """Stack ADAPTERS of one spec, safetensors files, into a bank that masks choose from."""
+    from safetensors.numpy import save
+
+    from peltc.compiler.profile import stack_bank
+
+    stacked = stack_bank(list(adapters))
+    staging = out.with_name(f".{out.name}.new")
+    staging.write_bytes(save(stacked))
+    staging.replace(out)
+    click.echo(f"{out}: {len(adapters)} adapters of {len(stacked)} tensors, {out.stat().st_size:,} bytes")
+
+
+@cli.command()
 def schema() -> None:
     """Print the JSON Schema of specs, for editors."""
     from peltc.spec.method import shipped

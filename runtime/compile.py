@@ -85,11 +85,22 @@ def compile(
     if base.converted:
         talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
     tensors, source = adapter_tensors(plan, base, weights, talk)
+    gates = None
+    if plan.spec.freeze_gates:
+        from peltc.runtime.freeze import freeze_for
+
+        talk("measuring gates on the calibration texts")
+        frozen = freeze_for(plan, base, tensors)
+        plan, tensors, gates = frozen.plan, frozen.tensors, frozen.report
+        talk(f"warning: {len(gates['gates'])} gates are frozen; outputs on the calibration texts differ by up to"
+             f" {gates['difference']:.1%} of the largest value")  # fmt: skip
     embeds = None
     if plan.prepends:
         embeds = open_base(model, architecture=architecture, precision=spec.precision, variant="embeds", talk=talk)
     with staged(Path(out)) as folder:
         manifest = build(plan, base, tensors, folder, embeds=embeds, weights_from=source, self_contained=self_contained)
+        manifest["frozen_gates"] = gates
+        write_manifest(folder, manifest)
         save_adapter(folder, plan, tensors, self_contained)
         for entry in manifest["folded"]:
             if entry["warning"]:

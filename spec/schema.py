@@ -158,6 +158,12 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
                 "properties": {
                     "mode": {"enum": list(MODES), "default": "fold"},
                     "precision": {"enum": list(PRECISIONS), "default": "checkpoint"},
+                    "freeze_gates": {
+                        "type": "string",
+                        "pattern": "^[^\\u0000-\\u001f]+$",
+                        "description": "texts, one per line, relative to the spec: gates become their means over these,"
+                        " which changes outputs; the artifact says by how much",
+                    },
                 },
             },
         },

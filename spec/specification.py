@@ -48,6 +48,20 @@ class Attachment:
     place: Place = NOWHERE
     places: Mapping[str, Place] = field(default_factory=dict)
 
+    def entry(self) -> dict[str, Any]:
+        """What a spec would say about it, recipes expanded."""
+        layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
+        said = {"expect": self.expect, "mode": self.mode, "after": self.after or None}
+        return {
+            "method": self.method.name,
+            "name": self.name,
+            "parameter" if self.by_parameter else "at": list(self.at),
+            "layers": layers,
+            **{key: value for key, value in said.items() if value is not None},
+            **self.options,
+            **{name: dict(options) for name, options in self.combined.items()},
+        }
+
     def at_key(self, key: str) -> Place:
         """Where the value of one of its keys stands."""
         where = Place(self.place.path, self.place.line, self.place.column, f"{self.place.key}.{key}")
@@ -63,6 +77,7 @@ class Spec:
     weights: str | None = None
     mode: str = "fold"
     precision: str = "checkpoint"
+    freeze_gates: str = ""
     seed: int = 0
     path: str = ""
     text: str = ""
@@ -133,6 +148,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         weights=tree.get("weights"),
         mode=deploy.get("mode", "fold"),
         precision=deploy.get("precision", "checkpoint"),
+        freeze_gates=deploy.get("freeze_gates", ""),
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",
         text=text or document.text,

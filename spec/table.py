@@ -1,4 +1,4 @@
-"""The table of methods in the README, written from the method files.
+"""The tables of methods, recipes and combinators in the README, written from their files.
 
 python -m peltc.spec.table README.md        # bring the table up to date
 """
@@ -9,17 +9,26 @@ import re
 import sys
 from pathlib import Path
 
+from peltc.spec.combinators import COMBINATORS
 from peltc.spec.method import shipped
+from peltc.spec.recipe import recipes
 
-BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+
+def tables() -> dict[str, str]:
+    """What stands between the README's markers, by their name: Markdown tables, one row each."""
+    return {
+        "methods": table("method", [(m.name, m.title, m.site, m.source) for m in shipped().values()], "attaches to"),
+        "recipes": table("recipe", [(r.name, r.title, r.source) for r in recipes().values()]),
+        "combinators": table("combinator", [(f"{c.name}:", c.title, c.source) for c in COMBINATORS.values()]),
+    }
 
 
-def method_table() -> str:
-    """The shipped methods as a Markdown table, one row each."""
-    rows = [("method", "what it is", "attaches to", "source")]
-    rows += [(f"`{m.name}`", m.title, m.site, link(m.source)) for m in shipped().values()]
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|---|---|---|---|", *body])
+def table(kind: str, rows: list[tuple[str, ...]], *columns: str) -> str:
+    """Rows of name, title, further columns and source as a Markdown table."""
+    head = (kind, "what it is", *columns, "source")
+    body = [(f"`{name}`", *middle, link(source)) for name, *middle, source in rows]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def link(source: str) -> str:
@@ -28,16 +37,19 @@ def link(source: str) -> str:
 
 
 def insert(text: str) -> str:
-    """A Markdown text with the table between its markers.
+    """A Markdown text with each table between its markers.
 
     Raises:
-        ValueError: the text has no such markers.
+        ValueError: the text lacks a table's markers.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no place for the table: the text lacks {BEGIN} and {END}")
-    return f"{head}{begin}\n{method_table()}\n{end}{tail}"
+    for name, content in tables().items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        head, found, rest = text.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"no place for the table of {name}: the text lacks {begin} and {end}")
+        text = f"{head}{begin}\n{content}\n{end}{tail}"
+    return text
 
 
 if __name__ == "__main__":

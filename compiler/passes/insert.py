@@ -81,11 +81,9 @@ class _Inserter:
 
     def mask(self, claim: Claim, interpreter: OnnxInterpreter) -> ir.Value | None:
         """The mask of the tokens that a site sees, [B, S], as numbers; None where all are seen."""
-        name = "attention_mask"
-        if claim.site.stack == "decoder":  # of an encoder-decoder model, whose attention_mask is the encoder's
-            name = "decoder_attention_mask"
-        given = self.values.get(name)
-        if given is None and claim.site.stack == "decoder":
+        behind = claim.site.stack == "decoder" and "decoder_input_ids" in self.values  # that mask is the encoder's
+        given = self.values.get("decoder_attention_mask" if behind else "attention_mask")
+        if given is None and behind:
             return None
         if given is None:
             raise fail("E208", "this model takes no attention mask, and a formula reads `mask`")

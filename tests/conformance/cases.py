@@ -64,6 +64,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "replace": [{"method": "replace", "at": ["feed_forward.up", "attention.query"]}],
     "gate-lora": [{"method": "lora", "at": QV, "r": 2, "gate": True}],
     "gate-lora-masked": [{"method": "lora", "at": QV, "r": 2, "gate": {"mask_padding": True, "replaces_scale": False}}],
+    "gate-block-masked": [
+        {"method": "bottleneck", "at": "attention.block", "reduction": 4, "gate": {"mask_padding": True}}
+    ],
     "gate-constant": [{"method": "lora", "at": QV, "r": 2, "gate": {"constant": True}}],
     "gate-prefix": [
         {"method": "prefix", "at": "attention", "length": 2, "hidden": 8, "gate": True},

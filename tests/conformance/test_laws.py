@@ -203,3 +203,33 @@ class TestWitnesses:
             return plan, other
 
         self.differs(model_folder("bert"), tmp_path, "bottleneck", "static", swap)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"method": "lora", "at": "attention.query", "gate": {"mask_padding": True}},
+        {"method": "tiny_attention", "at": "feed_forward.block", "causal": True},
+    ],
+    ids=["gate", "attention"],
+)
+def test_what_reads_the_mask_does_not_see_padding(
+    family: str, entry: dict[str, Any], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """More padding leaves the tokens' outputs as they are; with the mask ignored, it would not."""
+    folder = model_folder(family)
+    plan, _ = plan_for(load_spec({"pelt": 1, "attach": [entry]}), folder)
+    compile(plan.spec, folder, tmp_path / "out", cases.tensors(plan, 0.5), verify=False)
+    session = Session(tmp_path / "out", ["CPUExecutionProvider"])
+    ids = np.arange(10, 16)[None]
+    found = []
+    for padding in (0, 3):
+        after = family == "bert"
+        pad = [(0, 0), (0, padding) if after else (padding, 0)]
+        inputs = {"input_ids": np.pad(ids, pad), "attention_mask": np.pad(np.ones_like(ids), pad)}
+        if "token_type_ids" in session.inputs:
+            inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
+        logits = session(**inputs)["logits"]
+        found.append(logits if after else logits[:, padding:])
+    np.testing.assert_allclose(found[1], found[0], atol=2e-5 * np.abs(found[0]).max())

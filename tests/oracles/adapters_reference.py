@@ -80,7 +80,7 @@ def run_case(model: Any, config: Any, inputs: Mapping[str, torch.Tensor]) -> dic
         for layer, places in output["adapter_gating_scores"][ADAPTER].items():
             found |= {f"gate/{layer}/{place}": torch.from_numpy(scores).clone() for place, scores in places.items()}
     model.delete_adapter(ADAPTER)
-    return found | {"output": output[0]}
+    return found | {"output": output[0][:, -LENGTH:]}  # the text's positions; those of a prompt come before
 
 
 def count(config: Any) -> int:

@@ -115,6 +115,22 @@ CASES: dict[str, Case] = {
         config("UniPELTConfig", prefix_tuning=prefix(), adapter=bottleneck(), lora=lora()),
         [recipe("unipelt", r=2, **SIZES, **BOTTLENECK)],
     ),
+    "prompt": Case(config("PromptTuningConfig", prompt_length=2), [entry("prompt", "embedding", length=2)]),
+    "unipelt-prompt": Case(
+        config(
+            "ConfigUnion",
+            config("PromptTuningConfig", prompt_length=2),
+            prefix(**GATED),
+            bottleneck(**GATED),
+            lora(**GATED),
+        ),
+        [recipe("unipelt_prompt", prompt=2, r=2, **SIZES, **BOTTLENECK)],
+    ),
+    "unipelt-before": Case(
+        config("UniPELTConfig", prefix_tuning=prefix(), adapter=bottleneck(), lora=lora()),
+        [recipe("unipelt", r=2, reads="sum", **SIZES, **BOTTLENECK)],
+        BEFORE,
+    ),
     "unipelt-ap": Case(
         config("ConfigUnion", prefix(**GATED), bottleneck(**GATED)),
         [recipe("unipelt", lora=False, **SIZES, **BOTTLENECK)],
@@ -172,6 +188,11 @@ COUNTS: dict[str, tuple[Said, Entry]] = {
         config("ConfigUnion", config("IA3Config", **GATED), config("PrefixTuningConfig", prefix_length=10, **GATED),
                config("SeqBnConfig", **GATED)),
         recipe("unipelt_ia3"),
+    ),
+    "unipelt-prompt": (
+        config("ConfigUnion", config("PromptTuningConfig", prompt_length=10), config("LoRAConfig", **GATED),
+               config("PrefixTuningConfig", prefix_length=10, **GATED), config("SeqBnConfig", **GATED)),
+        recipe("unipelt_prompt"),
     ),
     "prefix": (config("PrefixTuningConfig"), entry("prefix", "attention", length=30)),
     "pfeiffer": (config("SeqBnConfig"), recipe("pfeiffer")),
@@ -267,6 +288,8 @@ def end_of(claim: Claim, name: str) -> str:
         if name in GATE:
             return f"{owner(owner(site.anchors['core']))}.prefix_tuning.prefix_gates.one.{word.removeprefix('gate.')}"
         return f"prefix_tunings.one.self_prefix.{word or 'control_trans'}"
+    if site.kind == "embedding":
+        return "prompt_tunings.one.prompt_embedding.weight"
     if name == "rule":
         return "shared_parameters.one.phm_rule"
     if site.kind == "linear":
@@ -360,7 +383,15 @@ def gates(library: Library, name: str, model: Any) -> Arrays:
     return {place: np.column_stack(found) if len(found) > 1 else found[0] for place, found in places.items()}
 
 
-GATED_CASES = ("unipelt", "unipelt-ap", "unipelt-ia3", "lora-gated", "parallel-gated")
+GATED_CASES = (
+    "unipelt",
+    "unipelt-prompt",
+    "unipelt-before",
+    "unipelt-ap",
+    "unipelt-ia3",
+    "lora-gated",
+    "parallel-gated",
+)
 GATES = [(model, case) for model, case in PAIRS if case in GATED_CASES]
 
 
