@@ -44,8 +44,31 @@ class Given(Shape):
     """A parameter of the base, which costs nothing more."""
 
 
+@dataclass(frozen=True)
+class Product(Shape):
+    """What a map with a constant weight gives; a constant factor goes into that weight."""
+
+
 FREE = {"identity", "dropout", "detach"}
 LAYOUT = {"concat", "slice", "take", "reshape", "transpose", "permute", "unsqueeze"}
+
+
+NODES = {"silu": 2, "attend": 5}
+"""Functions that are several operations in the graph."""
+
+
+def _neutral(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is a product with 1 or a sum with 0, which leave no node."""
+    one = {"multiply": 1, "add": 0}.get(name)
+    return one is not None and any(type(v) in (int, float) and v == one for v in arguments.values())
+
+
+def _absorbs(arguments: Mapping[str, Any]) -> bool:
+    """Whether an operand is a product, and the other a constant over its features at most."""
+    pairs = ((arguments["a"], arguments["b"]), (arguments["b"], arguments["a"]))
+    return any(
+        isinstance(p, Product) and (not isinstance(c, Shape) or (not c.running and c.rank <= 1)) for p, c in pairs
+    )
 
 
 class CostInterpreter(ShapeInterpreter):
@@ -60,11 +83,13 @@ class CostInterpreter(ShapeInterpreter):
         running = [v for v in operands if isinstance(v, Shape) and v.running]
         if not running:
             return result
-        if name in FREE:
+        if name in FREE or _neutral(name, arguments) or (name in ("multiply", "divide") and _absorbs(arguments)):
             return running[0]
         stored = sum(per_token(v.dims) for v in operands if _stored(v))
-        self.cost += Cost(0 if name in LAYOUT else self.flops(name, arguments, running, result), stored, 1)
-        return result
+        nodes = 2 if name == "linear" and arguments["bias"] is not None else NODES.get(name, 1)
+        self.cost += Cost(0 if name in LAYOUT else self.flops(name, arguments, running, result), stored, nodes)
+        constant = name == "linear" and not arguments["weight"].running
+        return Product(result.dims, result.origin, True) if constant else result
 
     @staticmethod
     def flops(name: str, arguments: Mapping[str, Any], running: list[Shape], result: Shape) -> int:

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from peltc.compiler.base import survey_model
 from peltc.compiler.plan import Plan, make_plan
+from peltc.compiler.profile import pack
+from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 
 Entry = dict[str, Any]
@@ -101,6 +104,41 @@ def test_deployed_values(name: str, plan: Callable[..., Plan]) -> None:
     """What is stored beside the base once all that can be computed is."""
     expected, entries = DEPLOYED[name]
     same(plan(*entries, mode="static").cost.stored, expected)
+
+
+def test_profile_bytes(plan: Callable[..., Plan]) -> None:
+    """What a profile of X-PEFT holds for N = 100 on BERT-base's shape, and what the adapter that it stands for holds.
+
+    A ten-thousandth it is with hard masks, packed, alone. With a norm's gain and bias in each layer it is a
+    seven-hundredth; a head of two classes weighs more than both.
+    """
+    adapter = 4 * L * 2 * D * (D // 16)
+    sizes = {name: payload(plan(*entries)) for name, entries in PROFILES.items()}
+    assert sizes == {"masks": 312, "masks and norms": 312 + 4 * 2 * (D // 16) * L,
+                     "masks and head": 312 + 4 * (D * D + D), "soft masks": None}  # fmt: skip
+    assert round(adapter / 312) == 11_343
+    assert round(adapter / (312 + 4_608)) == 719
+
+
+# The model has no classifier; its pooler, a map of the same kind, stands for one.
+PROFILES: dict[str, list[Entry]] = {
+    "masks": [{"recipe": "xpeft"}],
+    "masks and norms": [{"recipe": "xpeft", "inner_norm": "affine"}],
+    "masks and head": [{"recipe": "xpeft"}, entry("replace", "pooler")],
+    "soft masks": [{"recipe": "xpeft", "mask": "soft"}],
+}
+
+
+def payload(plan: Plan) -> int | None:
+    """The bytes of a profile without its header; None where nothing can be packed."""
+    from safetensors.numpy import load
+
+    tensors = {name: np.broadcast_to(np.float32(0), t.shape) for name, t in plan.tensors.items()}
+    try:
+        return sum(array.nbytes for array in load(pack(plan, tensors)).values())
+    except PeltError as error:
+        assert error.diagnostics[0].code == "E211"
+        return None
 
 
 def test_adamix_on_the_large_shape(fresh_cache: None) -> None:
