@@ -300,7 +300,32 @@ FORBIDDEN = [
     ),
 ]
 
-WITHOUT_MODEL = [*DOCUMENTS, *FORMS, *FORBIDDEN]
+COMBINED = [
+    case("gate_on_weight", LORA.replace("lora", "dora") + "    gate: true\n", "E211", "spec.yaml:5:11  attach[0].gate",
+         "`gate:` does not go with 'dora'", "known before any input is"),
+    case("gate_option", LORA + "    gate: {masking: true}\n", "E110", "spec.yaml:5:12  attach[0].gate.masking",
+         "unknown key 'masking'", "mask_padding"),
+    case("gate_number", LORA + "    gate: 0.5\n", "E112", "spec.yaml:5:11  attach[0].gate", "0.5 is not"),
+    case("two_sources", LORA + "    bank: true\n    generate: true\n", "E211", "spec.yaml:5:11  attach[0].bank",
+         "do not go together", "one of them"),
+    case("bank_too_small", LORA + "    bank: {size: 8}\n", "E211", "spec.yaml:5:5  attach[0].bank",
+         "a mask cannot choose 50 of 8 modules"),
+    case("no_such_task", LORA + "    generate: {tasks: 3, task: 3}\n", "E211", "spec.yaml:5:5  attach[0].generate",
+         "there is no task 3 among 3"),
+    case("share_unknown", LORA + "    experts: {share: down}\n", "E211", "spec.yaml:5:5  attach[0].experts",
+         "it has no parameter 'down' to share"),
+    case("recipe_unknown", HEAD + "  - recipe: unipel\n", "E113", "spec.yaml:3:13  attach[0].recipe",
+         "unknown value 'unipel'", "did you mean 'unipelt'?"),
+    case("recipe_option", HEAD + "  - recipe: unipelt\n    lenght: 4\n", "E110", "spec.yaml:4:5  attach[0].lenght",
+         "unknown key 'lenght'", "did you mean 'length'?"),
+    case("recipe_value", HEAD + "  - recipe: xpeft\n    k: 200\n", "E211", "spec.yaml:3:5  attach[0]",
+         "a mask cannot choose 200 of 100 modules"),
+    case("recipe_and_site", HEAD + "  - recipe: mam\n    at: attention\n", "E110", "spec.yaml:4:5  attach[0].at",
+         "unknown key 'at'"),
+]  # fmt: skip
+"""Combinators and recipes."""
+
+WITHOUT_MODEL = [*DOCUMENTS, *FORMS, *FORBIDDEN, *COMBINED]
 
 
 @pytest.mark.parametrize("wanted", WITHOUT_MODEL)
@@ -619,6 +644,8 @@ def test_real_process_refuses(desk: Any) -> None:
 
 CASES = {param.values[0].name: param.values[0] for param in (*WITHOUT_MODEL, *AGAINST_MODEL)}
 EXACT = [
+    "gate_on_weight",
+    "recipe_option",
     "open_quote",
     "tab",
     "duplicate_nested",
