@@ -23,6 +23,8 @@ from peltc.spec.specification import Spec, build_spec, load_spec
 Array = np.ndarray[Any, Any]
 Talk = Callable[[str], None]
 ADAPTER = "adapter.safetensors"
+MODULES = "pelt."
+"""What the names of attached modules' tensors start with in a torch model's own state."""
 
 
 def silent(line: str) -> None:
@@ -139,6 +141,10 @@ def adapter_tensors(
         weights = inside(spec.folder, spec.weights, spec.path)
     if weights is not None:
         return load_tensors(plan, Path(weights)), str(Path(weights).name)
+    inside_model = {n.removeprefix(MODULES): t for n, t in base.checkpoint.tensors.items() if n.startswith(MODULES)}
+    if inside_model:  # the model was saved with its modules attached
+        talk("the modules' tensors are those in the checkpoint")
+        return check_arrays(plan, {n.replace("/", "."): t.array() for n, t in inside_model.items()}), "checkpoint"
     if plan.tensors:
         talk("warning: no weights given; the modules have their start values")
     return start_tensors(plan, lambda name: base.stored(name).array()), "start values"

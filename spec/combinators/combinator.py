@@ -86,7 +86,7 @@ def add(
 def groups(method: Method) -> dict[str, str]:
     """Parameters that go together, as a map's weight and bias do: each by name, with the first of its group.
 
-    Parameters that the whole model shares stand alone.
+    What the whole model shares does not tie a site's own parameters together.
     """
     own = {p.name: p for p in method.parameters}
     bindings = dict(method.let)
@@ -97,11 +97,12 @@ def groups(method: Method) -> dict[str, str]:
         for name in sorted(names(expr)):
             if name in bindings:
                 found += behind(bindings[name])
-            elif name in own and own[name].scope != "model":
+            elif name in own:
                 found.append(name)
         return found
 
     def join(members: list[str]) -> None:
+        members = [m for m in members if own[m].scope != "model"] or members
         roots = {root(member) for member in members}
         first = next((name for name in own if name in roots), None)
         for other in roots:

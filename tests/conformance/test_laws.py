@@ -122,7 +122,22 @@ def check_axes(model: ir.Model) -> None:
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.xdist_group(f)) for f in ("bert", "gpt2", "llama")]
 )
-@pytest.mark.parametrize("case", ["lora", "dora", "ia3", "bottleneck", "prefix", "norm_tuning", "oft", "prompt"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "lora",
+        "dora",
+        "ia3",
+        "bottleneck",
+        "prefix",
+        "norm_tuning",
+        "oft",
+        "prompt",
+        "unipelt",
+        "mole",
+        "tiny_attention",
+    ],
+)
 @pytest.mark.parametrize("mode", ["fold", "static"])
 def test_half_precision(
     family: str, case: str, mode: str, model_folder: Callable[..., Path], tmp_path: Path,

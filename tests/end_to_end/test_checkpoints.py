@@ -12,8 +12,11 @@ import models
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
+import peltc
 from peltc.compiler.base import open_base
 from peltc.runtime.compile import compile, plan_for
 from peltc.runtime.session import Session
@@ -226,3 +229,21 @@ class TestOpensElsewhere:
 
         manifest = json.loads((artifact / "pelt.json").read_text())
         jsonschema.Draft202012Validator(schemas.load("manifest")).validate(manifest)
+
+
+def test_a_model_saved_with_its_modules(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """`save_pretrained` of an attached model keeps the modules' tensors; a compilation uses them, and says so."""
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(model_folder("bert"))
+    peltc.attach(model, spec)
+    with torch.no_grad():
+        for name in model.pelt.plan.tensors:
+            model.pelt.parameter(name).normal_(0, 0.1)
+    model.save_adapter(tmp_path / "adapter.safetensors")
+    model.save_pretrained(tmp_path / "model")
+    said: list[str] = []
+    compile(spec, tmp_path / "model", tmp_path / "out", talk=said.append)
+    assert any("are those in the checkpoint" in line for line in said)
+    saved = load_file(tmp_path / "adapter.safetensors")
+    kept = load_file(tmp_path / "out" / "adapter.safetensors")
+    assert {n: a.tolist() for n, a in kept.items()} == {n: a.tolist() for n, a in saved.items()}

@@ -22,7 +22,7 @@ STEP = 1e-2
 """Learning rate of the one step: far above rounding."""
 
 AT = {"linear": ["attention.query", "attention.value", "feed_forward.down"], "norm": "*norm", "attention": "attention",
-      "block": ["attention.block", "feed_forward.block"], "embedding": "embedding"}  # fmt: skip
+      "block": ["attention.block", "feed_forward.block"], "embedding": "embedding.word"}  # fmt: skip
 """Where a method of each site kind is put; a method that is shipped later is tested here without being named."""
 SMALLER: dict[str, Entry] = {"prefix": {"length": 3, "hidden": 8}, "prompt": {"length": 3}, "oft": {"block": 8},
                              "vera": {"r": 8}, "compacter": {"reduction": 4}}  # fmt: skip
@@ -112,6 +112,8 @@ def test_start_values_change_nothing(case: str, name: str, toys: Any, close: Any
 @every_case
 def test_start_values_can_be_trained(case: str, toys: Any) -> None:
     """From its start a module must get off the ground: a step changes the output."""
+    if CASES[case]["method"] == "lorahub":
+        pytest.skip("composes modules that others have trained, and searches for their weights")
     inputs = toys.inputs("gpt2")
     model = peltc.attach(toys.model("gpt2"), toys.spec(CASES[case]))
     before = toys.answer(model, inputs)
