@@ -81,3 +81,11 @@ def test_picture_is_up_to_date(model_folder: Callable[..., Path]) -> None:
 
     drawn = draw(peltc.survey(model_folder("minilm")), "BertModel")
     assert drawn == (ROOT / "examples/anatomy.svg").read_text(encoding="utf-8")
+
+
+def test_picture_of_modules_is_up_to_date(model_folder: Callable[..., Path]) -> None:
+    """`pelt describe unipelt_prompt MODEL --svg examples/unipelt.svg` draws it."""
+    from peltc.runtime.describe import describe, read
+
+    drawn = describe(read("unipelt_prompt"), model_folder("minilm")).picture()
+    assert drawn == (ROOT / "examples/unipelt.svg").read_text(encoding="utf-8")
