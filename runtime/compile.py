@@ -157,9 +157,12 @@ def save_adapter(folder: Path, plan: Plan, tensors: Mapping[str, Array], copy: b
     own = {name: np.ascontiguousarray(tensors[name]) for name, t in plan.tensors.items() if not t.source}
     (folder / ADAPTER).write_bytes(save(own))
     for name in {t.source for t in plan.tensors.values()} - {"", START}:
-        target = folder / name
+        file, target = inside(plan.spec.folder, name, plan.spec.path), folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or target.exists():
+            raise fail("E406", f"the file '{name}' cannot be kept in the artifact under this name",
+                       Place(plan.spec.path), "a relative path, and none that the artifact uses itself")  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
-        link(inside(plan.spec.folder, name, plan.spec.path), target, copy)
+        link(file, target, copy)
 
 
 def verify(out: str | Path, model: str | Path | None = None, *, talk: Talk = silent) -> dict[str, Any]:
