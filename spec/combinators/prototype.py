@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, option, refused
+from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, number, option, refused
 from peltc.spec.diagnostics import Place
 from peltc.spec.formula import Call, Expr, Items
 from peltc.spec.method import Method
@@ -24,11 +24,14 @@ def rewrite(method: Method, settings: Settings, place: Place) -> Method:
         parameters.append(replace(p, name=f"{p.name}_prototype", scope="model"))
         parameters.append(replace(p, name=f"{p.name}_scores", init=formula("kaiming_uniform"), part="mask"))
         flat = Call("reshape", (formula(f"abs({p.name}_scores)"), Items((count,))))
-        kept = Call("floor", (Call("multiply", (count, formula(str(settings["keep"])))),))
+        dropped = Call("floor", (Call("multiply", (count, number(1 - settings["keep"]))),))
+        kept = Call("subtract", (count, dropped), (), f"{settings['keep']:.0%} of {count.text}")
         mask = Call("reshape", (Call("top_k_mask", (flat, kept)), Items(p.shape)))
         text = f"{p.name}_prototype * top_k_mask(abs({p.name}_scores), {settings['keep']:.0%})"
         let.append((p.name, Call("multiply", (formula(f"{p.name}_prototype"), mask), (), text)))
-    return add(method, tuple(parameters), tuple(let), place, frozenset(p.name for p in matrices))
+    whole = tuple(p if p in matrices or p.frozen else replace(p, scope="model") for p in method.parameters)
+    shared = replace(method, parameters=whole)
+    return add(shared, tuple(parameters), tuple(let), place, frozenset(p.name for p in matrices))
 
 
 def product(shape: tuple[Expr, ...]) -> Expr:
@@ -46,6 +49,6 @@ PROTOTYPE = Combinator(
     (option("keep", "the share of elements that a site keeps; the authors' code calls it sparsity", 0.5, type="number",
             exclusiveMinimum=0, maximum=1),),
     rewrite,
-    notes="Biases are not masked and belong to their site.",
+    notes="All sites share the biases too, which are not masked. Of n elements n - ⌊(1 - keep) n⌋ are kept.",
     excludes={"generate": "both say where the parameters come from"},
 )  # fmt: skip

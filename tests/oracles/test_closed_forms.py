@@ -449,6 +449,60 @@ def effective_weight(module: torch.nn.Module) -> Array:
     return outputs.T.numpy()
 
 
+COMPOSED = {
+    # as the authors' code does it: every tensor of a module is scaled, then modules are summed tensor by tensor
+    "factor_linear": lambda w, A, B: sum(w[n] * B[n] for n in range(len(w))) @ sum(w[n] * A[n] for n in range(len(w))),
+    "delta_linear": lambda w, A, B: sum(w[n] * (B[n] @ A[n]) for n in range(len(w))),
+}
+
+
+@pytest.mark.parametrize("rule", COMPOSED)
+def test_lorahub(bench: Bench, rule: str) -> None:
+    """One set of weights for the model, modules of each map's own."""
+    model, tensors = bench.attach({"method": "lorahub", "at": EVERY, "modules": 5, "r": 3, "alpha": 7, "rule": rule})
+    at, w = tensors_at(bench, tensors, "lorahub"), tensors["lorahub.w"]
+    assert w.shape == (5,)
+
+    def lorahub(i: int, role: str, x: Array, W: Array, b: Array) -> Array:
+        t = at(i, role)
+        return linear(x, W + 7 / 3 * COMPOSED[rule](w, t["A"], t["B"]), b)
+
+    bench.check(model, Places(linear=lorahub))
+
+
+def mole_delta(t: Mapping[str, Array], x: Array, gates: Array) -> Array:
+    """Σ G_i · s · B_i A_i x with s = 7 / 3; gates [..., experts]."""
+    experts = [linear(linear(x, A), B) for A, B in zip(t["A"], t["B"], strict=True)]
+    return sum(7 / 3 * gates[..., [n]] * experts[n] for n in range(len(experts)))
+
+
+MOLE = {"method": "mole", "at": EVERY, "experts_count": 3, "r": 3, "alpha": 7}
+
+
+def test_mole(bench: Bench) -> None:
+    """A softmax over experts for each token, of the map's input and over a temperature."""
+    model, tensors = bench.attach(MOLE)
+    at = tensors_at(bench, tensors, "mole")
+
+    def mole(i: int, role: str, x: Array, W: Array, b: Array) -> Array:
+        t = at(i, role)
+        assert abs(t["temperature"].item() - 1) > EFFECT
+        return linear(x, W, b) + mole_delta(t, x, softmax(x @ t["router"].T / t["temperature"]))
+
+    bench.check(model, Places(linear=mole))
+
+
+def test_replace(bench: Bench) -> None:
+    """The base's weight and bias have no part in the result."""
+    model, tensors = bench.attach({"method": "replace", "at": EVERY})
+    at = tensors_at(bench, tensors, "replace")
+
+    def replace(i: int, role: str, x: Array, W: Array, b: Array) -> Array:
+        return linear(x, at(i, role)["weight"], at(i, role)["bias"])
+
+    bench.check(model, Places(linear=replace))
+
+
 @pytest.mark.parametrize("gain, shift", [(True, True), (True, False), (False, True)])
 def test_norm_tuning(bench: Bench, gain: bool, shift: bool) -> None:
     model, tensors = bench.attach({"method": "norm_tuning", "at": ["attention.norm", "feed_forward.norm"],
@@ -543,6 +597,61 @@ def test_compacter(bench: Bench, reads: str, rank: int) -> None:
     bench.check(model, Places(block=adapter))
 
 
+INNER = {
+    "plain": lambda t, u: layer_norm(u, np.ones(6), np.zeros(6), 1e-5),
+    "affine": lambda t, u: layer_norm(u, t["inner_gain"], t["inner_bias"], 1e-5),
+}
+
+
+@pytest.mark.parametrize("kind", INNER)
+def test_a_norm_inside(bench: Bench, kind: str) -> None:
+    """Between the down-projection, bias included, and the non-linearity."""
+    model, tensors = bench.attach({"method": "bottleneck", "at": BLOCKS, "size": 6, "inner_norm": kind,
+                                   "activation": "gelu"})  # fmt: skip
+    at = tensors_at(bench, tensors, "bottleneck")
+
+    def adapter(i: int, role: str, y: Array, x: Array, r: Array, norm: Callable[[Array], Array]) -> Array:
+        t = at(i, f"{role}.block")
+        assert ("inner_gain" in t) == ("inner_bias" in t) == (kind == "affine")
+        return y + linear(gelu(INNER[kind](t, linear(y, t["down"], t["down_bias"]))), t["up"], t["up_bias"])
+
+    bench.check(model, Places(block=adapter))
+
+
+def tiny_attention(t: Mapping[str, Array], z: Array, mask: Array, causal: bool) -> Array:
+    """Attention of one narrow head over the tokens that the mask shows, written with torch's own."""
+    q, k, v = (torch.from_numpy(z @ t[name].T) for name in ("query", "key", "value"))
+    seen = torch.from_numpy(mask > 0)[:, None, :].expand(-1, z.shape[1], -1)
+    if causal:
+        seen = seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()
+    seen = seen | ~seen.any(-1, keepdim=True)  # a query that sees nothing: of padding, which nobody reads
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).numpy() @ t["up"].T
+
+
+def with_tiny_attention(bench: Bench, entry: Entry, mask: Array, causal: bool) -> tuple[Any, Places]:
+    """A model with tiny attention after every sub-layer, and what it should be."""
+    model, tensors = bench.attach({"method": "tiny_attention", "at": BLOCKS, "size": 3, **entry})
+    at = tensors_at(bench, tensors, "tiny_attention")
+
+    def adapter(i: int, role: str, y: Array, x: Array, r: Array, norm: Callable[[Array], Array]) -> Array:
+        z = {"raw": y, "sum": y + r, "normed": norm(y + r)}[entry.get("reads", "raw")]
+        t = at(i, f"{role}.block")
+        if "experts" in entry:  # heads of a mixture, whose weights are averaged
+            t = {name.removesuffix("_experts"): value.mean(0) for name, value in t.items()}
+        return y + tiny_attention(t, z, mask, causal)
+
+    return model, Places(block=adapter)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("entry", [{"reads": "raw"}, {"reads": "sum"}, {"reads": "normed"}, {"experts": {"count": 3}}],
+                         ids=["raw", "sum", "normed", "experts"])  # fmt: skip
+def test_tiny_attention(bench: Bench, entry: Entry, causal: bool) -> None:
+    """softmax(q kᵀ / √size) v, then the way up; padding is not seen."""
+    mask = bench.inputs["attention_mask"].numpy()
+    bench.check(*with_tiny_attention(bench, {**entry, "causal": causal}, mask, causal))
+
+
 # Attention and embedding
 
 
@@ -580,7 +689,7 @@ def test_prefix_by_a_network(bench: Bench) -> None:
 
 def test_prompt(bench: Bench) -> None:
     """Tokens before the sequence, before positions and the embedding's norm; outputs keep the length of the text."""
-    model, tensors = bench.attach({"method": "prompt", "at": "embedding", "length": 5})
+    model, tensors = bench.attach({"method": "prompt", "at": "embedding.word", "length": 5})
     (prompt,) = tensors.values()
     bench.check(model, Places(prompt=prompt))
 
@@ -714,6 +823,47 @@ def test_only_what_changes_is_folded(bert: Bench, method: str, kind: str) -> Non
     assert {name.rpartition(".")[2] for name in found} == {kind}
 
 
+@pytest.mark.parametrize("rule", COMPOSED)
+def test_lorahub_is_folded(bench: Bench, rule: str) -> None:
+    """By its own rule: on random weights the two are far apart."""
+    entry = {"method": "lorahub", "at": "attention.value", "modules": 20, "r": 4, "alpha": 6, "rule": rule}
+    found, own, tensors = folded(bench, entry)
+    name, rest = LAST[bench.name][1], 64 if bench.name == "gpt2" else 0
+    site = f"lorahub.{bench.site(1, 'attention.value')}"
+    change = {key: 6 / 4 * f(tensors["lorahub.w"], tensors[f"{site}.A"], tensors[f"{site}.B"])
+              for key, f in COMPOSED.items()}  # fmt: skip
+    W, new = (oriented(bench, source[f"{name}.weight"])[rest:] for source in (own, found))
+    bench.close(new, W + change[rule], FOLDED)
+    assert f"{name}.bias" not in found
+    apart = np.linalg.norm(change["factor_linear"] - change["delta_linear"]) / np.linalg.norm(change["delta_linear"])
+    assert apart > 0.5
+    with pytest.raises(AssertionError, match="differs by"):
+        (other,) = set(change) - {rule}
+        bench.close(new, W + change[other], EFFECT)
+
+
+def test_a_replaced_map_is_folded(bench: Bench) -> None:
+    """To the bit: nothing is computed."""
+    found, _, tensors = folded(bench, {"method": "replace", "at": ["attention.output", "feed_forward.up"]})
+    name, site = LAST[bench.name][0], f"replace.{bench.site(1, 'attention.output')}"
+    assert len(found) == 8
+    assert np.array_equal(oriented(bench, found[f"{name}.weight"]), tensors[f"{site}.weight"])
+    assert np.array_equal(found[f"{name}.bias"], tensors[f"{site}.bias"])
+
+
+def test_a_replaced_map_gets_no_bias(toys: Any) -> None:
+    """Llama's maps have none: neither has what is trained, nor what is folded."""
+    base = toys.base("llama")
+    plan, _ = plan_for(load_spec(toys.spec({"method": "replace", "at": "attention.query"})), base.folder)
+    tensors = toys.weights("llama", plan)
+    assert {name.rpartition(".")[2] for name in tensors} == {"weight"}
+    found = {f.name: f.array for f in fold(plan, base, tensors)}
+    assert set(found) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+    for i in range(2):
+        expected = tensors[f"replace.decoder.layers.{i}.attention.query.weight"]
+        assert np.array_equal(found[f"model.layers.{i}.self_attn.q_proj.weight"], expected)
+
+
 # Witnesses: each of these mistakes must show.
 
 
@@ -756,3 +906,60 @@ def test_a_masked_prefix_shows(bench: Bench) -> None:
     at = tensors_at(bench, tensors, "prefix")
     with pytest.raises(AssertionError, match="differs by"):
         bench.check(model, prefixed(lambda i: (at(i, "attention")["K"], at(i, "attention")["V"]), masked=1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_tiny_attention_sees_shows(bench: Bench, causal: bool) -> None:
+    """Padding in sight, and the future where it should be hidden or the other way round."""
+    mask = bench.inputs["attention_mask"].numpy()
+    mistakes = [(mask, not causal)]
+    if not (causal and bench.name == "bert"):  # there padding comes after all that is read
+        mistakes.append((np.ones_like(mask), causal))
+    for seen, ahead in mistakes:
+        model, wrong = with_tiny_attention(bench, {"causal": causal}, seen, ahead)
+        expected = bench.toys.answer(model, bench.inputs).numpy()[bench.real]
+        with pytest.raises(AssertionError, match="differs by"):
+            bench.close(bench.by_hand(wrong)[bench.real], expected, 1e-4)
+
+
+def test_gates_of_a_whole_sequence_show(bench: Bench) -> None:
+    """MoLE's are a token's own, and after a temperature."""
+    model, tensors = bench.attach(MOLE)
+    at = tensors_at(bench, tensors, "mole")
+
+    def mole(sequence: bool, tempered: bool) -> Callable[[int, str, Array, Array, Array], Array]:
+        def place(i: int, role: str, x: Array, W: Array, b: Array) -> Array:
+            t = at(i, role)
+            gates = softmax(x @ t["router"].T / (t["temperature"] if tempered else 1))
+            gates = gates.mean(1, keepdims=True) if sequence else gates
+            return linear(x, W, b) + mole_delta(t, x, gates)
+
+        return place
+
+    for wrong in (mole(True, True), mole(False, False)):
+        with pytest.raises(AssertionError, match="differs by"):
+            bench.check(model, Places(linear=wrong))
+
+
+def test_a_norm_after_the_activation_shows(bert: Bench) -> None:
+    model, tensors = bert.attach({"method": "bottleneck", "at": BLOCKS, "size": 6, "inner_norm": "plain"})
+    at = tensors_at(bert, tensors, "bottleneck")
+
+    def adapter(i: int, role: str, y: Array, x: Array, r: Array, norm: Callable[[Array], Array]) -> Array:
+        t = at(i, f"{role}.block")
+        return y + linear(INNER["plain"](t, relu(linear(y, t["down"], t["down_bias"]))), t["up"], t["up_bias"])
+
+    with pytest.raises(AssertionError, match="differs by"):
+        bert.check(model, Places(block=adapter))
+
+
+def test_a_bias_that_stays_shows(bert: Bench) -> None:
+    """A replaced map whose base's bias is still added."""
+    model, tensors = bert.attach({"method": "replace", "at": EVERY})
+    at = tensors_at(bert, tensors, "replace")
+
+    def replace(i: int, role: str, x: Array, W: Array, b: Array) -> Array:
+        return linear(x, at(i, role)["weight"], at(i, role)["bias"] + b)
+
+    with pytest.raises(AssertionError, match="differs by"):
+        bert.check(model, Places(linear=replace))

@@ -59,11 +59,13 @@ def mixed(p: Tensors, factor: float) -> Tensors:
 
 
 def kept(p: Tensors) -> Tensors:
-    """ProPETL: the shared matrices where a layer's scores are largest; biases of its own."""
+    """ProPETL: the shared matrices where a layer's scores are largest, and the shared biases whole."""
     found = {n: p[n] for n in ("down_bias", "up_bias")}
     for name in ("down", "up"):
         scores = p[f"{name}_scores"].abs()
-        found[name] = p[f"{name}_prototype"] * StraightThrough.apply(scores, int(scores.numel() * KEEP))
+        found[name] = p[f"{name}_prototype"] * StraightThrough.apply(
+            scores, scores.numel() - int(scores.numel() * (1 - KEEP))
+        )
     return found
 
 

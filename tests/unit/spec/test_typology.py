@@ -216,7 +216,7 @@ SYSTEMS: dict[tuple[str, str], dict[str, str]] = {
     },
     ("propetl", "bottleneck"): {
         "parameters_adapted": "addition",
-        "parameter_sharing": "a prototype shared by all sites, a mask for each",
+        "parameter_sharing": "a prototype shared by all sites, a mask for each; down_bias, up_bias shared by all sites",
         "binding_time": "compile time",
     },
     ("mam", "parallel_adapter"): {
