@@ -10,19 +10,14 @@ packages' own names are blanked out, so that subject and style must decide.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import importlib.util
 import os
-import re
 import shutil
 import statistics
 import subprocess
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +25,12 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
+from docstrings import PACKAGES, TESTING, TRAINING, Texts, build_dataset, folder_of
 from tqdm import tqdm
 
 import peltc
 
-PACKAGES = ("huggingface_hub", "matplotlib", "networkx", "numpy", "setuptools", "sympy", "torch", "transformers")
-OWN_NAMES = re.compile(
-    r"\b(hugging ?face(_hub|'s)?|hub|hf|matplotlib|mpl|pyplot|plt|networkx|nx|numpy|np|setuptools|distutils"
-    r"|sympy|(py)?torch\w*|transformers?)\b",
-    re.IGNORECASE,
-)
-TRAINING, TESTING, PER_MODULE = 300, 60, 8  # texts of each package; at most so many of one module
-CHARACTERS, TOKENS = 240, 48  # of a text
+TOKENS = 48  # of a text
 BATCH, EPOCHS, RATE, WARMUP = 16, 1, 3e-3, 20
 QUESTIONS = (
     "Return the number of edges between two nodes.",
@@ -51,62 +40,6 @@ QUESTIONS = (
 SPEC = Path(os.path.relpath(Path(__file__).with_name("minilm.yaml")))
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts and the index of the package that each is from."""
-
-    texts: list[str]
-    labels: list[int]
-
-
-def folder_of(package: str) -> Path:
-    """Where a package is installed; it is not imported."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise SystemExit(f"the package {package} is not installed; `make demo` installs what the demo needs")
-    return Path(found.origin).parent
-
-
-def docstrings(package: str) -> Iterator[tuple[bool, str]]:
-    """Docstrings of a package's modules with names blanked out, each with whether its module is for testing.
-
-    Modules come in the order of a hash of their path: mixed, and the same everywhere.
-    """
-    root = folder_of(package)
-    paths = (file.relative_to(root) for file in root.rglob("*.py"))
-    for digest, path in sorted((hashlib.sha256(p.as_posix().encode()).hexdigest(), p) for p in paths):
-        if {"tests", "_vendor"} & {*path.parts}:
-            continue
-        try:
-            tree = ast.parse((root / path).read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        found = 0
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
-                text = " ".join(OWN_NAMES.sub("…", text).split())[:CHARACTERS]
-                if len(text) > 60 and found < PER_MODULE:
-                    found += 1
-                    yield int(digest[-8:], 16) % 4 == 0, text
-
-
-def build_dataset() -> tuple[Texts, Texts]:
-    """The training and the test split. Of texts that begin alike, one is kept."""
-    train, test, seen = Texts([], []), Texts([], []), set[str]()
-    for label, package in enumerate(tqdm(PACKAGES, "reading docstrings")):
-        wanted = {False: TRAINING, True: TESTING}
-        for testing, text in docstrings(package):
-            if wanted[testing] and text[:60] not in seen:
-                seen.add(text[:60])
-                wanted[testing] -= 1
-                split = test if testing else train
-                split.texts.append(text)
-                split.labels.append(label)
-            if not any(wanted.values()):
-                break
-    return train, test
 
 
 def train(model: Any, encode: Callable[[Sequence[str]], Arrays], data: Texts) -> list[float]:
@@ -212,7 +145,7 @@ def main() -> None:
     torch.manual_seed(0)
     started = time.monotonic()
 
-    training, testing = build_dataset()
+    training, testing = build_dataset(TRAINING, TESTING)
     print(f"{len(training.texts)} docstrings to train on, {len(testing.texts)} to test on, {len(PACKAGES)} packages")
 
     # An ordinary model of transformers gets the modules that the spec describes, and a head of its own.
