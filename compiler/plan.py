@@ -606,6 +606,7 @@ def constants_of(site: Site, method: Method) -> dict[str, Any]:
     """The sizes that formulas at a site may name."""
     constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k != "vocab"}
     constants["biased"] = "bias" in site.parameters
+    constants["causal"] = site.stack == "decoder"
     return constants
 
 

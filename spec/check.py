@@ -46,7 +46,7 @@ def check_method(method: Method, options: dict[str, Any]) -> list[Diagnostic]:
 
 def _check(method: Method, options: dict[str, Any], sizes: dict[str, Any], width: Size | str) -> list[Diagnostic]:
     constants = {**options, **sizes, "biased": True, "index": 0, "count": Dim.of("count"), "d_model": Dim.of(width)}
-    constants |= {"layer": 0, "layers": Dim.of("layers"), "role": 0, "roles": Dim.of("roles")}
+    constants |= {"layer": 0, "layers": Dim.of("layers"), "role": 0, "roles": Dim.of("roles"), "causal": False}
     values, expected = site_shapes(method.site, sizes, width=width)
     check = _Check(method)
     for parameter in method.parameters:

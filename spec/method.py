@@ -24,7 +24,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
 }
 """What a method may define at each kind of site, in the order in which definitions take effect."""
 
-_PLACE = ("index", "count", "layer", "layers", "role", "roles", "d_model")
+_PLACE = ("index", "count", "layer", "layers", "role", "roles", "d_model", "causal")
 NAMES: dict[str, tuple[str, ...]] = {
     "linear": ("x", "y", "W", "b", "h", "mask", "in", "out", "max_in", "max_out", "biased", *_PLACE),
     "norm": ("x", "y", "W", "b", "d", "biased", *_PLACE),
@@ -35,7 +35,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Names in scope by kind of site, besides options, parameters and `let:` bindings.
 
 `index` of `count` numbers an attachment's sites, `layer` of `layers` their layers, `role` of `roles` what they are in
-one layer."""
+one layer; `causal` says that the site's stack lets tokens see earlier ones alone."""
 
 RUNTIME_NAMES = ("x", "y", "r", "h", "q", "k", "v", "mask")
 """Names of values that exist only while the model runs; everything else is known at compile time."""

@@ -57,7 +57,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "bottleneck-inner-norm": [{"method": "bottleneck", "at": BLOCK, "size": 6, "inner_norm": "affine"}],
     "tiny_attention": [{"method": "tiny_attention", "at": BLOCK, "size": 4}],
-    "tiny_attention-causal": [{"method": "tiny_attention", "at": "attention.block", "causal": True}],
+    "tiny_attention-early": [{"method": "tiny_attention", "at": "attention.block"}],
     "lorahub": [{"method": "lorahub", "at": QV, "modules": 3, "r": 2}],
     "lorahub-delta": [{"method": "lorahub", "at": QV, "modules": 3, "r": 2, "rule": "delta_linear"}],
     "mole": [{"method": "mole", "at": QV, "experts_count": 3, "r": 2}],

@@ -225,7 +225,7 @@ class TestWitnesses:
     "entry",
     [
         {"method": "lora", "at": "attention.query", "gate": {"mask_padding": True}},
-        {"method": "tiny_attention", "at": "feed_forward.block", "causal": True},
+        {"method": "tiny_attention", "at": "feed_forward.block"},
     ],
     ids=["gate", "attention"],
 )

@@ -719,7 +719,7 @@ METHODS: dict[str, Entry] = {
     "lorahub": {"method": "lorahub", "at": "attention.query", "modules": 5, "r": 3, "alpha": 7},
     "lorahub-delta": {"method": "lorahub", "at": "attention.query", "modules": 5, "r": 3, "rule": "delta_linear"},
     "tiny_attention": {"method": "tiny_attention", "at": "feed_forward.block", "size": 3},
-    "tiny_attention-causal": {"method": "tiny_attention", "at": "attention.block", "size": 3, "causal": True},
+    "tiny_attention-early": {"method": "tiny_attention", "at": "attention.block", "size": 3},
     "inner_norm-plain": {"method": "bottleneck", "at": "feed_forward.block", "size": 6, "inner_norm": "plain"},
     "inner_norm-affine": {"method": "bottleneck", "at": "feed_forward.block", "size": 6, "inner_norm": "affine"},
     "replace": {"method": "replace", "at": "attention.query"},
