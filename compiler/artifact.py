@@ -212,11 +212,19 @@ def manifest_of(
     }  # fmt: skip
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    staging = file.with_name(f".{file.name}.new")
+    try:
+        staging.write_bytes(content)
+        staging.replace(file)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `pelt.json`, whole or not at all."""
-    staging = folder / f".{MANIFEST}.new"
-    staging.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    staging.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

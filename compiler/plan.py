@@ -209,6 +209,8 @@ class _Planner:
         claims = [claim for entry in self.spec.attach for claim in self.claims(entry)]
         self.check_order(claims)
         self.check_prepends([claim for claim in claims if "prepend" in claim.effects])
+        if (total := sum(math.prod(tensor.shape) for tensor in self.shared.values())) > MAX_TOTAL:
+            self.find("E205", f"the modules have {total:,} values", self.spec.attach[0].place, f"at most {MAX_TOTAL:,}")
         if self.findings:
             raise PeltError(_once(self.findings))
         return Plan(self.spec, self.fingerprint, tuple(self.decide(claims)))
@@ -234,7 +236,7 @@ class _Planner:
             if mode not in ("fold", "static"):
                 self.find("E207", f"the mode '{mode}' is not available yet", entry.place, "fold or static")
                 return []
-            constants = {**options, **constants_of(site, entry.method), "index": index, "count": len(sites)}
+            constants = {**options, **constants_of(site), "index": index, "count": len(sites)}
             constants |= {"role": roles.index(site.role), "roles": len(roles), "d_model": self.anatomy.width}
             place = (site.stack, site.layer)
             constants |= {"layer": layers.index(place) if place in layers else 0, "layers": max(len(layers), 1)}
@@ -322,6 +324,10 @@ class _Planner:
                     self.find("E205", f"'{name}' lists {len(value)} values for {len(layers)} layers", _at(entry, name),
                               f"one value, or {len(layers)}")  # fmt: skip
                     return None
+                if site.layer is None:
+                    self.find("E205", f"'{name}' gives one value per layer, and '{site.name}' lies in none",
+                              _at(entry, name), "one value", "attach to it separately")  # fmt: skip
+                    return None
                 value = value[layers.index((site.stack, site.layer))]
             result[name] = value
         return result
@@ -369,7 +375,7 @@ class _Planner:
         elif claim.cut == "head" and (several or not site.values.get("end")):
             message = "this model's last layer does not end in a norm, after which tokens could leave before the head"
         if message:
-            expected = f"the site '{hint}'" if hint else "'head' or 'outputs'"
+            expected = f"the site '{hint}'" if hint else "a model whose last layer ends in a norm"
             self.find("E208", message, _at(entry), expected, f"attach to '{hint}'" if hint else "")
         return not message
 
@@ -475,7 +481,8 @@ class _Planner:
                         f" their order",
                         _at(entry),
                         "an order",
-                        f"say `after: {earlier.attachment}` in '{later.attachment}' if that is meant",
+                        f"say `after: {earlier.attachment}` in '{later.attachment}' if that is meant"
+                        + (", the recipe's attachments written out" if entry.recipe else ""),
                     )
 
     def decide(self, claims: list[Claim]) -> list[Claim]:
@@ -541,7 +548,7 @@ class _Planner:
         return (weight, "") if len(maps) == 1 else None
 
     def not_affine(self, claim: Claim) -> str:
-        """Why a claim's effects are not affine, naming the sub-expression; empty where they are. Tried at random."""
+        """Why a claim's effects are not affine, naming the sub-expression; empty where they are. It is tried."""
         apart = ("index", "layer", "role")
         kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in apart and is_static(v)))
         key = (id(claim.method), kinds, tuple(claim.effects), claim.site.kind)
@@ -552,8 +559,8 @@ class _Planner:
     @staticmethod
     def trial(claim: Claim) -> str:
         interpreter = AffineInterpreter()
-        random = np.random.default_rng(0)  # zeros would divide by zero
-        values: dict[str, Any] = {n: random.random(t.shape, np.float32) for n, t in claim.tensors.items()}
+        some = np.float32(0.37)  # zeros would divide by zero; broadcast, a bank of any size takes no memory
+        values: dict[str, Any] = {n: np.broadcast_to(some, t.shape) for n, t in claim.tensors.items()}
         values |= {role: Affine.identity(role) for role in ("x", "y", "r", "h", "mask")}
         values["norm"] = _no_norm
         out, inputs = claim.site.sizes.get("out", 0), claim.site.sizes.get("in", 0)
@@ -580,6 +587,10 @@ MAX_ELEMENTS = 2**31
 """Of one parameter; more is a slip of the pen, or worse."""
 
 
+MAX_TOTAL = 2**33
+"""Of all parameters, banks included."""
+
+
 class _Misfit(Exception):
     """A size that is none."""
 
@@ -602,7 +613,7 @@ def _at(entry: Attachment, key: str = "") -> Place:
     return entry.at_key(key or ("parameter" if entry.by_parameter else "at"))
 
 
-def constants_of(site: Site, method: Method) -> dict[str, Any]:
+def constants_of(site: Site) -> dict[str, Any]:
     """The sizes that formulas at a site may name."""
     constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k != "vocab"}
     constants["biased"] = "bias" in site.parameters

@@ -24,7 +24,7 @@ from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.specification import Attachment
 
 Array = np.ndarray[Any, Any]
-KEY = "pelt.profile"
+KEY, VERSION = "pelt.profile", 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def pack(plan: Plan, tensors: Mapping[str, Array]) -> bytes:
         if name not in taken and not tensor.source:
             content[name] = np.ascontiguousarray(tensors[name], np.float32)
     notes = {name: masks.describe(tensors) for name, masks in found.items()}
-    return bytes(save(content, {KEY: json.dumps({"version": 1, "attachments": notes}, separators=(",", ":"))}))
+    return bytes(save(content, {KEY: json.dumps({"version": VERSION, "attachments": notes}, separators=(",", ":"))}))
 
 
 def is_profile(file: Path) -> bool:
@@ -118,10 +118,13 @@ def unpack(plan: Plan, file: Path, apart: Mapping[str, Array]) -> dict[str, Arra
     """
     place, stored = Place(str(file)), read_header(file)
     try:
-        notes = json.loads(read_metadata(file)[KEY])["attachments"]
-        assert isinstance(notes, dict)
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-        raise fail("E407", "the profile's metadata are malformed", place, "what `save_profile` wrote") from None
+        said = json.loads(read_metadata(file)[KEY])
+        notes, version = said["attachments"], said["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        notes, version = None, None
+    if not isinstance(notes, dict) or version != VERSION:
+        raise fail("E407", "the profile's metadata are malformed, or of another version", place,
+                   f"what `save_profile` wrote, version {VERSION}")  # fmt: skip
     found: dict[str, Array] = {}
     findings: list[Diagnostic] = []
     expected = dict(packed(plan))
@@ -130,7 +133,7 @@ def unpack(plan: Plan, file: Path, apart: Mapping[str, Array]) -> dict[str, Arra
         if (given := notes.get(name)) != wanted:
             parts = given if isinstance(given, dict) else {}
             different = [key for key in wanted if parts.get(key) != wanted[key]]
-            what = ", ".join(f"{key} {parts.get(key)}" for key in different)
+            what = ", ".join(f"{key} {str(parts.get(key, 'missing'))[:64]}" for key in different)
             findings.append(Diagnostic("E407", f"the profile's masks for '{name}' are of another bank: {what}", place,
                                        ", ".join(f"{key} {wanted[key]}" for key in different)))  # fmt: skip
             continue
@@ -171,6 +174,9 @@ def stack_bank(files: list[Path]) -> dict[str, Array]:
         PeltError: E401 no safetensors file, E404 adapters whose tensors differ in name or shape.
     """
     headers = [read_header(file) for file in files]
+    for file, header in zip(files, headers, strict=True):
+        if is_profile(file) or not all(is_float(tensor.dtype) for tensor in header.values()):
+            raise fail("E404", "the file holds no adapter", Place(str(file)), "what `save_adapter` wrote")
     first = {name: tensor.shape for name, tensor in headers[0].items()}
     for file, header in zip(files, headers, strict=True):
         if (own := {name: tensor.shape for name, tensor in header.items()}) != first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,25 @@ def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
     """
     place = Place(str(file))
     stored = read_header(file)
-    apart = sourced(plan)
     if is_profile(file):
+        apart = sourced(plan)
         return finite(unpack(plan, file, apart) | apart, place)
+    apart = sourced(plan, stored)
     check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, place)
     own = {name: np.array(stored[name].array(), np.float32) for name in stored}
     return finite({name: own[name] if name in own else apart[name] for name in plan.tensors}, place)
 
 
-def sourced(plan: Plan) -> dict[str, Array]:
+def overridden(plan: Plan, given: Iterable[str]) -> frozenset[str]:
+    """Of tensors by name, those that stand in place of what the spec's own sources hold."""
+    return frozenset(name for name in given if name in plan.tensors and plan.tensors[name].source)
+
+
+def sourced(plan: Plan, given: Container[str] = ()) -> dict[str, Array]:
     """The tensors that are no part of a weights file: those of other files that the spec names, and start values.
+
+    Args:
+        given: names that are not asked for.
 
     Raises:
         PeltError: as `load_tensors`, about those files.
@@ -49,17 +58,17 @@ def sourced(plan: Plan) -> dict[str, Array]:
     found: dict[str, Array] = {}
     files: dict[str, list[Tensor]] = {}
     for tensor in plan.tensors.values():
-        if tensor.source and tensor.source != START:
+        if tensor.source and tensor.source != START and tensor.name not in given:
             files.setdefault(tensor.source, []).append(tensor)
     for name, wanted in files.items():
-        file = inside(plan.spec.folder, name, plan.spec.path)
+        file = inside(plan.spec.folder, name, plan.spec.path, "bank.file")
         stored = read_header(file)
         given = {t.name: (stored[t.name].shape, stored[t.name].dtype) for t in wanted if t.name in stored}
         check_these(wanted, given, Place(str(file)))
         found |= finite({t.name: np.array(stored[t.name].array(), np.float32) for t in wanted}, Place(str(file)))
     for claim in plan.claims:
         for tensor in claim.tensors.values():
-            if tensor.source == START and tensor.name not in found:
+            if tensor.source == START and tensor.name not in found and tensor.name not in given:
                 found[tensor.name] = _start(claim, tensor, _unread, plan.spec.seed)
     return found
 
@@ -75,7 +84,7 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
         PeltError: E402, E403, E404.
     """
     check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
-    apart = {} if all(name in arrays for name in plan.tensors) else sourced(plan)
+    apart = sourced(plan, arrays)
     full = {name: arrays[name] if name in arrays else apart[name] for name in plan.tensors}
     return finite({name: np.asarray(array, np.float32) for name, array in full.items()}, Place("<arrays>"))
 
@@ -173,14 +182,14 @@ def _index(claim: Claim) -> Any:
     return slice(None) if rows is None else np.concatenate([np.arange(a, b) for a, b in rows])
 
 
-def inside(folder: Path, name: str, spec: str) -> Path:
-    """A file that a spec names, which must lie in or under the spec's folder.
+def inside(folder: Path, name: str, spec: str, key: str = "weights") -> Path:
+    """A file that a spec names under a key, which must lie in or under the spec's folder.
 
     Raises:
         PeltError: E406 the path leads out.
     """
-    file = (folder / name).resolve()
-    if not file.is_relative_to(folder.resolve()):
-        raise fail("E406", f"the weights '{name}' lie outside the spec's folder", Place(spec, key="weights"),
-                   "a path inside it", "give the file by --weights")  # fmt: skip
+    file = Path() if "\0" in name else (folder / name).resolve()
+    if "\0" in name or not file.is_relative_to(folder.resolve()):
+        raise fail("E406", f"the file {name!r} lies outside the spec's folder", Place(spec, key=key),
+                   "a path inside it", "give the file by --weights" if key == "weights" else "")  # fmt: skip
     return file

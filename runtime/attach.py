@@ -19,10 +19,12 @@ from torch import nn
 from torch.func import functional_call
 
 from peltc.compiler.anatomy import Site
+from peltc.compiler.artifact import write_whole
 from peltc.compiler.base import survey_model
+from peltc.compiler.checkpoint import read_header
 from peltc.compiler.plan import LEVELS, Claim, Plan, make_plan
 from peltc.compiler.profile import pack
-from peltc.compiler.weights import check_arrays, inside, load_tensors, start_tensors
+from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula import Deferred
@@ -47,7 +49,8 @@ def attach(
     Args:
         model: a model of `transformers`.
         spec: a spec, its file, or its content.
-        weights: a safetensors file or arrays by tensor name; the spec's own where absent, else start values.
+        weights: a safetensors file, a profile's too, or arrays by tensor name; the spec's own where absent, else
+            start values.
 
     Returns:
         The same model.
@@ -71,15 +74,19 @@ def attach(
         values = check_arrays(plan, source)
     else:
         values = start_tensors(plan, read) if source is None else load_tensors(plan, Path(source))
-    return attach_plan(model, plan, values)
+    named = source if isinstance(source, Mapping) else () if source is None else read_header(Path(source))
+    return attach_plan(model, plan, values, overridden(plan, named))
 
 
-def attach_plan(model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any]]) -> Any:
-    """Attach a plan's modules with given tensors; see `attach`."""
+def attach_plan(
+    model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any]], given: frozenset[str] = frozenset()
+) -> Any:
+    """Attach a plan's modules with tensors, of which those `given` stand in place of the spec's own sources; see
+    `attach`."""
     if hasattr(model, "pelt"):
         raise fail("E209", "the model has modules attached already", hint="call model.detach_adapter() first")
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    attached = Attached(plan, values, next(model.parameters()).device)
+    attached = Attached(plan, values, next(model.parameters()).device, given)
     try:
         attached.install(model)
     except BaseException:
@@ -98,9 +105,11 @@ def attach_plan(model: Any, plan: Plan, values: Mapping[str, np.ndarray[Any, Any
 class Attached(nn.Module):
     """The modules of a plan: their parameters, and the hooks that bring them into the model's forward pass."""
 
-    def __init__(self, plan: Plan, values: Mapping[str, np.ndarray[Any, Any]], device: torch.device):
+    def __init__(
+        self, plan: Plan, values: Mapping[str, np.ndarray[Any, Any]], device: torch.device, given: frozenset[str]
+    ):
         super().__init__()
-        self.plan = plan
+        self.plan, self.given = plan, given
         for name, tensor in plan.tensors.items():
             data = torch.from_numpy(np.array(values[name], np.float32)).to(device)
             self.register_parameter(_key(name), nn.Parameter(data, requires_grad=not tensor.frozen))
@@ -126,7 +135,7 @@ class Attached(nn.Module):
         """Write the adapter's tensors as safetensors, float32, names as the compiler expects them."""
         from safetensors.numpy import save
 
-        Path(path).write_bytes(save(self.tensors()))
+        write_whole(Path(path), save(self.tensors()))
 
     def save_profile(self, path: str | Path) -> None:
         """Write what is this profile's own: hard masks over a bank as bits, and whatever else is trained.
@@ -135,11 +144,11 @@ class Attached(nn.Module):
             PeltError: E211 the spec has no hard mask over a bank.
         """
         every = {name: self.parameter(name).detach().float().cpu().numpy() for name in self.plan.tensors}
-        Path(path).write_bytes(pack(self.plan, every))
+        write_whole(Path(path), pack(self.plan, every))
 
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors by their names in the weights file, float32; those of other sources are not among them."""
-        own = [name for name, tensor in self.plan.tensors.items() if not tensor.source]
+        own = [name for name, tensor in self.plan.tensors.items() if not tensor.source or name in self.given]
         return {name: self.parameter(name).detach().float().cpu().contiguous().numpy() for name in own}
 
     def remove(self, model: Any) -> None:

@@ -20,7 +20,8 @@ import click
 from peltc.spec.diagnostics import PeltError
 
 INPUT, USAGE, BUG = 1, 2, 70
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOENT, errno.ENOTDIR,
+        errno.EISDIR)  # fmt: skip
 
 
 def run(arguments: Sequence[str], name: str = "pelt") -> int:
@@ -412,12 +413,11 @@ def bank(adapters: tuple[Path, ...], out: Path) -> None:
     """Stack ADAPTERS of one spec, safetensors files, into a bank that masks choose from."""
     from safetensors.numpy import save
 
+    from peltc.compiler.artifact import write_whole
     from peltc.compiler.profile import stack_bank
 
     stacked = stack_bank(list(adapters))
-    staging = out.with_name(f".{out.name}.new")
-    staging.write_bytes(save(stacked))
-    staging.replace(out)
+    write_whole(out, save(stacked))
     click.echo(f"{out}: {len(adapters)} adapters of {len(stacked)} tensors, {out.stat().st_size:,} bytes")
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import MANIFEST, free, link, read_manifest, staged, write_manifest
+from peltc.compiler.artifact import COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
 from peltc.compiler.base import Base, open_base
+from peltc.compiler.checkpoint import read_header
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
-from peltc.compiler.weights import check_arrays, inside, load_tensors, start_tensors
+from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
 from peltc.spec.method import START
@@ -86,13 +87,14 @@ def compile(
     plan, base = plan_for(spec, model, architecture=architecture, mode=mode, talk=talk)
     if base.converted:
         talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
-    tensors, source = adapter_tensors(plan, base, weights, talk)
+    tensors, source, own = adapter_tensors(plan, base, weights, talk)
+    check_sources(plan, base, own)
     gates = None
     if plan.spec.freeze_gates:
         from peltc.runtime.freeze import freeze_for
 
         talk("measuring gates on the calibration texts")
-        frozen = freeze_for(plan, base, tensors)
+        frozen = freeze_for(plan, base, tensors, mode)
         plan, tensors, gates = frozen.plan, frozen.tensors, frozen.report
         talk(f"warning: {len(gates['gates'])} gates are frozen; outputs on the calibration texts differ by up to"
              f" {gates['difference']:.1%} of the largest value")  # fmt: skip
@@ -103,7 +105,7 @@ def compile(
         manifest = build(plan, base, tensors, folder, embeds=embeds, weights_from=source, self_contained=self_contained)
         manifest["frozen_gates"] = gates
         write_manifest(folder, manifest)
-        save_adapter(folder, plan, tensors, self_contained)
+        save_adapter(folder, plan, tensors, own, self_contained)
         for entry in manifest["folded"]:
             if entry["warning"]:
                 talk(
@@ -132,37 +134,57 @@ def saved(model: Any, out: Path) -> Iterator[tuple[Path, dict[str, Array] | None
 
 def adapter_tensors(
     plan: Plan, base: Base, weights: str | Path | Mapping[str, Array] | None, talk: Talk
-) -> tuple[dict[str, Array], str]:
-    """The adapter's tensors and where they come from."""
+) -> tuple[dict[str, Array], str, frozenset[str]]:
+    """The adapter's tensors, where they come from, and which stand in place of the spec's own sources."""
     if isinstance(weights, Mapping):
-        return check_arrays(plan, weights), "arrays"
+        return check_arrays(plan, weights), "arrays", overridden(plan, weights)
     spec = plan.spec
     if weights is None and spec.weights:
         weights = inside(spec.folder, spec.weights, spec.path)
     if weights is not None:
-        return load_tensors(plan, Path(weights)), str(Path(weights).name)
+        tensors = load_tensors(plan, Path(weights))
+        return tensors, str(Path(weights).name), overridden(plan, read_header(Path(weights)))
     inside_model = {n.removeprefix(MODULES): t for n, t in base.checkpoint.tensors.items() if n.startswith(MODULES)}
     if inside_model:  # the model was saved with its modules attached
         talk("the modules' tensors are those in the checkpoint")
-        return check_arrays(plan, {n.replace("/", "."): t.array() for n, t in inside_model.items()}), "checkpoint"
+        arrays = {n.replace("/", "."): t.array() for n, t in inside_model.items()}
+        return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
     if plan.tensors:
         talk("warning: no weights given; the modules have their start values")
-    return start_tensors(plan, lambda name: base.stored(name).array()), "start values"
+    return start_tensors(plan, lambda name: base.stored(name).array()), "start values", frozenset()
 
 
-def save_adapter(folder: Path, plan: Plan, tensors: Mapping[str, Array], copy: bool = False) -> None:
+def sources(plan: Plan, own: frozenset[str]) -> list[str]:
+    """The files that a plan's tensors are read from."""
+    return sorted({t.source for t in plan.tensors.values() if t.name not in own} - {"", START})
+
+
+def check_sources(plan: Plan, base: Base, own: frozenset[str]) -> None:
+    """Whether the files that a spec names can lie in an artifact, under their names.
+
+    Raises:
+        PeltError: E406.
+    """
+    taken = {ADAPTER, MANIFEST, "model.onnx", "model.onnx.data", "export.json", *COMPANIONS}
+    taken |= {file.name for file in base.checkpoint.files}
+    for name in sources(plan, own):
+        if Path(name).is_absolute() or ".." in Path(name).parts or name in taken:
+            raise fail("E406", f"the file '{name}' cannot be kept in the artifact under this name",
+                       Place(plan.spec.path), "a relative path, and none that the artifact uses itself")  # fmt: skip
+
+
+def save_adapter(
+    folder: Path, plan: Plan, tensors: Mapping[str, Array], own: frozenset[str] = frozenset(), copy: bool = False
+) -> None:
     """Keep the adapter's tensors in the artifact, and the files that the spec names: it can be verified again."""
     from safetensors.numpy import save
 
-    own = {name: np.ascontiguousarray(tensors[name]) for name, t in plan.tensors.items() if not t.source}
-    (folder / ADAPTER).write_bytes(save(own))
-    for name in {t.source for t in plan.tensors.values()} - {"", START}:
-        file, target = inside(plan.spec.folder, name, plan.spec.path), folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or target.exists():
-            raise fail("E406", f"the file '{name}' cannot be kept in the artifact under this name",
-                       Place(plan.spec.path), "a relative path, and none that the artifact uses itself")  # fmt: skip
+    kept = [name for name, t in plan.tensors.items() if not t.source or name in own]
+    (folder / ADAPTER).write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in kept}))
+    for name in sources(plan, own):
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        link(file, target, copy)
+        link(inside(plan.spec.folder, name, plan.spec.path, "bank.file"), target, copy)
 
 
 def verify(out: str | Path, model: str | Path | None = None, *, talk: Talk = silent) -> dict[str, Any]:

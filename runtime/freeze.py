@@ -25,7 +25,8 @@ from peltc.spec.formula import Name
 from peltc.spec.specification import Spec, build_spec
 
 Array = np.ndarray[Any, Any]
-BATCH, MAX_TEXTS, MAX_BYTES = 8, 4096, 1 << 24
+MAX_TEXTS, MAX_BYTES = 4096, 1 << 24
+POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,24 @@ class Frozen:
     report: dict[str, Any]
 
 
-def freeze(plan: Plan, base: Base, tensors: Mapping[str, Array], texts: list[str]) -> Frozen:
-    """Measure a plan's gates on texts, and put their means in their place.
+def freeze(
+    plan: Plan, base: Base, tensors: Mapping[str, Array], texts: list[str], mode: str | None = None
+) -> Frozen:  # fmt: skip
+    """Measure a plan's gates on texts, each by itself without padding, and put their means in their place.
+
+    Args:
+        mode: emission mode in place of the spec's.
 
     Raises:
-        PeltError: E212 the plan has no gates that read the input, or there are no texts.
+        PeltError: E212 the plan has no gates that read the input, or the model cannot run the texts.
     """
     gated = {c.attachment for c in plan.claims if is_gated(c)}
     if not gated:
         raise fail("E212", "no gate reads the input, so there is none to freeze", Place(plan.spec.path),
                    "an attachment with `gate:`", "leave out deploy.freeze_gates")  # fmt: skip
+    if base.config.get("is_encoder_decoder"):
+        raise fail("E212", "gates of encoder-decoder models cannot be measured on texts alone", Place(plan.spec.path),
+                   "an encoder, or a decoder", "leave out deploy.freeze_gates")  # fmt: skip
     batches = list(encoded(base, texts))
     model = attach_plan(load_model(base), plan, tensors).eval()
     measured: dict[str, list[float]] = {}
@@ -59,7 +68,7 @@ def freeze(plan: Plan, base: Base, tensors: Mapping[str, Array], texts: list[str
     with watching(model.pelt, measured):
         before = [reference(model, batch) for batch in batches]
     model.detach_adapter()
-    frozen = make_plan(constant(plan.spec, gated), base.anatomy, base.fingerprint)
+    frozen = make_plan(constant(plan.spec, gated), base.anatomy, base.fingerprint, mode)
     values = {name: tensors[name] for name in frozen.tensors if name in tensors}
     values |= {f"{name}.gate": np.full(1, np.mean(found), np.float32) for name, found in measured.items()}
     after = [reference(attach_plan(model, frozen, values).eval(), batches[0])]
@@ -73,24 +82,25 @@ def freeze(plan: Plan, base: Base, tensors: Mapping[str, Array], texts: list[str
     return Frozen(frozen, values, {"texts": len(texts), "difference": worst, "gates": gates})
 
 
-def freeze_for(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Frozen:
+def freeze_for(plan: Plan, base: Base, tensors: Mapping[str, Array], mode: str | None = None) -> Frozen:
     """What `deploy: {freeze_gates: FILE}` asks for.
 
     Raises:
         PeltError: as `freeze`; E406 the file lies outside the spec's folder; E212 it cannot be read.
     """
-    file = inside(plan.spec.folder, plan.spec.freeze_gates, plan.spec.path)
+    file = inside(plan.spec.folder, plan.spec.freeze_gates, plan.spec.path, "deploy.freeze_gates")
     try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise fail("E212", f"the calibration texts have {size:,} bytes", Place(str(file)), f"at most {MAX_BYTES:,}")
+        content = file.read_bytes()
         lines = [line.strip() for line in content.decode("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise fail("E212", f"cannot read the calibration texts: {error}", Place(str(file)), "texts, one per line"
                    ) from None  # fmt: skip
     texts = [line for line in lines if line]
-    if not texts or len(texts) > MAX_TEXTS or len(content) > MAX_BYTES:
+    if not texts or len(texts) > MAX_TEXTS:
         raise fail("E212", f"there are {len(texts):,} calibration texts", Place(str(file)), f"1 to {MAX_TEXTS:,}")
-    return freeze(plan, base, tensors, texts)
+    return freeze(plan, base, tensors, texts, mode)
 
 
 def is_gated(claim: Claim) -> bool:
@@ -133,7 +143,7 @@ class watching:
 
 
 def encoded(base: Base, texts: list[str]) -> Iterable[dict[str, Array]]:
-    """Batches of texts as the model reads them."""
+    """Texts as the model reads them, one at a time: padding would count in gates that average over it."""
     from transformers import AutoTokenizer
 
     try:
@@ -141,8 +151,12 @@ def encoded(base: Base, texts: list[str]) -> Iterable[dict[str, Array]]:
     except Exception as error:
         raise fail("E212", f"the model folder has no tokenizer for the calibration texts: {str(error)[:200]}",
                    Place(str(base.folder)), "a tokenizer beside the checkpoint") from None  # fmt: skip
-    limit = min(int(base.config.get("max_position_embeddings") or 512), 512)
-    for start in range(0, len(texts), BATCH):
-        found = tokenizer(texts[start : start + BATCH], padding=True, truncation=True, max_length=limit,
-                          return_tensors="np")  # fmt: skip
-        yield {name: array for name, array in found.items() if name in base.export["kwargs"]}
+    limits = [base.config.get(key) for key in POSITIONS]
+    # Some models count positions from after the padding token's number.
+    longest = min([n - 2 for n in limits if isinstance(n, int)] + [int(min(tokenizer.model_max_length, 512))])
+    for text in texts:
+        found = tokenizer([text], truncation=True, max_length=max(longest, 1), return_tensors="np")
+        inputs = {name: array for name, array in found.items() if name in base.export["kwargs"]}
+        if not inputs["input_ids"].size:
+            raise fail("E212", f"the calibration text {text[:60]!r} has no tokens", expected="texts with words")
+        yield inputs

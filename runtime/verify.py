@@ -72,7 +72,9 @@ def reference(model: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
             output = model(**feeds, **extra)
         except TypeError:
             output = model(**feeds)
-    return {name: value.numpy() for name, value in output.items() if isinstance(value, torch.Tensor)}
+    wide = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in output.items()
+            if isinstance(value, torch.Tensor)}  # fmt: skip
+    return {name: value.numpy() for name, value in wide.items()}
 
 
 def compare(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:

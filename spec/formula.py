@@ -288,24 +288,6 @@ def calls(expr: Expr) -> set[str]:
     return {node.function for node in walk(expr) if isinstance(node, Call)}
 
 
-def substitute(expr: Expr, values: Mapping[str, Expr]) -> Expr:
-    """The expression with other expressions in place of names."""
-
-    def sub(child: Expr) -> Expr:
-        return substitute(child, values)
-
-    match expr:
-        case Name(id=name):
-            return values.get(name, expr)
-        case Items(elements=elements, text=text):
-            return Items(tuple(map(sub, elements)), text)
-        case Conditional(test=test, then=then, other=other, text=text):
-            return Conditional(sub(test), sub(then), sub(other), text)
-        case Call(function=function, args=args, keywords=keywords, text=text):
-            return Call(function, tuple(map(sub, args)), tuple((key, sub(value)) for key, value in keywords), text)
-    return expr
-
-
 class FormulaError(Exception):
     """Raised by an interpreter's function; `Interpreter.evaluate` adds which sub-expression it was."""
 

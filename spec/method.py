@@ -75,7 +75,8 @@ class Parameter:
         source: where its values lie when it is no part of the weights file: a file's name, or `START` for start
             values that the seed decides.
         owner: what its tensors' names start with, in place of the attachment's name.
-        part: what it is where it is no weight of the method's own: `gate`, `mask` or `bank`.
+        part: what it is where it is no weight of the method's own: `gate`; `mask`, the logits or scores that choose
+            from a bank or a prototype; `bank`.
     """
 
     name: str
@@ -131,6 +132,14 @@ class Method:
             return bool(interpreter.evaluate(condition, options))
 
         return replace(self, parameters=tuple(filter(exists, self.parameters)))
+
+    def mentions(self) -> set[str]:
+        """Every name in any of its formulas."""
+        shapes = (axis for p in self.parameters for axis in (*p.shape, p.init))
+        conditions = (p.condition for p in self.parameters if p.condition is not None)
+        cut = () if self.cut is None else (self.cut,)
+        formulas = (*shapes, *conditions, *cut, *(e for _, e in self.let), *(e for _, e in self.effects))
+        return {name for expr in formulas for name in names(expr)}
 
     def reads(self) -> set[str]:
         """The names that the method's definitions read, through `let:` bindings."""

@@ -61,6 +61,8 @@ class Recipe:
                     filled[key], origins[key] = entry[key], key
             if "name" in entry:
                 filled["name"], origins["name"] = f"{entry['name']}_{filled.get('name', filled['method'])}", "name"
+                if isinstance(filled.get("generate"), dict) and filled["generate"].get("network"):
+                    filled["generate"]["network"] = f"{entry['name']}_{filled['generate']['network']}"
             found.append((filled, origins))
         return found
 

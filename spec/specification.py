@@ -52,14 +52,16 @@ class Attachment:
         """What a spec would say about it, recipes expanded."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         said = {"expect": self.expect, "mode": self.mode, "after": self.after or None}
+        defaults, mentioned = self.method.defaults, self.method.mentions()
+        options = {key: v for key, v in self.options.items() if v != defaults[key] and key in mentioned}
         return {
             "method": self.method.name,
             "name": self.name,
             "parameter" if self.by_parameter else "at": list(self.at),
             "layers": layers,
             **{key: value for key, value in said.items() if value is not None},
-            **self.options,
-            **{name: dict(options) for name, options in self.combined.items()},
+            **options,
+            **{name: dict(settings) for name, settings in self.combined.items()},
         }
 
     def at_key(self, key: str) -> Place:
@@ -185,7 +187,7 @@ def _attachment(
     selector = entry.get("at", entry.get("parameter"))
     layers = entry.get("layers", "all")
     options = {**method.defaults, **{k: v for k, v in entry.items() if k not in RESERVED}}
-    method, combined = combine(method, options, entry, place, places)
+    method, combined = combine(method, options, entry, place, places, recipe)
     return Attachment(
         name=entry.get("name", method.name),
         method=method,
@@ -209,6 +211,7 @@ def combine(
     entry: Mapping[str, Any],
     place: Place,
     places: Mapping[str, Place],
+    recipe: str = "",
 ) -> tuple[Method, dict[str, dict[str, Any]]]:
     """A method wrapped as an entry says, and each combinator's options.
 
@@ -217,23 +220,38 @@ def combine(
     """
     used = {name: entry[name] for name in COMBINATORS if entry.get(name) not in (None, False)}
     combined: dict[str, dict[str, Any]] = {}
-    if used and not any(isinstance(value, list) for value in options.values()):
-        method = method.chosen(options)
+    if used:
+        method = method.chosen({key: value for key, value in options.items() if not isinstance(value, list)})
     for name, said in used.items():
         combinator, where = COMBINATORS[name], places.get(name, place)
         for other, reason in (combinator.excludes or {}).items():
             if other in used:
                 raise fail("E211", f"`{name}:` and `{other}:` do not go together: {reason}", where, "one of them")
         combined[name] = combinator.defaults | (said if isinstance(said, dict) else {})
-        method = combinator.rewrite(method, combined[name], where)
+        rewritten = combinator.rewrite(method, combined[name], where)
+        if not recipe:
+            check_options(name, method, rewritten, entry, where)
+        method = rewritten
     return method, combined
+
+
+def check_options(name: str, before: Method, after: Method, entry: Mapping[str, Any], place: Place) -> None:
+    """Refuse an option that a spec gives and that a combinator has made meaningless.
+
+    Raises:
+        PeltError: E211.
+    """
+    for option in before.options:
+        if option.name in entry and option.name in before.mentions() and option.name not in after.mentions():
+            raise fail("E211", f"`{name}:` takes the place of '{option.name}', which is given too", place,
+                       "one of them", "`replaces_scale: false` keeps both" if name == "gate" else "")  # fmt: skip
 
 
 def _check_names(document: Document, attach: tuple[Attachment, ...]) -> None:
     findings, seen = [], dict[str, int]()
     for i, entry in enumerate(attach):
         if entry.after and entry.after not in seen:
-            place = document.place("attach", i, "after")
+            place = entry.at_key("after")
             message = f"no attachment '{entry.after}' stands before this one"
             expected = one_of(list(seen)) if seen else "the name of an earlier attachment; this is the first"
             findings.append(Diagnostic("E202", message, place, expected, nearest(entry.after, seen)))

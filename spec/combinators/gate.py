@@ -10,7 +10,7 @@ from dataclasses import replace
 from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, option, refused
 from peltc.spec.diagnostics import Place
 from peltc.spec.formula import Call, Conditional, Expr, Name, names
-from peltc.spec.method import Method, Parameter
+from peltc.spec.method import NAMES, Method, Parameter
 
 READS = {"linear": "x", "norm": "x", "block": "y", "attention": "x"}
 SIZES = {"x": "in", "h": "d_model", "y": "out"}
@@ -30,7 +30,12 @@ def rewrite(method: Method, settings: Settings, place: Place) -> Method:
         gated = add(method, (Parameter("gate", (formula("1"),), formula("0.5"), part="gate"),), (), place)
     else:
         reads = settings["reads"] or method.gated_by or READS[method.site]
-        size = WIDTHS.get(method.site) or SIZES[reads]
+        size = WIDTHS.get(method.site) or SIZES.get(reads, "")
+        offered = [name for name in ("x", "y", "h", "r") if name in NAMES[method.site]]
+        if not size or (settings["reads"] and reads not in offered):
+            raise refused(
+                "gate", method, f"a gate cannot read '{reads}' there; it can read {', '.join(offered)}", place
+            )
         weight = Parameter("gate_weight", (formula("1"), formula(size)), formula("normal(0.02)"), part="gate")
         bias = Parameter("gate_bias", (formula("1"),), formula("zeros"), part="gate")
         masked = ", mask" if settings["mask_padding"] else ""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, number, option, refused
 from peltc.spec.combinators.prototype import product
 from peltc.spec.diagnostics import Place
-from peltc.spec.formula import Call, Expr, Items
+from peltc.spec.formula import Call, Expr, Items, Number
 from peltc.spec.method import Method, Parameter, initialiser
 
 
@@ -43,11 +43,11 @@ def rewrite(method: Method, settings: Settings, place: Place) -> Method:
         named = initialiser(p.init)
         constant = {"zeros": "0", "ones": "1"}.get(named[0] if named else "", "")
         if named is None:
-            if not p.init.text.replace(".", "").isdigit():
+            if not isinstance(p.init, Number):
                 raise refused(
                     "generate", method, f"'{p.name}' starts at {p.init.text!r}, which a network cannot", place
                 )
-            constant = p.init.text
+            constant = repr(p.init.value)
         init = formula("zeros" if constant else f"normal({settings['std']})")
         parameters.append(replace(p, name=f"{p.name}_generator", shape=(product(p.shape), number(size)), init=init,
                                   scope="model"))  # fmt: skip

@@ -47,7 +47,7 @@ PROTOTYPE = Combinator(
     "one shared module, of which each site keeps some elements",
     "arXiv:2305.17682, section 3; the authors' code: the largest absolute scores, straight-through",
     (option("keep", "the share of elements that a site keeps; the authors' code calls it sparsity", 0.5, type="number",
-            exclusiveMinimum=0, maximum=1),),
+            minimum=1e-6, maximum=1),),
     rewrite,
     notes="All sites share the biases too, which are not masked. Of n elements n - ⌊(1 - keep) n⌋ are kept.",
     excludes={"generate": "both say where the parameters come from"},

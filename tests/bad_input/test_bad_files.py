@@ -144,7 +144,7 @@ def test_weights_outside_the_folder(desk: Any, how: str, tmp_path_factory: pytes
     }[how]
     desk.write(LORA + f"weights: {path}\n")
     err = desk.refuse().err
-    assert f"E406 the weights '{path}' lie outside the spec's folder" in err
+    assert f"E406 the file {str(path)!r} lies outside the spec's folder" in err
     assert re.match(r"spec.yaml.*  weights\n", err)
     assert "hint: give the file by --weights" in err
 
