@@ -67,6 +67,30 @@ def test_equal_to_the_adapter_that_the_masks_make(
     assert peltc.verify(tmp_path / "mixed")["verification"]["worst"] <= 1e-5, "the bank is kept with the artifact"
 
 
+def test_a_given_bank_is_kept(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Weights may bring a bank along, in place of the random one; the artifact can be verified with it."""
+    random_bank = spec(tmp_path)
+    plan, _ = plan_for(random_bank, model_folder("bert"))
+    random = np.random.default_rng(2)
+    every = {n: random.normal(0, 0.3, t.shape).astype(np.float32) for n, t in plan.tensors.items()}
+    save_file(every, tmp_path / "all.safetensors")
+    peltc.compile(random_bank, model_folder("bert"), tmp_path / "out", tmp_path / "all.safetensors")
+    assert set(load_file(tmp_path / "out" / "adapter.safetensors")) == set(every)
+    assert peltc.verify(tmp_path / "out")["verification"]["worst"] <= 1e-5
+
+
+def test_more_than_a_machine_holds(model_folder: Callable[..., Path]) -> None:
+    entry = {"method": "lora", "at": "*attention.*", "r": 1024, "bank": {"size": 65536, "k": 2}}
+    with pytest.raises(peltc.PeltError, match="E205 the modules have"):
+        plan_for(peltc.load_spec({"pelt": 1, "attach": [entry]}), model_folder("bert"))
+
+
+def test_one_value_per_layer_needs_layers(model_folder: Callable[..., Path]) -> None:
+    entry = {"method": "lora", "at": ["attention.query", "pooler"], "r": [2] * 6}
+    with pytest.raises(peltc.PeltError, match="lies in none"):
+        plan_for(peltc.load_spec({"pelt": 1, "attach": [entry]}), model_folder("minilm"))
+
+
 def test_refused(bank: Path, model_folder: Callable[..., Path], tmp_path: Path) -> None:
     model = model_folder("bert")
     shutil.copy(bank, tmp_path / "model.safetensors")

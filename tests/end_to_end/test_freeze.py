@@ -71,6 +71,22 @@ def test_a_number_is_the_mean_over_texts(model_folder: Callable[..., Path]) -> N
     assert len(report) == 4 * 6
 
 
+@pytest.mark.xdist_group("minilm")
+def test_the_order_of_texts_does_not_matter(model_folder: Callable[..., Path]) -> None:
+    """Texts are measured one at a time: none is padded for another's sake."""
+    plan, base = plan_for(peltc.load_spec({"pelt": 1, "attach": [GATED]}), model_folder("minilm"))
+    tensors = random_tensors(plan.spec, model_folder("minilm"))
+    first, second = (freeze(plan, base, tensors, texts) for texts in (TEXTS, TEXTS[::-1]))
+    assert all(np.allclose(first.tensors[name], second.tensors[name], atol=1e-7) for name in first.tensors)
+
+
+@pytest.mark.xdist_group("minilm")
+def test_the_mode_is_kept(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    model, spec = model_folder("minilm"), peltc.load_spec(spec_file(tmp_path))
+    manifest = peltc.compile(spec, model, tmp_path / "out", random_tensors(spec, model), mode="static")
+    assert {m["mode"] for m in manifest["modules"]} == {"static"}
+
+
 @pytest.mark.parametrize(
     ("entry", "texts", "reason"),
     [

@@ -72,6 +72,16 @@ class TestGate:
         assert output is not None
         assert output.other.id == "y"  # type: ignore[union-attr]
 
+    @pytest.mark.parametrize(("method", "reads"), [("lora", "r"), ("prefix", "y"), ("norm_tuning", "h")])
+    def test_cannot_read_what_the_site_does_not_have(self, method: str, reads: str) -> None:
+        with pytest.raises(peltc.PeltError, match="E211"):
+            combined(method, gate={"reads": reads})
+
+    def test_an_option_that_it_makes_meaningless(self) -> None:
+        with pytest.raises(peltc.PeltError, match="takes the place of 'alpha', which is given too"):
+            combined("lora", alpha=4, gate=True)
+        combined("lora", alpha=4, gate={"replaces_scale": False})
+
 
 class TestGroups:
     @pytest.mark.parametrize(
@@ -117,6 +127,23 @@ class TestBank:
     def test_the_normaliser_is_said(self) -> None:
         found = formulas(combined("bottleneck", bank={"size": 9, "k": 4, "normalise": "sum"}))
         assert found["weights_up"] == "top_k_mask(mask_up, 4)"
+
+    def test_masks_exist_where_what_they_mix_does(self) -> None:
+        """With one value per layer both forms are there, and a layer has the masks of its own."""
+        method = combined("prefix", reparameterise=[True, False], bank={"size": 3, "k": 1})
+        conditions = {p.name: p.condition.text if p.condition else "" for p in method.parameters}
+        assert conditions["mask_K"] == conditions["K_bank"] == "not reparameterise"
+        assert conditions["mask_down"] == conditions["down_bank"] == "reparameterise"
+
+    @pytest.mark.parametrize(("method", "reason"), [("ia3", "so would all modules"), ("dora", "cannot know")])
+    def test_a_random_bank_of_equal_modules(self, method: str, reason: str) -> None:
+        with pytest.raises(peltc.PeltError, match=reason):
+            combined(method, bank=True)
+        combined(method, bank={"file": "bank.safetensors"})
+
+    def test_a_random_bank_of_vectors_is_not_of_zeros(self) -> None:
+        inits = {p.name: p.init.text for p in combined("bitfit", bank=True).parameters}
+        assert [text for name, text in inits.items() if name.endswith("_bank")] == ["normal(0.02)"]
 
     def test_a_mask_cannot_choose_more_than_there_are(self) -> None:
         with pytest.raises(peltc.PeltError, match="cannot choose 10 of 9"):

@@ -52,6 +52,13 @@ def test_what_may_be_said_about_all_attachments() -> None:
     assert {(a.layers, a.mode, a.recipe) for a in spec.attach} == {("first 2", "static", "unipelt")}
 
 
+def test_a_name_keeps_networks_apart() -> None:
+    spec = load({"recipe": "hyperpelt"}, {"recipe": "hyperpelt", "name": "other"})
+    networks = {a.name: a.combined["generate"]["network"] for a in spec.attach if a.combined}
+    assert networks == {"adapter": "hyper", "prefix": "hyper", "other_adapter": "other_hyper",
+                        "other_prefix": "other_hyper"}  # fmt: skip
+
+
 def test_parts_go() -> None:
     spec = load({"recipe": "unipelt", "lora": False, "gates": False})
     assert [(a.name, dict(a.combined)) for a in spec.attach] == [("prefix", {}), ("bottleneck", {})]
