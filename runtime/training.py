@@ -26,7 +26,7 @@ def parameter_groups(
     Args:
         model: with modules attached.
         lr: the learning rate.
-        rates: other rates by group: `modules`, `gates`, `masks`, `base`.
+        rates: other rates by group (`modules`, `gates`, `masks`, `base`), or by attachment, which goes first.
         weight_decay: of matrices; vectors, gates and masks have none.
 
     Returns:
@@ -39,16 +39,23 @@ def parameter_groups(
     if attached is None:
         raise fail("E209", "the model has no modules attached", hint="call peltc.attach(model, spec) first")
     rates = dict(rates or {})
+    known = (*GROUPS, *dict.fromkeys(claim.attachment for claim in attached.plan.claims))
     for name in rates:
-        if name not in GROUPS:
-            raise fail("E213", f"there is no group '{name}' of parameters", expected=one_of(GROUPS),
-                       hint=nearest(name, GROUPS))  # fmt: skip
-    group_of = {id(attached.parameter(n)): _OF_PART.get(t.part, "modules") for n, t in attached.plan.tensors.items()}
+        if name not in known:
+            raise fail("E213", f"there is no group '{name}' of parameters", expected=one_of(known),
+                       hint=nearest(name, known))  # fmt: skip
+    group_of = {
+        id(attached.parameter(t.name)): claim.attachment if claim.attachment in rates and claim.attachment not in GROUPS
+        else _OF_PART.get(t.part, "modules")
+        for claim in attached.plan.claims
+        for t in claim.tensors.values()
+    }  # fmt: skip
     groups: dict[tuple[str, bool], list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             group = group_of.get(id(parameter), "base")
-            groups.setdefault((group, group in ("modules", "base") and parameter.dim() > 1), []).append(parameter)
+            decays = group not in ("gates", "masks") and parameter.dim() > 1
+            groups.setdefault((group, decays), []).append(parameter)
     return [
         {"name": group if decays else f"{group}, no decay", "params": members, "lr": rates.get(group, lr),
          "weight_decay": weight_decay if decays else 0.0}

@@ -154,3 +154,15 @@ def test_a_target_that_is_not_detached_shows() -> None:
                 + F.kl_div(q, p, reduction="batchmean", log_target=True)) / 2  # fmt: skip
 
     assert (gradient(attached_targets) - closed_form()).abs().max() > 1e-2
+
+
+def test_a_rate_for_one_attachment(attached: Any) -> None:
+    """A head that is an attachment has a rate of its own, whatever group its values would be in."""
+    model = attached({"recipe": "unipelt", "r": 2, "length": 2, "hidden": 4}, {"method": "replace", "at": "head"})
+    groups = peltc.parameter_groups(model, 1e-3, {"replace": 5e-2, "gates": 1e-2})
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["replace"] == rates["replace, no decay"] == 5e-2
+    assert rates["gates, no decay"] == 1e-2
+    assert rates["modules"] == 1e-3
+    counted = sum(p.numel() for group in groups for p in group["params"])
+    assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
