@@ -130,6 +130,15 @@ OWN: dict[str, Any] = {
     },
 }
 
+WRAPS = ("gate", "experts", "bank", "generate", "prototype")
+COMBINED = {name for name in CASES if name.partition("-")[0] in WRAPS} | {
+    "unipelt", "unipelt_ia3", "mam", "hyperpelt", "lorahub-delta", "tiny_attention-early",
+}  # fmt: skip
+"""Cases of combinators and recipes: the same formulas as in other cases, combined."""
+
+SAMPLE = ("bert", "llama", "t5")
+"""Families that every case runs on: an encoder, a decoder with grouped heads, both at once."""
+
 FOLDS = {
     "lorahub", "lorahub-delta", "replace", "gate-constant", "experts-lora", "bank-lora", "generate-ia3",
     "lora", "lora-everywhere", "lora-rank-stabilised", "dora", "adalora", "loha", "lokr", "lokr-full", "vera", "ia3",

@@ -28,8 +28,16 @@ from peltc.spec.diagnostics import PeltError
 from peltc.spec.method import shipped
 from peltc.spec.specification import Spec, load_spec
 
-CELLS = [pytest.param(family, case, marks=pytest.mark.xdist_group(family))
-         for family in models.FAMILIES for case in cases.CASES]  # fmt: skip
+
+def cell(family: str, case: str) -> Any:
+    """A cell of the table; what combines other cases runs on a part of the families, and on the others in sweeps."""
+    slow = case in cases.COMBINED and family not in cases.SAMPLE and (family, case) != ("minilm", "unipelt")
+    return pytest.param(
+        family, case, marks=[pytest.mark.xdist_group(family), *([pytest.mark.slow] if slow else [])]
+    )  # fmt: skip
+
+
+CELLS = [cell(family, case) for family in models.FAMILIES for case in cases.CASES]
 
 
 def histogram(model: ir.Model) -> Counter[str]:
