@@ -309,7 +309,7 @@ def trained(layer: Any) -> dict[str, Tensor]:
 def test_prompt(name: str, task: str, toys: Any, close: Any) -> None:
     """PEFT's outputs begin with the prompt's; ours keep the length of the text. PEFT drops token types."""
     length = 5
-    spec = [entry("prompt", "embedding", length=length)]
+    spec = [entry("prompt", "embedding.word", length=length)]
     tensors = toys.weights(name, toys.plan(name, *spec))
     config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=length)
     theirs = peft.get_peft_model(toys.model(name), config).eval()
@@ -326,7 +326,7 @@ def test_prompt(name: str, task: str, toys: Any, close: Any) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_prompt_loss(name: str, toys: Any, close: Any) -> None:
     """What `Trainer` asks for: the prompt's own positions predict nothing, its last one the first token of the text."""
-    spec, inputs = [entry("prompt", "embedding", length=5)], toys.inputs(name, padding=0)
+    spec, inputs = [entry("prompt", "embedding.word", length=5)], toys.inputs(name, padding=0)
     tensors = toys.weights(name, toys.plan(name, *spec))
     theirs = peft.get_peft_model(
         toys.model(name), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)

@@ -523,11 +523,12 @@ def gate_of(bench: Bench, t: Mapping[str, Array], z: Array, padding: bool) -> Ar
 @pytest.mark.parametrize("replaces", [True, False])
 def test_a_constant_gate(bench: Bench, replaces: bool) -> None:
     """One number in place of the scale or beside it; folded into the base's weights like any other."""
-    entry = {"method": "lora", "at": EVERY, "r": 4, "alpha": 6, "gate": {"constant": True, "replaces_scale": replaces}}
+    entry = {"method": "lora", "at": EVERY, "r": 4, "gate": {"constant": True, "replaces_scale": replaces}}
     model, tensors = bench.attach(entry)
-    scale = 1.0 if replaces else 6 / 4
+    alpha = 16
+    scale = 1.0 if replaces else alpha / 4
     bench.check(model, lora_places(bench, tensors, lambda t, x: scale * t["gate"]))
-    wrong(bench, model, lora_places(bench, tensors, lambda t, x: (6 / 4 if replaces else 1.0) * t["gate"]))
+    wrong(bench, model, lora_places(bench, tensors, lambda t, x: (alpha / 4 if replaces else 1.0) * t["gate"]))
     found, own, tensors = folded(bench, entry)
     at = tensors_at(bench, tensors, "lora")
     for i in range(2):
@@ -539,10 +540,9 @@ def test_a_constant_gate(bench: Bench, replaces: bool) -> None:
 
 
 def test_a_constant_gate_on_an_adapter(bert: Bench, tmp_path: Path) -> None:
-    """F8: what is deployed is the adapter with Wu' = g Wu and bu' = g bu, and not an operator more. The adapter's own
-    scale goes, since the gate stands in its place."""
+    """F8: what is deployed is the adapter with Wu' = g Wu and bu' = g bu, and not an operator more."""
     plain = {"method": "bottleneck", "at": BLOCKS, "size": 6}
-    entry = {**plain, "gate": {"constant": True}, "scale": 0.7}
+    entry = {**plain, "gate": {"constant": True}}
     model, tensors = bert.attach(entry)
     at = tensors_at(bert, tensors, "bottleneck")
 
@@ -613,7 +613,7 @@ def test_padding_in_a_gate(bert: Bench, padding: bool) -> None:
     """The authors' code averages over padding too; `mask_padding` leaves it out. Each is seen to be the other's
     mistake, and so is the sigmoid of the mean in place of the mean of sigmoids."""
     gate = {"mask_padding": not padding}
-    model, tensors = bert.attach({"method": "lora", "at": EVERY, "r": 4, "alpha": 6, "gate": gate})
+    model, tensors = bert.attach({"method": "lora", "at": EVERY, "r": 4, "gate": gate})
     bert.check(model, lora_places(bert, tensors, lambda t, x: gate_of(bert, t, x, padding)))
     wrong(bert, model, lora_places(bert, tensors, lambda t, x: gate_of(bert, t, x, not padding)), least=1e-4)
 
