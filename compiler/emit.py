@@ -59,6 +59,19 @@ class Emitter:
         self.added.add(node)
         return output
 
+    def copy(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Node:
+        """A copy of a node that reads other values. Of shapes it keeps what a longer sequence does not change."""
+        clone = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
+        clone.metadata_props.update({**node.metadata_props, **self.marks})
+        for before, after in zip(node.outputs, clone.outputs, strict=True):
+            after.name, after.type = self.unique(before.name or "copy"), before.type
+            if before.shape is not None and len(before.shape):
+                after.shape = ir.Shape([*[None] * (len(before.shape) - 1), last_size(before)])
+        clone.name = clone.outputs[0].name
+        self.graph.append(clone)
+        self.added.add(clone)
+        return clone
+
     def split(self, value: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
         """The features of a value in parts."""
         node = ir.node("Split", [value, self.integers(widths)], {"axis": -1}, num_outputs=len(widths))
@@ -419,19 +432,8 @@ def clone_between(source: ir.Value, target: ir.Value, replacement: ir.Value, emi
         if value not in copies:
             node = value.producer()
             assert node is not None
-            attributes = {name: attribute for name, attribute in node.attributes.items()}
-            inputs = [copy(v) for v in node.inputs]
-            clone = ir.Node(node.domain, node.op_type, inputs, attributes.values(), num_outputs=len(node.outputs))
-            clone.metadata_props.update({**node.metadata_props, **emitter.marks})
-            for before, after in zip(node.outputs, clone.outputs, strict=True):
-                after.name = emitter.unique(before.name or "copy")
-                after.type = before.type
-                if before.shape is not None and len(before.shape):
-                    after.shape = ir.Shape([*[None] * (len(before.shape) - 1), last_size(before)])
-                copies[before] = after
-            clone.name = clone.outputs[0].name
-            emitter.graph.append(clone)
-            emitter.added.add(clone)
+            clone = emitter.copy(node, [copy(v) for v in node.inputs])
+            copies.update(zip(node.outputs, clone.outputs, strict=True))
         return copies[value]
 
     result = copy(target)

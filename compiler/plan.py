@@ -102,6 +102,18 @@ class Claim:
             self.site.kind, self.site.sizes, self.width, self.effects, self.method.let, self.constants, shapes
         )
 
+    @property
+    def marks(self) -> dict[str, str]:
+        """What the claim's nodes in the graph carry in their metadata."""
+        return {"pelt.attachment": self.attachment, "pelt.method": self.method.name, "pelt.site": self.site.name}
+
+    def shape(self, effect: str) -> Shape:
+        """The shape of a definition at the site; `B`, `S` and `T` are symbols."""
+        shapes = ShapeInterpreter()
+        values, _ = site_shapes(self.site.kind, self.site.sizes, width=self.width)
+        values |= {name: Shape(tensor.shape) for name, tensor in self.tensors.items()}
+        return as_tensor(shapes.evaluate(self.effects[effect], self.scope(values, shapes)))
+
     @cached_property
     def cut(self) -> str:
         """Where tokens that the claim puts before the sequence leave it again: `head` or `outputs`."""

@@ -27,8 +27,8 @@ from peltc.compiler.profile import pack
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import fail
+from peltc.spec.dims import Dim
 from peltc.spec.formula import Deferred
-from peltc.spec.shapes import Shape, ShapeInterpreter
 from peltc.spec.specification import Spec, load_spec
 
 Tensor = torch.Tensor
@@ -421,7 +421,7 @@ class Attached(nn.Module):
         table = model.get_input_embeddings()
         seq2seq = self.seq2seq
         behind, early = site.role == "embedding", claims[0].cut == "head"
-        added = sum(prepended(claim) for claim in claims)
+        added = sum(Dim.of(claim.shape("prepend").dims[0]).constant or 0 for claim in claims)
         length = {"whole": 0}
 
         def join(text: Tensor) -> Tensor:
@@ -514,14 +514,6 @@ def _forget_reruns(model: nn.Module) -> None:
         checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, Rerun):
             layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
-
-
-def prepended(claim: Claim) -> int:
-    """How many tokens a claim puts before the sequence."""
-    shapes = ShapeInterpreter()
-    values = {name: Shape(tensor.shape) for name, tensor in claim.tensors.items()}
-    found = shapes.evaluate(claim.effects["prepend"], claim.scope(values, shapes))
-    return int(found.dims[0])
 
 
 def _key(name: str) -> str:

@@ -253,8 +253,9 @@ def build(document: Document, name: str = "", keys: tuple[str | int, ...] = ()) 
         scope.add(key)
     for key, expr in effects:
         check(expr, scope, key)
-    if "cut" in tree:
-        check(formula(tree["cut"], "cut"), sizes, "cut")
+    cut = formula(tree["cut"], "cut") if "cut" in tree else None
+    if cut is not None:
+        check(cut, sizes, "cut")
     if (gated_by := str(tree.get("gated_by", ""))) and gated_by not in scope:
         message, where = f"unknown name '{gated_by}'", document.place(*keys, "gated_by")
         findings.append(Diagnostic("E305", message, where, one_of(sorted(scope)), nearest(gated_by, scope)))
@@ -273,7 +274,7 @@ def build(document: Document, name: str = "", keys: tuple[str | int, ...] = ()) 
         str(tree.get("notes", "")).strip(),
         document.place(*keys),
         gated_by,
-        formula(tree["cut"], "cut") if "cut" in tree else None,
+        cut,
     )
 
 

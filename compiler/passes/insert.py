@@ -20,11 +20,9 @@ import onnx_ir as ir
 from peltc.compiler.anatomy import Rows, Site
 from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
 from peltc.compiler.plan import LEVELS, Claim
-from peltc.spec.check import site_shapes
 from peltc.spec.diagnostics import fail
 from peltc.spec.dims import Dim, simplify
-from peltc.spec.formula import Deferred, Expr
-from peltc.spec.shapes import Shape, ShapeInterpreter
+from peltc.spec.formula import Deferred
 
 Array = np.ndarray[Any, Any]
 MASK_STEPS = {"Cast", "Not", "Identity", "Mul", "Sub", "Unsqueeze"}
@@ -59,9 +57,8 @@ class _Inserter:
         self.extended: dict[tuple[ir.Value, ir.Value, int], ir.Value] = {}
 
     def emitter(self, claim: Claim, like: ir.Value) -> Emitter:
-        marks = {"pelt.attachment": claim.attachment, "pelt.method": claim.method.name, "pelt.site": claim.site.name}
         dtype = like.dtype or ir.DataType.FLOAT
-        return Emitter(self.graph, dtype, f"pelt.{claim.attachment}.{claim.site.name}", marks)
+        return Emitter(self.graph, dtype, f"pelt.{claim.attachment}.{claim.site.name}", claim.marks)
 
     def current(self, name: str) -> ir.Value:
         """A graph value as it is by now, claims made before included."""
@@ -272,7 +269,7 @@ class _Inserter:
                 value, interpreter = self.evaluate(claim, effect, read, **{role: read})
                 emitter = interpreter.emitter
                 new = interpreter.value(value)
-                longer = added_positions(claim, claim.effects[effect])
+                longer = added_positions(claim, effect)
                 repeats = site.sizes["heads"] // site.sizes["kv_heads"]
                 # The base repeats heads with lengths taken from the input, which are no longer right.
                 wide = _repeat_heads(new, site, repeats, emitter) if repeats > 1 else new
@@ -335,12 +332,9 @@ class _Inserter:
         """Tokens before the sequence: `prepend` has its own pass."""
 
 
-def added_positions(claim: Claim, expr: Expr) -> int:
+def added_positions(claim: Claim, effect: str) -> int:
     """By how many positions a definition of keys or values makes them longer."""
-    shapes = ShapeInterpreter()
-    values, _ = site_shapes(claim.site.kind, claim.site.sizes, width=claim.width)
-    values |= {name: Shape(t.shape) for name, t in claim.tensors.items()}
-    found = shapes.evaluate(expr, claim.scope(values, shapes))
+    expr, found = claim.effects[effect], claim.shape(effect)
     more = simplify(Dim.of(found.dims[-2]) - Dim.of("T"))
     if not isinstance(more, int) or more < 0:
         raise fail(

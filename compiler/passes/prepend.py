@@ -38,8 +38,7 @@ def prepend(
     graph = model.graph
     embedded = next(v for v in graph.inputs if v.name == "inputs_embeds")
     claim = claims[0]
-    marks = {"pelt.attachment": claim.attachment, "pelt.method": claim.method.name, "pelt.site": claim.site.name}
-    emitter = Emitter(graph, embedded.dtype or ir.DataType.FLOAT, f"pelt.{claim.attachment}", marks)
+    emitter = Emitter(graph, embedded.dtype or ir.DataType.FLOAT, f"pelt.{claim.attachment}", claim.marks)
     numeric = NumericInterpreter()
     parts = []
     for c in claims:
@@ -117,16 +116,8 @@ def _embedded(graph: ir.Graph, base: Base, site: Site, ids: ir.Value, emitter: E
         if node is None:
             copies[value] = ids if value.name == "input_ids" else _same_input(value, inputs, graph, emitter)
             return copies[value]
-        sources = [copy(v) for v in node.inputs]
-        clone = ir.Node(node.domain, node.op_type, sources, node.attributes.values(), num_outputs=len(node.outputs))
-        clone.metadata_props.update({**node.metadata_props, **emitter.marks})
-        for before, after in zip(node.outputs, clone.outputs, strict=True):
-            after.name, after.type = emitter.unique(before.name or "copy"), before.type
-            after.shape = before.shape
-            copies[before] = after
-        clone.name = clone.outputs[0].name
-        graph.append(clone)
-        emitter.added.add(clone)
+        clone = emitter.copy(node, [copy(v) for v in node.inputs])
+        copies.update(zip(node.outputs, clone.outputs, strict=True))
         return copies[value]
 
     start = next(v for v in _values(other) if v.name == site.values["y"])
