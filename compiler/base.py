@@ -28,7 +28,7 @@ from peltc.spec.diagnostics import Place, fail, nearest
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FORMAT = 6
+FORMAT = 7
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20

@@ -66,7 +66,7 @@ def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, pre
         try:
             parsed = transformers.AutoConfig.for_model(**dict(config))
             with init_empty_weights(include_buffers=False):
-                model = cls._from_config(parsed, dtype=getattr(torch, precision)).eval()
+                model = unbacked(cls._from_config(parsed, dtype=getattr(torch, precision)).eval())
         except Exception as error:
             raise fail(
                 "E502",
@@ -91,11 +91,28 @@ def export_like(model: Any) -> Exported:
         config._attn_implementation = None
         with init_empty_weights(include_buffers=False):
             empty = type(model)._from_config(config, dtype=model.dtype).eval()
-        return export_model(empty)
+        return export_model(unbacked(empty))
+
+
+def unbacked(model: Any) -> Any:
+    """Give a model's parameters addresses on the CPU, and no memory: pages that nobody touches take none.
+
+    On the meta device, where they come from, they would not mix with the tensors that many models make on the CPU
+    while they run."""
+    import torch
+
+    placed: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in placed:  # tied parameters stay tied
+                    placed[id(parameter)] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), False)
+                module._parameters[name] = placed[id(parameter)]
+    return model
 
 
 def export_model(model: Any, variant: str = "ids", whole: bool = False) -> Exported:
-    """Export a torch model of `transformers` whose parameters are on the meta device.
+    """Export a torch model of `transformers`; no parameter is read, so they need no memory.
 
     Tied parameters are told apart in the graph, each by the name of the module that uses it; `ties` says which belong
     together. Of equal layers a few are exported, and repeated in the graph.
@@ -179,7 +196,7 @@ def untie(model: Any) -> None:
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in seen:
             path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(parameter.detach().clone(), False))
+            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(torch.empty_like(parameter), False))
         seen.add(id(parameter))
 
 
@@ -226,6 +243,7 @@ def clean(model: Any, names: set[str]) -> dict[str, tuple[int, ...]]:
         tensor = value.const_value
         value.const_value = ir.tensor(tensor.numpy(), name=value.name)  # a buffer, out of torch's hands
     optimizer.optimize_ir(model, num_iterations=2)
+    part_transpositions(graph)
     unused = [value for value in parameters if not value.uses()]
     for value in unused:
         graph.inputs.remove(value)
@@ -235,6 +253,25 @@ def clean(model: Any, names: set[str]) -> dict[str, tuple[int, ...]]:
         if scope:
             node.metadata_props["namespace"] = scope
     return {value.name: tuple(int(d) for d in value.shape) for value in parameters if value.uses()}
+
+
+def part_transpositions(graph: Any) -> None:
+    """Let keys exist as [B, H, T, Dh] on their way from [B, T, H, Dh] to [B, H, Dh, T], in place.
+
+    Optimisers make one transposition of the two; ONNX Runtime does so again when it opens the graph."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", ())) == [0, 2, 3, 1]:
+            heads = ir.node("Transpose", [node.inputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{node.name}.heads")
+            output, source = heads.outputs[0], node.inputs[0]
+            output.name, output.type = f"{node.outputs[0].name}.heads", source.type
+            if source.shape is not None:
+                output.shape = ir.Shape([source.shape[axis] for axis in (0, 2, 1, 3)])
+            heads.metadata_props.update(node.metadata_props)
+            graph.insert_before(node, heads)
+            node.replace_input_with(0, output)
+            node.attributes["perm"] = ir.AttrInt64s("perm", [0, 1, 3, 2])
 
 
 def name_axes(model: Any, inputs: list[str]) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 import onnx_ir as ir
 
 LAYOUT = {"Reshape", "Transpose", "Identity", "Cast", "Squeeze", "Unsqueeze"}
+CUTS = {"Split", "Slice", "Gather", "GatherND"}
 NORM_STEPS = {"Pow", "ReduceMean", "Sqrt", "Reciprocal", "Cast", "Mul", "Div", "Sub", "Add", "ReduceL2", "Clip", "Max"}
 NONLINEAR = {"Gelu", "Erf", "Tanh", "Sigmoid", "Relu", "Softplus", "Elu", "LeakyRelu", "HardSwish", "HardSigmoid",
              "Clip", "Exp", "Pow", "Mish", "Selu", "Celu"}  # fmt: skip
@@ -107,17 +108,39 @@ class Flow:
 
     def made_of(self, value: ir.Value | None) -> str | None:
         """The one parameter that a value with no runtime input is computed from."""
-        if value is None or value in self.dynamic:
-            return None
+        found = self.sources(value) if value is not None and value not in self.dynamic else set()
+        return found.pop() if len(found) == 1 else None
+
+    def sources(self, value: ir.Value) -> set[str]:
+        """The parameters that a value without runtime inputs is computed from."""
         found: set[str] = set()
-        pending = [value]
+        seen, pending = {value}, [value]
         while pending:
             current = pending.pop()
             if current.name is not None and current.name in self.parameters:
                 found.add(current.name)
-            elif (node := current.producer()) is not None:
-                pending.extend(v for v in node.inputs if v is not None)
-        return found.pop() if len(found) == 1 else None
+            elif (node := current.producer()) is not None and node.op_type != "Shape":
+                fresh = [v for v in node.inputs if v is not None and v not in seen]
+                seen.update(fresh)
+                pending.extend(fresh)
+        return found
+
+    def unflattened(self, value: ir.Value) -> ir.Value:
+        """A value before its tokens were flattened."""
+        found = current = value
+        while (node := current.producer()) is not None and node.op_type in ("Reshape", "Identity"):
+            current = node.inputs[0]  # type: ignore[assignment]
+            if current is None or last_size(current) != last_size(value):
+                break
+            if _rank(current) > _rank(found):
+                found = current
+        return found
+
+    @staticmethod
+    def unwrapped(value: ir.Value, source: ir.Value) -> bool:
+        """Whether a value is another one, or a cast of it."""
+        node = value.producer()
+        return value is source or (node is not None and node.op_type == "Cast" and node.inputs[0] is source)
 
     def scalar(self, value: ir.Value | None) -> float | None:
         """The number in a constant with one element."""
@@ -180,6 +203,30 @@ class Flow:
         for linear in self.linears:
             table[linear.y] = table[linear.node.outputs[0]] = linear
         return table
+
+    @cached_property
+    def stacked(self) -> dict[ir.Node, str]:
+        """Products by the slices of a stacked parameter [E, ...], and its name: the linear maps of experts."""
+        found = {}
+        for node in self.nodes:
+            if node.op_type in ("MatMul", "Gemm", "Einsum") and node.outputs[0] in self.hidden:
+                for value in node.inputs:
+                    if name := self._stack_of(value):
+                        found[node] = name
+        return found
+
+    def _stack_of(self, value: ir.Value | None) -> str | None:
+        """The stacked parameter that a value is cut out of, or is whole."""
+        cut, whole = False, value is not None and _rank(value) == 3
+        while value is not None:
+            if value.name in self.parameters:
+                return value.name if len(self.parameters[value.name]) == 3 and (cut or whole) else None
+            node = value.producer()
+            if node is None or node.op_type not in (*LAYOUT, *CUTS):
+                return None
+            cut |= node.op_type in CUTS
+            value = node.inputs[0]
+        return None
 
     def _linear(self, node: ir.Node) -> Linear | None:
         if node.op_type not in ("MatMul", "Gemm") or node.inputs[0] not in self.hidden:

@@ -79,7 +79,7 @@ def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Fold
     """The parameters that take claims in, one after the other."""
     groups: dict[str, list[Claim]] = {}
     for claim in sorted(plan.claims, key=lambda c: LEVELS[c.site.kind]):
-        if claim.absorbed:
+        if claim.absorbed and not claim.follows:
             groups.setdefault(claim.absorbed, []).append(claim)
 
     def read(name: str) -> Array:

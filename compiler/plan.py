@@ -67,6 +67,7 @@ class Claim:
         mode: emission mode.
         absorbed: the name of the weight that takes the claim in, or "".
         reason: why it is not absorbed; names the sub-expression.
+        follows: the first of the sites that share this one's parameters, whose tensors and options it has; "" there.
     """
 
     attachment: str
@@ -82,6 +83,7 @@ class Claim:
     mode: str
     absorbed: str = ""
     reason: str = ""
+    follows: str = ""
 
     def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
         """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
@@ -163,6 +165,16 @@ class Plan:
         return sum(int(np.prod(t.shape)) for t in self.tensors.values() if not t.frozen)
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should know beside errors, one line each."""
+        groups: dict[tuple[str, str], int] = {}
+        for claim in self.claims:
+            if claim.follows:
+                groups[claim.attachment, claim.follows] = groups.get((claim.attachment, claim.follows), 1) + 1
+        return [f"'{name}' at {site} acts in {count} places, which share these parameters"
+                for (name, site), count in groups.items()]  # fmt: skip
+
+    @property
     def cost(self) -> Cost:
         """What all claims cost in the graph."""
         return sum((claim.cost for claim in self.claims), Cost())
@@ -204,8 +216,8 @@ def make_plan(spec: Spec, anatomy: Anatomy, fingerprint: str, mode: str | None =
 
     Raises:
         PeltError: every finding: E203 a selector that matches nothing, E204 another number of sites than expected,
-            E205 sizes that do not fit, E206 two claims that need an order, E207 a mode that is not there, E310 a
-            formula's shapes.
+            E205 sizes that do not fit, E206 two claims that need an order, E207 a mode that is not there, E214 some of
+            the sites that share parameters, E310 a formula's shapes.
     """
     return _Planner(spec, anatomy, fingerprint, mode).plan()
 
@@ -216,6 +228,7 @@ class _Planner:
         self.findings: list[Diagnostic] = []
         self.shared: dict[str, Tensor] = {}
         self.trials: dict[Any, str] = {}
+        self.order = {site.path: position for position, site in enumerate(anatomy.sites)}
 
     def plan(self) -> Plan:
         claims = [claim for entry in self.spec.attach for claim in self.claims(entry)]
@@ -233,7 +246,8 @@ class _Planner:
     # which sites
 
     def claims(self, entry: Attachment) -> list[Claim]:
-        sites = self.sites(entry)
+        chosen = self.sites(entry)
+        sites = self.leaders(entry, chosen)
         layers: list[tuple[str, int | None]] = list(
             sorted({(site.stack, site.layer) for site in sites if site.layer is not None})
         )
@@ -260,7 +274,27 @@ class _Planner:
         if found and not any(claim.effects for claim in found):
             self.find("E210", f"'{entry.name}' changes nothing at any of its {len(found)} sites", entry.place,
                       "options with which the method has an effect")  # fmt: skip
-        return found
+        first = {path: claim for claim in found for path in claim.site.shared}
+        followers = [replace(first[s.path], site=s, follows=first[s.path].site.name) for s in chosen
+                     if s not in sites and s.path in first]  # fmt: skip
+        return found + followers
+
+    def leaders(self, entry: Attachment, sites: list[Site]) -> list[Site]:
+        """Of sites that share their parameters the first: layers that are one module cannot be told apart in it, so a
+        change of one is a change of all."""
+        found: dict[str, Site] = {}
+        paths = {site.path for site in sites}
+        for site in sites:
+            if others := set(site.shared) - paths:
+                self.find(
+                    "E214",
+                    f"'{site.path}' and '{min(others)}' are one set of parameters, and only one of them is meant",
+                    _at(entry, "layers" if entry.layers != "all" else ""),
+                    "all of the sites that share parameters",
+                )
+                return []
+            found.setdefault(min((site.path, *site.shared), key=self.order.__getitem__), site)
+        return list(found.values())
 
     def sites(self, entry: Attachment) -> list[Site]:
         """The sites that an attachment means.
@@ -526,7 +560,7 @@ class _Planner:
             runtime = {"x", "y"} & claim.reads
             if {"delta", "output"} & set(claim.effects) or runtime:
                 return "", "a norm takes in changes of its gain and bias only"
-            return self.single(site.parameters["weight"], "norm") or ("", _SHARED)
+            return self.single(site.parameters["weight"], site) or ("", _SHARED)
         if site.kind == "block":
             weight = site.values.get("linear", "")
             if not weight:
@@ -548,16 +582,14 @@ class _Planner:
         reason = self.not_affine(claim)
         if reason:
             return "", reason
-        return self.single(weight, "linear") or ("", _SHARED)
+        return self.single(weight, claim.site) or ("", _SHARED)
 
-    def single(self, weight: str, kind: str) -> tuple[str, str] | None:
-        """The weight, if one map of the graph alone uses it."""
-        maps = {
-            s.values.get("product", s.path)
-            for s in self.anatomy
-            if s.parameters.get("weight") == weight and s.kind == kind
-        }
-        return (weight, "") if len(maps) == 1 else None
+    def single(self, weight: str, site: Site) -> tuple[str, str] | None:
+        """The weight, if the map at a site alone uses it, and those that are changed with it."""
+        kind = "norm" if site.kind == "norm" else "linear"
+        maps = {s.values.get("product", s.path): s for s in self.anatomy
+                if s.parameters.get("weight") == weight and s.kind == kind}  # fmt: skip
+        return (weight, "") if len(maps) == 1 + len(site.shared) else None
 
     def not_affine(self, claim: Claim) -> str:
         """Why a claim's effects are not affine, naming the sub-expression; empty where they are. It is tried."""

@@ -15,6 +15,16 @@ import onnx_ir as ir
 
 SIZES = {"batch": 2, "sequence": 3, "target": 5}
 UNKNOWN = -1
+MIXING = {"MatMul", "Gemm", "Conv", "Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "Einsum"}
+"""Operators after which features are no longer those of the seed."""
+KEEPING = {
+    "Add", "Sub", "Mul", "Div", "Pow", "Neg", "Abs", "Sign", "Sqrt", "Reciprocal", "Exp", "Log", "Floor", "Ceil",
+    "Round", "Mod", "Min", "Max", "Clip", "Where", "Cast", "Identity", "Dropout", "Not", "And", "Or", "Equal", "Less",
+    "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN", "Sigmoid", "Tanh", "Relu", "Gelu", "Erf", "Elu", "Celu",
+    "Selu", "LeakyRelu", "Softplus", "Softsign", "HardSigmoid", "HardSwish", "Mish", "Swish", "PRelu", "Sin", "Cos",
+    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization", "Trilu", "CumSum",
+}  # fmt: skip
+"""Operators after which each feature is where it was."""
 
 Array = np.ndarray[Any, Any]
 
@@ -78,6 +88,8 @@ class Probe:
             return [np.squeeze(x, tuple(int(a) for a in self.integers(node.inputs[1])))]
         if kind == "Expand" and x is not None:
             return [x * np.ones(tuple(int(n) for n in self.integers(node.inputs[1])), np.int64)]
+        if kind == "Tile" and x is not None:
+            return [np.tile(x, tuple(int(n) for n in self.integers(node.inputs[1])))]
         if kind == "Split" and x is not None:
             axis, count = node.attributes.get_int("axis", 0), len(node.outputs)
             if len(node.inputs) > 1 and node.inputs[1] is not None:
@@ -94,6 +106,14 @@ class Probe:
             return [x[tuple(index)]]
         if kind == "Gather" and x is not None:
             return [np.take(x, self.integers(node.inputs[1], scalar=True), node.attributes.get_int("axis", 0))]
+        if kind == "GatherND" and x is not None and not node.attributes.get_int("batch_dims", 0):
+            where = np.asarray(self._integers(node.inputs[1]))
+            return [x[tuple(np.moveaxis(where, -1, 0))]]
+        if kind == "ScatterND":
+            data = np.full(self.shape(node.inputs[0]), UNKNOWN) if x is None else x.copy()
+            where = np.asarray(self._integers(node.inputs[1]))
+            data[tuple(np.moveaxis(where, -1, 0))] = UNKNOWN if inputs[2] is None else inputs[2]
+            return [data]
         if kind == "Concat":
             axis = node.attributes.get_int("axis", 0)
             model = next(i for i in inputs if i is not None)
@@ -105,9 +125,16 @@ class Probe:
                     array = np.full(shape, UNKNOWN)
                 parts.append(array)
             return [np.concatenate(parts, axis)]
-        if kind in ("MatMul", "Gemm", "Conv", "Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "Einsum"):
-            return [None] * len(node.outputs)  # features mix: what comes after is no feature of the seed
-        # elementwise, norms, casts: features keep their places
+        if kind == "Pad" and x is not None:
+            pads = [int(n) for n in self.integers(node.inputs[1])]
+            widths = list(zip(pads[: x.ndim], pads[x.ndim :], strict=True))
+            if len(pads) != 2 * x.ndim or any(n < 0 for n in pads):
+                raise Unprobed("Pad of some axes")
+            return [np.pad(x, widths, constant_values=UNKNOWN)]
+        if kind in MIXING:
+            return [None] * len(node.outputs)
+        if kind not in KEEPING:
+            raise Unprobed(f"{kind} moves features")
         tracked = [i for i in inputs if i is not None]
         result = tracked[0]
         for other in tracked[1:]:
@@ -159,14 +186,21 @@ class Probe:
             return np.concatenate([np.atleast_1d(self._integers(a)) for a in args])
         if kind == "Squeeze":
             return np.squeeze(self._integers(args[0]))
-        if kind in ("Unsqueeze",):
-            return np.atleast_1d(self._integers(args[0]))
+        if kind == "Range":
+            start, stop, step = (int(self._integers(a)) for a in args)
+            return np.arange(start, stop, step)
+        if kind == "Unsqueeze":
+            return np.expand_dims(
+                self._integers(args[0]), tuple(int(a) for a in np.atleast_1d(self._integers(args[1])))
+            )
         if kind == "Reshape":
             return self._integers(args[0]).reshape([int(n) for n in np.atleast_1d(self._integers(args[1]))])
         if kind == "Gather":
             return np.take(self._integers(args[0]), self._integers(args[1]), node.attributes.get_int("axis", 0))
         if kind == "Slice":
             data, start, stop = (np.atleast_1d(self._integers(a)) for a in args[:3])
+            if len(start) != 1 or (len(args) > 3 and int(np.atleast_1d(self._integers(args[3]))[0])):
+                raise Unprobed("Slice of another axis in a shape")
             return data[int(start[0]) : int(stop[0])]
         operation = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.floor_divide, "Mod": np.mod,
                      "Max": np.maximum, "Min": np.minimum}.get(kind)  # fmt: skip

@@ -171,7 +171,8 @@ class Attached(nn.Module):
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         groups: dict[str, list[Claim]] = {}
         for claim in self.plan.claims:
-            groups.setdefault(claim.site.name, []).append(claim)
+            if not claim.follows:  # modules that several sites share run for all of them
+                groups.setdefault(claim.site.name, []).append(claim)
         anchors = set()
         for claim in self.plan.claims:
             anchors |= {claim.site.anchors.get(role, "") for role in ("x", "r", "h") if role in claim.reads}
@@ -215,7 +216,7 @@ class Attached(nn.Module):
 
     def closing(self) -> Callable[..., None]:
         """Every module must have taken part: a site that the forward pass goes around is an error, not a no-op."""
-        expected = {claim.site.name for claim in self.plan.claims}
+        expected = {claim.site.name for claim in self.plan.claims if not claim.follows}
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.seen.clear()

@@ -87,6 +87,8 @@ def compile(
     plan, base = plan_for(spec, model, architecture=architecture, mode=mode, talk=talk)
     if base.converted:
         talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
+    for line in plan.notes:
+        talk(line)
     tensors, source, own = adapter_tensors(plan, base, weights, talk)
     check_sources(plan, base, own)
     gates = None

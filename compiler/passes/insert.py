@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from peltc.compiler.anatomy import Rows, Site
 from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
+from peltc.compiler.flow import last_size
 from peltc.compiler.plan import LEVELS, Claim
 from peltc.spec.diagnostics import fail
 from peltc.spec.dims import Dim, simplify
@@ -104,6 +105,7 @@ class _Inserter:
         """Inputs first, then weights and biases, then what is added to or made of the output."""
         product = self.values[site.values["product"]].producer()
         assert product is not None
+        site, claims = self.joined(site, claims)
         x = self.current(site.values["x"])
         start, apart = x, False
         for claim in claims:
@@ -139,6 +141,36 @@ class _Inserter:
             self.outputs(site, claims, {"x": self.unflattened(x, site, claims[0])})
         else:
             self.outputs(site, claims, {})
+
+    def joined(self, site: Site, claims: list[Claim]) -> tuple[Site, list[Claim]]:
+        """The site with its own features, and no others, in one axis. The graph may part a fused map by heads before it
+        parts queries from keys, or lay heads out first."""
+        name, full = site.values["y"], self.values[site.values["full"]]
+        y = self.current(name)
+        apart = y.shape is not None and full.shape is not None and len(y.shape) > len(full.shape)
+        mixed = site.rows is not None and name == full.name
+        if not (apart or mixed) or full.shape is None:
+            return site, claims
+        emitter = self.emitter(claims[0], y)
+        if mixed:
+            assert site.rows is not None
+            owned = [i for a, b in site.rows for i in range(a, b)]
+            extent = last_size(full) or 0
+            places = np.arange(extent)
+            places[owned] = extent + np.arange(len(owned))
+            flat = emitter.node("Gather", [y, emitter.integers(owned)], {"axis": -1})
+            both = emitter.node("Concat", [y, flat], {"axis": -1})
+            back = emitter.node("Gather", [both, emitter.integers(places.tolist())], {"axis": -1})
+            both.shape = back.shape = None
+        else:
+            lead = [0] * (len(full.shape) - 1)
+            flat = emitter.node("Reshape", [y, emitter.integers([*lead, site.sizes["out"]])])
+            back = emitter.node("Reshape", [flat, emitter.node("Shape", [y])])
+        flat.shape = ir.Shape([*list(full.shape)[:-1], site.sizes["out"]])
+        self.write(y, back, emitter.added)
+        self.values[flat.name or ""] = flat
+        site = replace(site, values={**site.values, "y": flat.name or ""})
+        return site, [replace(claim, site=site) for claim in claims]
 
     def unflattened(self, x: ir.Value, site: Site, claim: Claim) -> ir.Value:
         """The input with the output's leading axes, where the graph flattens tokens before the product."""

@@ -1,0 +1,207 @@
+"""Compile three specs on every architecture that exports, and write down what came of it.
+
+    python tests/zoo/sweep.py              all, on two processes; writes architectures.md
+    python tests/zoo/sweep.py bert gpt2    some, printed
+
+Bases are built anew, and timed, unless PELTC_CACHE says where to keep them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from instances import FAMILIES, save
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-5
+"""Largest difference from PyTorch as a share of the largest value."""
+
+SPECS: dict[str, list[dict[str, Any]]] = {
+    "LoRA": [{"method": "lora", "at": ["attention.query", "attention.value"], "r": 4}],
+    "adapter": [{"method": "bottleneck", "at": "feed_forward.block", "reduction": 4}],
+    "(IA)3": [{"method": "ia3", "at": ["attention.key", "attention.value"]}],
+}
+
+
+@dataclass
+class Found:
+    """What a sweep saw of an architecture.
+
+    Attributes:
+        layers, sites, unnamed: numbers of layers, of named sites, of linear maps without a role.
+        worst: the largest relative difference from PyTorch, by spec and mode; a reason where there is none.
+        exporter: seconds within `transformers`' exporter; `added` what a cold compilation takes beside, as a share.
+        seconds: all of it.
+    """
+
+    model_type: str
+    layers: int = 0
+    sites: int = 0
+    unnamed: int = 0
+    roles: list[str] = field(default_factory=list)
+    worst: dict[str, float | str] = field(default_factory=dict)
+    exporter: float = 0.0
+    added: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def missed(self) -> list[str]:
+        """Specs that do not hold, with the reason."""
+        return [f"{key}: {value}" for key, value in self.worst.items() if isinstance(value, str) or value > TOLERANCE]
+
+
+@contextmanager
+def exporter_timed() -> Iterator[list[float]]:
+    """Collect the seconds that `transformers`' exporter takes."""
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    spent: list[float] = []
+    original = OnnxExporter.export
+
+    def export(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent.append(time.perf_counter() - start)
+
+    OnnxExporter.export = export
+    try:
+        yield spent
+    finally:
+        OnnxExporter.export = original
+
+
+def examine(model_type: str, architecture: str, folder: Path) -> Found:
+    """Compile the specs on a tiny instance, folded and static, and compare with PyTorch."""
+    import peltc
+    from peltc.runtime.compile import plan_for
+    from peltc.spec.diagnostics import PeltError
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    begin = time.perf_counter()
+    found = Found(model_type)
+    model = save(model_type, architecture, folder / "model")
+    for name, attach in SPECS.items():
+        spec = peltc.load_spec({"pelt": 1, "name": "zoo", "attach": attach})
+        try:
+            with exporter_timed() as spent:
+                start = time.perf_counter()
+                plan, base = plan_for(spec, model)
+                cold = time.perf_counter() - start
+            if spent:
+                found.exporter, found.added = sum(spent), cold / sum(spent) - 1
+        except PeltError as error:
+            found.worst[name] = error.diagnostics[0].message
+            if error.diagnostics[0].code.startswith("E5"):
+                break
+            continue
+        anatomy = base.anatomy
+        found.layers = len({(s.stack, s.layer) for s in anatomy if s.layer is not None})
+        found.sites, found.unnamed, found.roles = len(anatomy.named), len(anatomy.unnamed), anatomy.roles()
+        random = np.random.default_rng(0)
+        tensors = {n: (0.05 * random.standard_normal(t.shape)).astype(np.float32) for n, t in plan.tensors.items()}
+        for mode in ("fold", "static"):
+            try:
+                manifest = peltc.compile(spec, model, folder / f"{name}-{mode}", tensors, mode=mode)
+                found.worst[f"{name} {mode}"] = manifest["verification"]["worst"]
+            except PeltError as error:
+                found.worst[f"{name} {mode}"] = error.diagnostics[0].message
+            except Exception as error:
+                found.worst[f"{name} {mode}"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    found.seconds = time.perf_counter() - begin
+    return found
+
+
+def worker(family: tuple[str, str]) -> Found:
+    import os
+
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("PELTC_CACHE", str(Path(folder) / "cache"))
+        try:
+            return examine(*family, Path(folder))
+        except Exception as error:
+            return Found(family[0], worst={"model": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+
+
+def sweep(families: list[tuple[str, str]], processes: int = 2) -> Iterator[Found]:
+    """What is found of each, as it comes; one process for each, so that none leaves anything behind."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, max_tasks_per_child=8) as pool:
+        yield from pool.map(worker, families)
+
+
+def table(results: list[Found]) -> str:
+    """The results as a Markdown document."""
+    import platform
+    from importlib.metadata import version
+
+    attending = [f for f in results if any(role == "attention" for role in f.roles)]
+    held = [f for f in attending if not f.missed]
+    slower = sorted(f.added for f in results if f.exporter)
+    lines = [
+        "# Architectures",
+        "",
+        "Written by `python tests/zoo/sweep.py`: tiny random instances of every text architecture of `transformers` that"
+        " its exporter turns into ONNX with symbolic axes; on each, LoRA on `attention.query` and `attention.value`, a"
+        " bottleneck adapter on `feed_forward.block` and (IA)3 on `attention.key` and `attention.value`, folded and"
+        " static, against PyTorch with the same modules attached.",
+        "",
+        f"{len(held)} of {len(attending)} architectures with attention hold within {TOLERANCE:.0e} of the largest value"
+        f" in all six ({len(held) / max(len(attending), 1):.1%}); {len(results) - len(attending)} have no softmax"
+        " attention, or none that was found.",
+        f"A cold base takes {np.median(slower):.0%} more than the exporter alone (median; 90 % of them at most"
+        f" {slower[int(0.9 * (len(slower) - 1))]:.0%})." if slower else "",
+        "",
+        "| architecture | layers | sites | unnamed maps | worst difference | exporter, s | added | all, s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for f in results:
+        numbers = [value for value in f.worst.values() if not isinstance(value, str)]
+        worst = f"{max(numbers):.1e}" if numbers else "-"
+        mark = f"{worst} ¹" if f.missed else worst
+        lines.append(f"| {f.model_type} | {f.layers} | {f.sites} | {f.unnamed} | {mark} | {f.exporter:.1f}"
+                     f" | {f.added:+.0%} | {f.seconds:.0f} |")  # fmt: skip
+    missed = [f for f in results if f.missed]
+    lines += ["", "¹ What does not hold:", ""] if missed else [""]
+    for f in missed:
+        lines += [f"* {f.model_type}: {'; '.join(dict.fromkeys(f.missed))}"]
+    tools = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime-gpu"))
+    lines += ["", f"Python {platform.python_version()}, {tools}; CPU, two processes of one thread each."]
+    return "\n".join(lines) + "\n"
+
+
+def main(names: list[str]) -> None:
+    families = [family for family in FAMILIES if not names or family[0] in names]
+    results = []
+    with (HERE / "architectures.jsonl").open("w") if not names else tempfile.TemporaryFile("w") as record:
+        for number, found in enumerate(sweep(families), 1):
+            results.append(found)
+            record.write(json.dumps(asdict(found)) + "\n")
+            record.flush()
+            print(f"{number}/{len(families)} {found.model_type}: {'; '.join(found.missed) or 'holds'}", flush=True)
+    if names:
+        print(table(results))
+    else:
+        (HERE / "architectures.md").write_text(table(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
