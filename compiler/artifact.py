@@ -197,6 +197,7 @@ def manifest_of(
             "precision": base.precision,
             "stored": str(base.checkpoint.float_dtype),
             "converted": base.converted or None,
+            "inputs": base.inputs,
             "files": linked,
         },
         "weights": {"from": weights_from, "trained": decided["trained"], "tensors": {

@@ -3,9 +3,12 @@
     MODEL (folder or hub id) ── config, headers ──► fingerprint ──► cache hit: read graph and anatomy (no torch)
                                                          └────────► miss: export on parameters without memory, survey
 
+    torch module, example inputs ── export over its own memory, survey ──► the same, in a folder of the caller's
+
 A cached base is a folder `<cache>/bases/<key>/` with `graph.onnx` (parameters are graph inputs there), `base.json`
 and `anatomy.json`. Where the checkpoint's tensors are not the model's own (renamed, merged, pickled), they are
-written once into `<cache>/weights/<key>/` and referenced from there.
+written once into `<cache>/weights/<key>/` and referenced from there. The base of a torch module that `transformers`
+does not have is never cached: its code may change, so that only the exported graph itself could be the key.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peltc.compiler.anatomy import Anatomy
-from peltc.compiler.checkpoint import Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
+from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
 from peltc.spec.diagnostics import Place, fail, nearest
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FORMAT = 7
+    from peltc.compiler.export import Exported
+
+FORMAT = 8
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
@@ -57,8 +62,8 @@ class Base:
 
     Attributes:
         folder: the model's folder (config, tokenizer).
-        architecture: the class of `transformers`.
-        config: the model's config, as JSON.
+        architecture: the class of `transformers`; with its module's path where it is another.
+        config: the model's config, as JSON; empty where it has none.
         precision: the type in which the graph computes, `float32`.
         variant: `ids` where the graph reads token ids, `embeds` where it reads embedded tokens.
         fingerprint: identifies architecture, config and weights.
@@ -68,6 +73,8 @@ class Base:
         export: what `transformers` recorded about the export.
         graph_file: the graph; its parameters are inputs.
         converted: whether the weights had to be written out, and why.
+        module: the live torch module, where the base is of one that `transformers` does not have.
+        inputs: what the examples were like from which it was exported, by input name; see `describe_inputs`.
     """
 
     folder: Path
@@ -82,6 +89,8 @@ class Base:
     export: Mapping[str, Any]
     graph_file: Path
     converted: str = ""
+    module: Any = None
+    inputs: Mapping[str, Mapping[str, Any]] | None = None
 
     def stored(self, name: str) -> StoredTensor:
         """Where a parameter's values lie."""
@@ -184,30 +193,153 @@ def open_base(
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
     if record["materialise"]:
         checkpoint, converted = _materialise(folder, architecture, checkpoint, key, record["materialise"], talk)
-    return Base(
+    stable_text = json.dumps(stable, sort_keys=True)
+    return _read(
+        home,
         folder=folder,
         architecture=architecture,
         config=config,
         precision=computed,
         variant=variant,
-        fingerprint=hashlib.sha256(
-            (architecture + json.dumps(stable, sort_keys=True) + checkpoint.fingerprint).encode()
-        ).hexdigest(),
-        parameters={n: ParameterInfo(tuple(p["shape"]), p["stored"]) for n, p in record["parameters"].items()},
+        fingerprint=hashlib.sha256((architecture + stable_text + checkpoint.fingerprint).encode()).hexdigest(),
         checkpoint=checkpoint,
-        anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
-        export=record["export"],
-        graph_file=home / "graph.onnx",
         converted=converted,
     )
 
 
-def survey_model(model: Any) -> tuple[Anatomy, str]:
-    """The anatomy of a torch model of `transformers`, and what identifies its kind. Kept in the cache.
+def _read(home: Path, **known: Any) -> Base:
+    """The base whose graph, anatomy and record lie in a folder; the rest is `known`."""
+    record = json.loads((home / "base.json").read_text(encoding="utf-8"))
+    return Base(
+        parameters={n: ParameterInfo(tuple(p["shape"]), p["stored"]) for n, p in record["parameters"].items()},
+        anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
+        export=record["export"],
+        graph_file=home / "graph.onnx",
+        **known,
+    )
+
+
+def is_known(model: Any) -> bool:
+    """Whether a torch model's class is one of `transformers`, by its name there: its graph is known by its config."""
+    import transformers
+
+    cls = type(model)
+    return getattr(transformers, cls.__name__, None) is cls and hasattr(cls, "_from_config")
+
+
+def module_base(
+    module: Any,
+    inputs: Mapping[str, Any] | None,
+    folder: Path,
+    *,
+    precision: str = "checkpoint",
+    variant: str = "ids",
+    talk: Talk = lambda line: None,
+) -> Base:
+    """The base of a live torch module that `transformers` does not have, built in a folder.
+
+    The module's parameters are written there once, and its config where it has one; it is not touched.
+
+    Args:
+        inputs: example inputs by name, [B, S, ...]; those of a model of `transformers` where absent.
+        folder: an empty folder, or that of another variant's base of the same module.
+        precision: `checkpoint` keeps the type of the parameters (float32 where it is another than float32 and
+            float16, or where they are of several), or a float type's name.
+        variant: `ids`, or `embeds` for a graph that reads embedded tokens.
+        talk: told what takes time.
 
     Raises:
-        PeltError: E505 the model cannot be exported.
+        PeltError: E505 why the module cannot be exported; E506 what is wrong with the example inputs.
     """
+    from peltc.compiler.export import replica
+
+    stored = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+    computed = precision
+    if precision == "checkpoint":
+        computed = next(iter(stored)) if stored in ({"float32"}, {"float16"}) else "float32"
+    architecture = f"{type(module).__module__}.{type(module).__qualname__}"
+    talk(f"exporting the graph of {architecture}")
+    exported = _export_module(replica(module, computed), inputs, variant)
+    talk(exported.repeats)
+    if not (folder / "model.safetensors").is_file():
+        write_tensors({name: p.detach() for name, p in module.named_parameters()}, folder / "model.safetensors")
+    config: dict[str, Any] = {}
+    if hasattr(getattr(module, "config", None), "to_json_string"):
+        config = json.loads(module.config.to_json_string(use_diff=False)) | {"architectures": [type(module).__name__]}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    checkpoint = open_checkpoint(folder)
+    parameters, lost = resolve(exported.parameters, exported.ties, "", checkpoint)
+    assert not lost, lost
+    home = folder / variant
+    home.mkdir()
+    anatomy = _write(exported, parameters, architecture, "", home)
+    facts = architecture + _digest(home / "graph.onnx") + checkpoint.fingerprint
+    return _read(
+        home,
+        folder=folder,
+        architecture=architecture,
+        config=config,
+        precision=computed,
+        variant=variant,
+        fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
+        checkpoint=checkpoint,
+        module=module,
+        inputs=describe_inputs(inputs, anatomy) if inputs else {},
+    )
+
+
+def _export_module(module: Any, inputs: Mapping[str, Any] | None, variant: str = "ids") -> Exported:
+    """Export a replica of a torch module that `transformers` does not have."""
+    import inspect
+
+    from peltc.compiler.export import check_inputs, export_model, is_pretrained
+
+    if variant == "embeds" and not (
+        is_pretrained(module) and "inputs_embeds" in inspect.signature(module.forward).parameters
+    ):
+        raise fail("E505", f"{type(module).__name__} cannot be exported with embedded tokens as its input",
+                   expected="a model of transformers whose forward takes 'inputs_embeds'",
+                   hint="tokens before the sequence (`prepend`) need it; prefixes in the attention do not")  # fmt: skip
+    if variant == "embeds" or (not inputs and is_pretrained(module)):
+        return export_model(module, variant)
+    return export_model(module, inputs=check_inputs(module, inputs))
+
+
+def describe_inputs(inputs: Mapping[str, Any], anatomy: Anatomy) -> dict[str, dict[str, Any]]:
+    """What example inputs are like, so that others like them can be drawn: type, shape, what the axes are called, and
+    the range of the values, which for tokens is the vocabulary."""
+    import torch
+
+    from peltc.compiler.export import axis_names
+
+    tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    axes = axis_names(tensors)
+    vocabularies = {site.values.get("x"): site.sizes["vocab"] for site in anatomy if site.role == "embedding.word"}
+    found: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        low, high = (float(v) if tensor.is_floating_point() else int(v) for v in (tensor.min(), tensor.max()))
+        if name in vocabularies:
+            low, high = 0, vocabularies[name] - 1
+        found[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape),
+                       "axes": list(axes[name]), "low": low, "high": high}  # fmt: skip
+    return found
+
+
+def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[Anatomy, str]:
+    """The anatomy of a torch model, and what identifies its kind. Kept in the cache for classes of `transformers`.
+
+    Args:
+        inputs: example inputs by name, for a module that `transformers` does not have.
+
+    Raises:
+        PeltError: E505 the model cannot be exported; E506 what is wrong with the example inputs.
+    """
+    if inputs or not is_known(model):
+        from peltc.compiler.export import replica
+
+        exported = _export_module(replica(model), inputs)
+        with tempfile.TemporaryDirectory() as home:
+            return _write(exported, {}, "", "", Path(home)), _digest(Path(home) / "graph.onnx")
     config = json.loads(model.config.to_json_string(use_diff=False))
     stable = {k: v for k, v in config.items() if k not in VOLATILE}
     architecture = type(model).__name__
@@ -239,10 +371,7 @@ def _build(
     talk: Talk,
 ) -> None:
     """Export, clean, survey, and move the result into the cache in one step."""
-    import onnx_ir as ir
-
     from peltc.compiler.export import export_graph
-    from peltc.compiler.survey import survey_graph
 
     talk(f"no base of {architecture} in the cache: exporting its graph once")
     exported = export_graph(folder, config, architecture, precision, variant)
@@ -252,20 +381,10 @@ def _build(
     if unresolved:
         reason = f"{len(unresolved)} parameters are renamed or merged in the checkpoint, first '{unresolved[0]}'"
         parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
-    anatomy = survey_graph(exported.model, exported.parameters)
     home.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
     try:
-        ir.save(exported.model, staging / "graph.onnx")
-        (staging / "anatomy.json").write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
-        record = {
-            "architecture": architecture,
-            "parameters": {name: asdict(info) for name, info in parameters.items()},
-            "materialise": reason,
-            "export": exported.metadata,
-            "repeats": exported.repeats,
-        }
-        (staging / "base.json").write_text(json.dumps(record), encoding="utf-8")
+        _write(exported, parameters, architecture, reason, staging)
         try:
             staging.rename(home)
         except OSError:
@@ -273,6 +392,32 @@ def _build(
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(
+    exported: Exported, parameters: Mapping[str, ParameterInfo], architecture: str, reason: str, home: Path
+) -> Anatomy:
+    """Survey an exported graph, and write it, its anatomy and the record into a folder."""
+    import onnx_ir as ir
+
+    from peltc.compiler.survey import survey_graph
+
+    anatomy = survey_graph(exported.model, exported.parameters)
+    ir.save(exported.model, home / "graph.onnx")
+    (home / "anatomy.json").write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
+    record = {
+        "architecture": architecture,
+        "parameters": {name: asdict(info) for name, info in parameters.items()},
+        "materialise": reason,
+        "export": exported.metadata,
+        "repeats": exported.repeats,
+    }
+    (home / "base.json").write_text(json.dumps(record), encoding="utf-8")
+    return anatomy
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def resolve(
@@ -359,13 +504,44 @@ def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) ->
 
 
 def _save(tensors: Mapping[str, Any], home: Path) -> None:
-    from safetensors.torch import save_file
-
     home.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
     try:
-        # Tied tensors are one in a model's memory, and safetensors stores each name by itself.
-        save_file({n: t.contiguous().clone() for n, t in tensors.items()}, staging / "model.safetensors")
+        write_tensors(tensors, staging / "model.safetensors")
         staging.rename(home)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_tensors(tensors: Mapping[str, Any], file: Path) -> None:
+    """Write torch tensors as safetensors, one after the other: `safetensors` itself wants all of them at once, none
+    sharing memory with another, and so a copy of each that does.
+
+    Raises:
+        PeltError: E503 a type that cannot be read back.
+    """
+    import torch
+
+    names = {str(dtype): name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ordered = sorted(
+        tensors.items(), key=lambda entry: (-entry[1].element_size(), entry[0])
+    )  # aligned, each by its size
+    offset = 0
+    for name, tensor in ordered:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in names:
+            raise fail("E503", f"the tensor '{name}' is of type {kind}", expected=", ".join(names))
+        header[name] = {
+            "dtype": names[kind],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            stream.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

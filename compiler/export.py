@@ -1,5 +1,7 @@
 """`transformers`' ONNX exporter on a model whose parameters have no memory, and the clean-up of its graph.
 
+A torch module that `transformers` does not have is exported by the same exporter, over the module's own memory.
+
 The compiler imports torch here and in `repeat` alone, and only while a base is built.
 """
 
@@ -11,7 +13,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from peltc.spec.diagnostics import Place, fail, nearest
 
 BATCH, SEQUENCE, TARGET = 2, 8, 6
 """Example sizes: at least 2, since torch takes an axis of size 1 for a constant."""
+AXES = ("sequence", "target")
+"""What the axes after the batch are called, by their lengths in the example inputs, in order of appearance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +115,129 @@ def unbacked(model: Any) -> Any:
     return model
 
 
-def export_model(model: Any, variant: str = "ids", whole: bool = False) -> Exported:
-    """Export a torch model of `transformers`; no parameter is read, so they need no memory.
+def replica(model: Any, precision: str = "", drop: Any = None) -> Any:
+    """A copy of a live torch module, in eval mode and on the CPU: modules and buffers of its own over the same
+    parameters, which are copied only where type or device change.
+
+    Args:
+        model: the module, which is not touched.
+        precision: the floating-point type that the copy computes in; its own where empty.
+        drop: a direct child to leave out, with the hooks that its `handles` tell of.
+
+    Raises:
+        PeltError: E505 the module cannot be copied, or has quantised parameters.
+    """
+    import copy
+
+    import torch
+
+    if odd := [name for name, p in model.named_parameters() if not p.is_floating_point()]:
+        raise fail("E505", f"the parameter '{odd[0]}' of {type(model).__name__} holds no floating-point numbers",
+                   hint="quantised modules cannot be compiled")  # fmt: skip
+    memo: dict[int, Any] = {}
+    try:
+        for parameter in model.parameters():
+            if drop is None or all(parameter is not own for own in drop.parameters()):
+                memo[id(parameter)] = torch.nn.Parameter(parameter.detach().cpu(), False)
+        if drop is not None:
+            memo[id(drop)] = torch.nn.Identity()
+        twin = copy.deepcopy(model, memo).cpu().eval()
+        if precision:
+            twin = twin.to(getattr(torch, precision))
+    except Exception as error:
+        raise fail(
+            "E505",
+            f"the torch module {type(model).__name__} cannot be copied: {type(error).__name__}: {_first_line(error)}",
+            hint="parametrisations that keep computed tensors as attributes can be removed before",
+        ) from error
+    if drop is not None:
+        gone = {handle.id for handle in drop.handles}
+        for module in twin.modules():
+            for table in (v for key, v in vars(module).items() if "_hooks" in key and isinstance(v, dict)):
+                for key in gone & {*table}:
+                    del table[key]
+        for name in [name for name, child in twin.named_children() if child is memo[id(drop)]]:
+            delattr(twin, name)
+    return twin
+
+
+def is_pretrained(model: Any) -> bool:
+    """Whether a torch model is built on `transformers`' base class, of whichever package."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def check_inputs(model: Any, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Example inputs of a torch module, as tensors on the CPU.
+
+    Raises:
+        PeltError: E506 what is wrong with them.
+    """
+    import torch
+
+    expected = "inputs={name: tensor [B, S, ...]}, as the module's forward takes them"
+    if not inputs:
+        raise fail("E506", f"{type(model).__name__} is no class of transformers, and no example inputs are given",
+                   expected=expected)  # fmt: skip
+    accepted = inspect.signature(model.forward).parameters
+    names = [p.name for p in accepted.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    needed = [n for n in names if accepted[n].default is inspect.Parameter.empty]
+    if unknown := [name for name in inputs if name not in names and not open_ended]:
+        raise fail("E506", f"the module's forward takes no '{unknown[0]}'", expected=", ".join(names),
+                   hint=nearest(unknown[0], names))  # fmt: skip
+    if missing := [name for name in needed if name not in inputs]:
+        raise fail("E506", f"the example input '{missing[0]}' is missing", expected=", ".join(names))
+    found = {}
+    for name, value in inputs.items():
+        try:
+            tensor = torch.as_tensor(value).detach().cpu()
+        except Exception:
+            raise fail("E506", f"the example input '{name}' is no tensor, but {type(value).__name__}",
+                       expected=expected) from None  # fmt: skip
+        if not tensor.dim() or min(tensor.shape[:2]) < 2:
+            raise fail("E506", f"the example input '{name}' has the shape {list(tensor.shape)}",
+                       expected="at least 2 of each: torch takes an axis of size 1 for a constant")  # fmt: skip
+        found[name] = tensor
+    batches = {name: len(tensor) for name, tensor in found.items()}
+    if len({*batches.values()}) > 1:
+        raise fail("E506", f"the example inputs have different batches: {batches}",
+                   expected="one batch size: axis 0 is the batch")  # fmt: skip
+    return found
+
+
+def axis_names(inputs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What the symbolic axes of each input are called: `batch`, and one word for all that are equally long."""
+    lengths = list(dict.fromkeys(int(tensor.shape[1]) for tensor in inputs.values() if tensor.dim() > 1))
+    words = {n: AXES[i] if i < len(AXES) else f"length_{i}" for i, n in enumerate(lengths)}
+    return {n: ("batch", *(words[int(size)] for size in t.shape[1:2])) for n, t in inputs.items()}
+
+
+def output_name(path: str) -> str:
+    """What an output is called: its key where the model names it, `output`, `output_1`, ... where it has a place in a
+    tuple, and `output.x` where it is called like an input."""
+    first, *rest = path.split(".")
+    if first.isdigit():
+        first = "output" if first == "0" else f"output_{first}"
+    return ".".join((first, *rest))
+
+
+def outputs_of(answer: Any, inputs: Iterable[str]) -> dict[str, Any]:
+    """The tensors that a torch module answers with, named as the graph's outputs."""
+    from transformers.exporters.utils import get_leaf_tensors
+
+    taken = {*inputs}
+    return {
+        f"output.{path}" if path in taken else output_name(path): tensor
+        for path, tensor in get_leaf_tensors(answer).items()
+    }
+
+
+def export_model(
+    model: Any, variant: str = "ids", whole: bool = False, inputs: Mapping[str, Any] | None = None
+) -> Exported:
+    """Export a torch model; no parameter is read, so they need no memory. The model is of no use afterwards.
 
     Tied parameters are told apart in the graph, each by the name of the module that uses it; `ties` says which belong
     together. Of equal layers a few are exported, and repeated in the graph.
@@ -121,15 +246,17 @@ def export_model(model: Any, variant: str = "ids", whole: bool = False) -> Expor
         model: the model.
         variant: `ids` or `embeds`.
         whole: export every layer, even of those that are equal.
+        inputs: example inputs by name; where absent, what a model of `transformers` reads.
 
     Raises:
         PeltError: E505 what the exporter cannot export, and why.
     """
-    inputs = example_inputs(model, variant)
+    inputs = example_inputs(model, variant) if inputs is None else dict(inputs)
     constants = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     for module in model.modules():  # a decoder may have a config of its own, which the exporter leaves alone
         if getattr(getattr(module, "config", None), "use_cache", False):
             module.config.use_cache = False
+    ties = tied(model)
     untie(model)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     component, repeats = None, "every layer is exported, as asked for"
@@ -147,18 +274,14 @@ def export_model(model: Any, variant: str = "ids", whole: bool = False) -> Expor
     if component is None:
         component = _trace(model, inputs, constants)
         parameters = clean(component.program, names)
-    name_axes(component.program, list(inputs))
-    model.tie_weights()
-    ties: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        ties.setdefault(id(parameter), []).append(name)
-    others = {name: tuple(n for n in group if n != name) for group in ties.values() for name in group}
+    name_outputs(component.program, inputs)
+    name_axes(component.program, axis_names(inputs))
     record = dataclasses.asdict(component.metadata)
     record["export_config"] = {k: repr(v) for k, v in record["export_config"].items()}
     return Exported(
         component.program,
         parameters,
-        {name: others[name] for name in parameters if others.get(name)},
+        {name: ties[name] for name in parameters if ties.get(name)},
         getattr(model, "base_model_prefix", ""),
         record,
         repeats,
@@ -174,7 +297,7 @@ def _trace(model: Any, inputs: Mapping[str, Any], constants: Mapping[str, Any]) 
     from peltc.compiler.base import OPSET
 
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = {name: {0: dynamic, 1: dynamic} for name in inputs}
+    shapes = {name: dict.fromkeys(range(len(words)), dynamic) for name, words in axis_names(inputs).items()}
     options = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False, opset_version=OPSET)
     try:
         with quiet():
@@ -183,13 +306,24 @@ def _trace(model: Any, inputs: Mapping[str, Any], constants: Mapping[str, Any]) 
     except Exception as error:
         raise fail(
             "E505",
-            f"transformers cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {_first_line(error)}",
+            f"transformers' exporter cannot export {type(model).__name__} to ONNX: {type(error).__name__}:"
+            f" {_first_line(error)}",
             hint="the exporter's limits are its own; a newer transformers may have fewer",
         ) from error
 
 
+def tied(model: Any) -> dict[str, tuple[str, ...]]:
+    """The other names of each parameter."""
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # parameters without memory were made one by one
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(n for n in group if n != name) for group in groups.values() for name in group}
+
+
 def untie(model: Any) -> None:
-    """Give each name a parameter of its own, which costs nothing without memory."""
+    """Give each name a parameter of its own, over the same memory."""
     import torch
 
     seen: set[int] = set()
@@ -274,8 +408,25 @@ def part_transpositions(graph: Any) -> None:
             node.attributes["perm"] = ir.AttrInt64s("perm", [0, 1, 3, 2])
 
 
-def name_axes(model: Any, inputs: list[str]) -> None:
+def name_outputs(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Give inputs the names that they have in the model, and outputs names of words."""
+    for value in model.graph.inputs:
+        if (value.name or "").removeprefix("input.") in inputs:
+            value.name = value.name.removeprefix("input.")
+    named = {value: output_name(value.name) for value in model.graph.outputs}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value not in named and value.name in named.values():
+                value.name = f"{value.name}.inner"
+    for value, name in named.items():
+        value.name = name
+
+
+def name_axes(model: Any, axes: Mapping[str, tuple[str, ...]]) -> None:
     """Give the symbolic axes the names that users read: batch, sequence, target.
+
+    Args:
+        axes: the names by input; see `axis_names`.
 
     Raises:
         PeltError: E505 where an axis that was to be symbolic is not.
@@ -284,8 +435,8 @@ def name_axes(model: Any, inputs: list[str]) -> None:
 
     renamed: dict[str, str] = {}
     for value in model.graph.inputs:
-        if value.name in inputs:
-            for axis, word in enumerate(("batch", "target" if value.name.startswith("decoder") else "sequence")):
+        if value.name in axes:
+            for axis, word in enumerate(axes[value.name]):
                 size = value.shape[axis]
                 if isinstance(size, int) or size.value is None:
                     raise fail(
@@ -302,7 +453,7 @@ def name_axes(model: Any, inputs: list[str]) -> None:
                     value.shape[axis] = ir.SymbolicDim(renamed[size.value])
 
     for value in model.graph.inputs:
-        if value.name in inputs:
+        if value.name in axes:
             rename(value)
     for node in model.graph.all_nodes():
         for output in node.outputs:

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from peltc.compiler.anatomy import Anatomy
-from peltc.compiler.base import open_base, survey_model
+from peltc.compiler.base import is_known, open_base, survey_model
 from peltc.compiler.plan import Plan, make_plan
 from peltc.spec.specification import Spec, load_spec
 
 
-def survey(model: str | Path | Any, *, architecture: str | None = None) -> Anatomy:
+def survey(
+    model: str | Path | Any, *, inputs: Mapping[str, Any] | None = None, architecture: str | None = None
+) -> Anatomy:
     """The sites of a model.
 
     Args:
-        model: a model folder, a hub id, or a torch model of `transformers`.
+        model: a model folder, a hub id, a torch model of `transformers`, or any other torch module.
+        inputs: example inputs by name for a module that `transformers` does not have; see `peltc.compile`.
         architecture: a class of `transformers` in place of the config's, for folders and hub ids.
 
     Raises:
@@ -24,11 +27,15 @@ def survey(model: str | Path | Any, *, architecture: str | None = None) -> Anato
     """
     if isinstance(model, (str, Path)):
         return open_base(model, architecture=architecture).anatomy
-    return survey_model(model)[0]
+    return _surveyed(model, inputs)[0]
 
 
 def plan(
-    spec: Spec | str | Path | Mapping[str, Any], model: str | Path | Any, *, architecture: str | None = None
+    spec: Spec | str | Path | Mapping[str, Any],
+    model: str | Path | Any,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
 ) -> Plan:
     """Every decision about a spec on a model, before anything is written.
 
@@ -40,5 +47,14 @@ def plan(
     if isinstance(model, (str, Path)):
         base = open_base(model, architecture=architecture, precision=spec.precision)
         return make_plan(spec, base.anatomy, base.fingerprint)
-    anatomy, fingerprint = survey_model(model)
+    anatomy, fingerprint = _surveyed(model, inputs)
     return make_plan(spec, anatomy, fingerprint)
+
+
+def _surveyed(model: Any, inputs: Mapping[str, Any] | None) -> tuple[Anatomy, str]:
+    """The anatomy of a torch model, modules that are attached to it apart, and what identifies its kind."""
+    if inputs or not is_known(model):
+        from peltc.runtime.attach import bare
+
+        model = bare(model)
+    return survey_model(model, inputs)

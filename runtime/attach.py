@@ -2,6 +2,9 @@
 
 A site is reached through the torch module that owns its parameters: a linear map, a norm or a block by a hook on that
 module, an attention core through `transformers`' attention interface, an embedding by the model's own inputs.
+
+Any other torch module is reached by the same hooks, where a site's parameters have a torch module of their own that
+computes the site and nothing else, which is tried; attention cores and embeddings are not reached there.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from peltc.compiler.anatomy import Site
 from peltc.compiler.artifact import write_whole
 from peltc.compiler.base import survey_model
 from peltc.compiler.checkpoint import read_header
+from peltc.compiler.export import is_pretrained, replica
 from peltc.compiler.plan import LEVELS, Claim, Plan, make_plan
 from peltc.compiler.profile import pack
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
@@ -39,6 +43,8 @@ def attach(
     model: Any,
     spec: Spec | str | Path | Mapping[str, Any],
     weights: str | Path | Mapping[str, np.ndarray[Any, Any]] | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Attach a spec's modules to a model, in place.
 
@@ -47,10 +53,11 @@ def attach(
     the modules off again.
 
     Args:
-        model: a model of `transformers`.
+        model: a model of `transformers`, or any other torch module.
         spec: a spec, its file, or its content.
         weights: a safetensors file, a profile's too, or arrays by tensor name; the spec's own where absent, else
             start values.
+        inputs: example inputs by name for a module that `transformers` does not have; see `peltc.compile`.
 
     Returns:
         The same model.
@@ -60,7 +67,7 @@ def attach(
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
-    anatomy, fingerprint = survey_model(model)
+    anatomy, fingerprint = survey_model(model, inputs)
     plan = make_plan(spec, anatomy, fingerprint)
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
@@ -100,6 +107,18 @@ def attach_plan(
     model.save_adapter, model.save_profile = attached.save, attached.save_profile
     model.detach_adapter = lambda: attached.remove(model)
     return model
+
+
+def bare(model: Any) -> Any:
+    """A torch model without the modules that are attached to it: a copy over the same parameters where there are any,
+    or the model itself."""
+    attached = getattr(model, "pelt", None)
+    if attached is None:
+        return model
+    twin = replica(model, drop=attached)
+    for module in twin.modules():
+        vars(module).pop("_pelt_change", None)
+    return twin
 
 
 class Attached(nn.Module):
@@ -168,7 +187,7 @@ class Attached(nn.Module):
 
     def install(self, model: Any) -> None:
         """Register every hook, sites that lie within others first."""
-        self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         groups: dict[str, list[Claim]] = {}
         for claim in self.plan.claims:
             if not claim.follows:  # modules that several sites share run for all of them
@@ -181,6 +200,9 @@ class Attached(nn.Module):
             module = _owner(model, anchor)
             self.handles.append(module.register_forward_pre_hook(self.watcher(anchor), with_kwargs=True))
         self.handles.append(model.register_forward_pre_hook(self.opening(), with_kwargs=True))
+        if not is_pretrained(model):
+            for claims in groups.values():
+                _check_reach(model, claims)
         ordered = sorted(groups.values(), key=lambda g: (LEVELS[g[0].site.kind], g[0].site.role == "layer"))
         for claims in ordered:
             getattr(self, f"install_{claims[0].site.kind}")(model, claims[0].site, claims)
@@ -323,7 +345,7 @@ class Attached(nn.Module):
                         self.change(site, module, claim, role, short, parameters)
             extra = parameters.pop("extra", None)
             if changed or parameters:
-                fresh = self.quietly(module, parameters, x)
+                fresh = self.quietly(module, _leaves(site, parameters), x)
                 y = fresh if index is None else _put(y, index, fresh[..., index])
             own = y if index is None else y[..., index]
             if extra is not None:
@@ -338,7 +360,7 @@ class Attached(nn.Module):
     ) -> None:
         """A parameter as a claim defines it, [O, I] in the formula, put back into the module's own layout."""
         index = _rows(site)
-        full = parameters.get(role, getattr(module, role, None))
+        full = parameters.get(role, getattr(module, _leaf(site, role), None))
         if full is None:
             like = next(module.parameters())
             b = like.new_zeros(site.sizes["out"])
@@ -362,13 +384,13 @@ class Attached(nn.Module):
             for role, short in (("weight", "W"), ("bias", "b")):
                 for claim in claims:
                     if role in claim.effects:
-                        own = parameters.get(role, getattr(module, role))
+                        own = parameters.get(role, getattr(module, _leaf(site, role)))
                         parameters[role] = self.evaluate(claim, role, own, **{short: own})
             y = output
             if parameters:
                 module._pelt_inner = True  # type: ignore[assignment]
                 try:
-                    y = functional_call(module, parameters, args)
+                    y = functional_call(module, _leaves(site, parameters), args)
                 finally:
                     module._pelt_inner = False  # type: ignore[assignment]
             return self.outputs(site, claims, y, x=args[0])
@@ -538,6 +560,78 @@ def _require(model: nn.Module, trained: Mapping[str, bool]) -> None:
 def _owner(model: Any, parameter: str) -> nn.Module:
     module: nn.Module = model.get_submodule(parameter.rpartition(".")[0])
     return module
+
+
+def _leaf(site: Site, role: str) -> str:
+    """What the torch module that owns a site's parameter calls it."""
+    return site.parameters.get(role, role).rpartition(".")[2]
+
+
+def _leaves(site: Site, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_leaf(site, role): tensor for role, tensor in parameters.items()}
+
+
+def _check_reach(model: nn.Module, claims: list[Claim]) -> None:
+    """Whether hooks reach a site of a torch module that is no model of `transformers`: elsewhere, a torch module may
+    own several maps as bare parameters, and its input and output be those of none.
+
+    Raises:
+        PeltError: E209 they do not, and why.
+    """
+    site = claims[0].site
+    kind = type(model).__name__
+    if site.kind == "attention":
+        raise fail("E209", f"the attention of {kind} cannot be reached at {site.name}",
+                   expected="a model of transformers: attention cores are reached through its attention interface",
+                   hint="linear maps, norms and blocks of any torch module are reached")  # fmt: skip
+    if site.kind == "embedding":
+        raise fail("E209", f"{kind} cannot be given tokens before its sequence, at {site.name}",
+                   expected="a model of transformers that takes 'inputs_embeds'")  # fmt: skip
+    roles = {role for claim in claims for role in ("x", "r", "h") if role in claim.reads}
+    anchors = {site.anchors.get(role, "") for role in roles}
+    if site.kind == "block":
+        anchors.add(site.anchors.get("y", ""))
+        if site.role == "layer" and not _lists(model, site):
+            raise fail("E209", f"{site.name} cannot be reached in torch: the layers of {kind} are in no nn.ModuleList")
+    else:
+        anchors.add(site.parameters["weight"])
+    for name in sorted(anchors - {""}):
+        owner = _owner(model, name)
+        own = [n for n, _ in owner.named_parameters()]
+        mine = {_leaf(site, role) for role in site.parameters} if name == site.parameters.get("weight") else set(own)
+        if len(own) > 2 or any("." in n for n in own) or {*own} != mine:
+            raise fail("E209", f"{site.name} cannot be reached in torch: {type(owner).__name__}, which owns '{name}',"
+                               f" has more parameters: {', '.join(own[:6])}",
+                       expected="a torch module of its own for each map and norm, such as nn.Linear")  # fmt: skip
+    if site.kind == "linear" and not _maps(_owner(model, site.parameters["weight"]), site):
+        owner = _owner(model, site.parameters["weight"])
+        raise fail("E209", f"{site.name} cannot be reached in torch: {type(owner).__name__}, which owns"
+                           f" '{site.parameters['weight']}', computes something else than this map",
+                   expected="a torch module of its own for each linear map, such as nn.Linear")  # fmt: skip
+
+
+def _maps(module: nn.Module, site: Site) -> bool:
+    """Whether a torch module computes x Wᵀ + b, tried on random numbers."""
+    weight = getattr(module, _leaf(site, "weight")).detach()
+    turned = weight.T if site.transposed else weight
+    bias = getattr(module, _leaf(site, "bias")).detach() if "bias" in site.parameters else None
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn((2, 3, turned.shape[1]), generator=random).to(turned)
+    try:
+        with torch.no_grad():
+            found, expected = module.forward(x), nn.functional.linear(x, turned, bias)
+        error, size = (found - expected).abs().max(), expected.abs().max()
+    except Exception:  # whatever it wants, it is no linear map
+        return False
+    near = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool(found.shape == expected.shape and error <= near * size)
+
+
+def _lists(model: nn.Module, site: Site) -> bool:
+    """Whether a layer is an item of a list."""
+    parts = site.anchors.get("x", "").split(".")
+    paths = [".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()]
+    return any(isinstance(model.get_submodule(path), nn.ModuleList) for path in paths)
 
 
 def _container(model: Any, site: Site) -> nn.Module:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peltc.compiler.artifact import COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
-from peltc.compiler.base import Base, open_base
+from peltc.compiler.base import Base, is_known, module_base, open_base
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
@@ -50,6 +51,7 @@ def compile(
     out: str | Path,
     weights: str | Path | Mapping[str, Array] | None = None,
     *,
+    inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     mode: str | None = None,
     verify: bool = True,
@@ -60,10 +62,13 @@ def compile(
 
     Args:
         spec: a spec, its file, or its content.
-        model: a model folder, a hub id, or a torch model of `transformers`; one with modules attached brings their
-            tensors along.
+        model: a model folder, a hub id, a torch model of `transformers`, or any other torch module; one with modules
+            attached brings their tensors along.
         out: the artifact's folder; an artifact that is there is replaced when all went well.
         weights: a safetensors file or arrays by tensor name, in place of the spec's own.
+        inputs: for a module that `transformers` does not have: example inputs by name, as its forward takes them.
+            Axis 0 is the batch; axis 1, where there is one, a length, which inputs of equal example lengths share; both
+            are of any size in the artifact, and at least 2 here. Verification draws others like them, no longer.
         architecture: a class of `transformers` in place of the config's.
         mode: `fold` or `static`, in place of the spec's.
         verify: hold the artifact against PyTorch before it takes its place.
@@ -80,11 +85,24 @@ def compile(
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     free(Path(out))  # before anything takes time
-    if not isinstance(model, (str, Path)):
-        with saved(model, Path(out)) as (folder, attached):
-            return compile(spec, folder, out, attached if weights is None else weights, architecture=architecture,
-                           mode=mode, verify=verify, self_contained=self_contained, talk=talk)  # fmt: skip
-    plan, base = plan_for(spec, model, architecture=architecture, mode=mode, talk=talk)
+    with opened(model, Path(out), inputs, architecture, spec.precision, talk) as (base_of, attached):
+        return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
+                        self_contained, talk)  # fmt: skip
+
+
+def _compile(
+    spec: Spec,
+    base_of: Callable[[str], Base],
+    out: Path,
+    weights: str | Path | Mapping[str, Array] | None,
+    mode: str | None,
+    verify: bool,
+    self_contained: bool,
+    talk: Talk,
+) -> dict[str, Any]:
+    """Compile on a model's base, by variant."""
+    base = base_of("ids")
+    plan = make_plan(spec, base.anatomy, base.fingerprint, mode)
     if base.converted:
         talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
     for line in plan.notes:
@@ -100,10 +118,8 @@ def compile(
         plan, tensors, gates = frozen.plan, frozen.tensors, frozen.report
         talk(f"warning: {len(gates['gates'])} gates are frozen; outputs on the calibration texts differ by up to"
              f" {gates['difference']:.1%} of the largest value")  # fmt: skip
-    embeds = None
-    if plan.prepends:
-        embeds = open_base(model, architecture=architecture, precision=spec.precision, variant="embeds", talk=talk)
-    with staged(Path(out)) as folder:
+    embeds = base_of("embeds") if plan.prepends else None
+    with staged(out) as folder:
         manifest = build(plan, base, tensors, folder, embeds=embeds, weights_from=source, self_contained=self_contained)
         manifest["frozen_gates"] = gates
         write_manifest(folder, manifest)
@@ -124,14 +140,43 @@ def compile(
 
 
 @contextmanager
-def saved(model: Any, out: Path) -> Iterator[tuple[Path, dict[str, Array] | None]]:
-    """A torch model as a folder beside the artifact, for as long as it takes, and its attached modules' tensors."""
+def opened(
+    model: str | Path | Any,
+    out: Path,
+    inputs: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    precision: str = "checkpoint",
+    talk: Talk = silent,
+) -> Iterator[tuple[Callable[[str], Base], dict[str, Array] | None]]:
+    """How to get a model's base by variant, and its attached modules' tensors. A torch model becomes a folder beside
+    the artifact for as long as it takes, whose files the artifact can link.
+
+    Raises:
+        PeltError: E506 example inputs for a model that has a folder.
+    """
+    if isinstance(model, (str, Path)):
+        if inputs:
+            raise fail("E506", "example inputs are given for a model folder", expected="a torch module with them",
+                       hint="the class of transformers says what it reads")  # fmt: skip
+        yield lambda variant: open_base(model, architecture=architecture, precision=precision, variant=variant,
+                                        talk=talk), None  # fmt: skip
+        return
+    attached = getattr(model, "pelt", None)
+    tensors = attached.tensors() if attached is not None else None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(None, ".model-", out.absolute().parent) as folder:
-        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pelt.")}
-        model.save_pretrained(folder, state_dict=state)
-        attached = getattr(model, "pelt", None)
-        yield Path(folder), attached.tensors() if attached is not None else None
+    with tempfile.TemporaryDirectory(None, ".model-", out.absolute().parent) as name:
+        folder = Path(name)
+        if is_known(model) and not inputs:
+            state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
+            model.save_pretrained(folder, state_dict=state)
+            yield lambda variant: open_base(folder, architecture=architecture, precision=precision, variant=variant,
+                                            talk=talk), tensors  # fmt: skip
+            return
+        from peltc.runtime.attach import bare
+
+        module = bare(model)
+        yield lambda variant: module_base(module, inputs, folder, precision=precision, variant=variant,
+                                          talk=talk), tensors  # fmt: skip
 
 
 def adapter_tensors(
@@ -189,14 +234,16 @@ def save_adapter(
         link(inside(plan.spec.folder, name, plan.spec.path, "bank.file"), target, copy)
 
 
-def verify(out: str | Path, model: str | Path | None = None, *, talk: Talk = silent) -> dict[str, Any]:
+def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = silent) -> dict[str, Any]:
     """Hold an artifact against PyTorch once more, and write the figures into its manifest.
 
     Args:
-        model: the base; the checkpoint in the artifact where absent.
+        model: the base, as a folder, a hub id or a torch model; the checkpoint in the artifact where absent. An
+            artifact of a module that `transformers` does not have needs the module.
 
     Raises:
-        PeltError: E603 no artifact; E608 another base; E609 a changed file; E701 outputs that differ.
+        PeltError: E603 no artifact; E608 another base; E609 a changed file; E610 the module is needed; E701 outputs
+            that differ.
     """
     from peltc.compiler.artifact import digest
     from peltc.runtime.verify import verify_folder
@@ -204,19 +251,39 @@ def verify(out: str | Path, model: str | Path | None = None, *, talk: Talk = sil
     folder = Path(out)
     manifest = read_manifest(folder)
     spec = build_spec(parse(manifest["spec"], f"{folder / MANIFEST}"), manifest["spec"])
-    architecture = manifest["base"]["architecture"]
-    plan, base = plan_for(spec, folder if model is None else model, architecture=architecture, talk=talk)
-    if base.fingerprint != manifest["base"]["fingerprint"]:
-        raise fail(
-            "E608",
-            f"'{model or out}' is not the model that this artifact was compiled from",
-            Place(str(folder)),
-            f"the base with the fingerprint {manifest['base']['fingerprint'][:12]}...",
-        )
-    tensors = load_tensors(plan, folder / ADAPTER)
-    for name, array in tensors.items():
-        if digest(np.ascontiguousarray(array)) != manifest["weights"]["tensors"][name]["sha256"]:
-            raise fail("E609", f"the tensor '{name}' has changed since the artifact was written", Place(str(folder)))
-    manifest["verification"] = verify_folder(folder, plan, base, tensors)
+    known = manifest["base"]
+    like, architecture = known.get("inputs"), known["architecture"]
+    if like is not None and (model is None or isinstance(model, (str, Path))):
+        raise fail("E610", f"the artifact was compiled from a live torch module, {architecture}", Place(str(folder)),
+                   "the module itself, which no folder holds", "in Python: peltc.verify(out, module)")  # fmt: skip
+    inputs = examples(like) if like else None
+    with opened(folder if model is None else model, folder, inputs, architecture, spec.precision, talk) as (base_of, _):
+        base = base_of("ids")
+        plan = make_plan(spec, base.anatomy, base.fingerprint)
+        if base.fingerprint != known["fingerprint"]:
+            what = (
+                f"'{model or out}'" if model is None or isinstance(model, (str, Path)) else f"the {base.architecture}"
+            )
+            raise fail(
+                "E608",
+                f"{what} is not the model that this artifact was compiled from",
+                Place(str(folder)),
+                f"the base with the fingerprint {known['fingerprint'][:12]}...",
+                "" if like is None else "the fingerprint is of weights, code and the versions of the tools",
+            )
+        tensors = load_tensors(plan, folder / ADAPTER)
+        for name, array in tensors.items():
+            if digest(np.ascontiguousarray(array)) != manifest["weights"]["tensors"][name]["sha256"]:
+                raise fail("E609", f"the tensor '{name}' has changed since the artifact was written",
+                           Place(str(folder)))  # fmt: skip
+        manifest["verification"] = verify_folder(folder, plan, replace(base, inputs=like), tensors)
     write_manifest(folder, manifest)
     return manifest
+
+
+def examples(like: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Example inputs of the shapes and types that a manifest tells of."""
+    import torch
+
+    return {n: torch.full(entry["shape"], entry["low"], dtype=getattr(torch, entry["dtype"]))
+            for n, entry in like.items()}  # fmt: skip

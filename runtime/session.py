@@ -13,6 +13,12 @@ from peltc.spec.diagnostics import Place, fail
 
 Array = np.ndarray[Any, Any]
 
+TYPES = {
+    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(float)": np.float32,
+    "tensor(float16)": np.float16, "tensor(double)": np.float64,
+}  # fmt: skip
+"""What inputs are given to ONNX Runtime as, which converts none itself."""
+
 
 def providers(wanted: Sequence[str] | None = None) -> list[str]:
     """Execution providers in order of preference: CUDA where this build and the machine have it, the CPU always.
@@ -95,7 +101,7 @@ class Session:
                 if name not in ("attention_mask", "token_type_ids") or inputs.get("input_ids") is None:
                     raise fail("E606", f"the input '{name}' is missing", expected=", ".join(self.inputs))
                 value = np.full(np.shape(inputs["input_ids"]), int(name == "attention_mask"))
-            array = np.asarray(value, np.int64 if spec.type == "tensor(int64)" else None)
+            array = np.asarray(value, TYPES.get(spec.type))
             if array.ndim != len(spec.shape):
                 raise fail("E606", f"the input '{name}' has the shape {list(array.shape)}", expected=str(spec.shape))
             feeds[name] = array

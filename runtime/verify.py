@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from peltc.compiler.base import Base
 from peltc.compiler.plan import Plan
 from peltc.runtime.session import Session
-from peltc.spec.diagnostics import Place, fail
+from peltc.spec.diagnostics import PeltError, Place, fail
 
 Array = np.ndarray[Any, Any]
 
@@ -21,6 +21,9 @@ own export differs from PyTorch by more than half of it, twice that difference c
 
 SHAPES = ((1, 7, 0), (3, 12, 5), (2, 19, 3))
 """Batch, length, and how many positions of the last sequence are padding."""
+
+PARTS = ((1, 0.5, 0.0), (3, 0.8, 0.3), (2, 1.0, 0.2))
+"""The same for a module with example inputs: batch, and shares of the examples' lengths."""
 
 
 def example(base: Base, batch: int, length: int, padding: int, seed: int) -> dict[str, Array]:
@@ -44,12 +47,55 @@ def example(base: Base, batch: int, length: int, padding: int, seed: int) -> dic
     return {name: array for name, array in inputs.items() if name in base.export["kwargs"]}
 
 
+def drawn(base: Base, batch: int, part: float, padding: float, seed: int) -> dict[str, Array]:
+    """Random inputs like the examples of a torch module that `transformers` does not have: no axis is longer than in
+    the examples, which a table of positions may not be either. What is 0 or 1 is a mask, and ends in zeros.
+
+    Args:
+        part: the share of the examples' lengths.
+        padding: the share of the last sequence that masks leave out.
+    """
+    random = np.random.default_rng(seed)
+    found: dict[str, Array] = {}
+    for name, like in (base.inputs or {}).items():
+        rest = like["shape"][len(like["axes"]) :]
+        shape = (batch, *(max(2, round(size * part)) for size in like["shape"][1 : len(like["axes"])]), *rest)
+        low, high = like["low"], like["high"]
+        array: Array
+        if like["dtype"].startswith(("float", "bfloat")):
+            array = random.uniform(low, high, shape) if low < high else random.normal(low, 1, shape)
+        elif high == 1:
+            array = np.ones(shape, np.int64)
+            if len(shape) > 1 and padding:
+                array[-1, shape[1] - max(1, int(shape[1] * padding)) :] = 0
+        else:
+            array = random.integers(low, high + 1, shape)
+        found[name] = array.astype({"bfloat16": "float32"}.get(like["dtype"], like["dtype"]))
+    return found
+
+
+def cases(base: Base) -> Iterator[tuple[int, int, int, dict[str, Array]]]:
+    """What is compared: batch, length, padding, and inputs of this size."""
+    if not base.inputs:
+        for seed, (batch, length, padding) in enumerate(SHAPES):
+            yield batch, length, padding, example(base, batch, length, padding, seed)
+        return
+    for seed, (batch, part, masked) in enumerate(PARTS):
+        inputs = drawn(base, batch, part, masked, seed)
+        lengths = [array.shape[1] for array in inputs.values() if array.ndim > 1]
+        length = lengths[0] if lengths else 0
+        yield batch, length, int(length * masked), inputs
+
+
 def load_model(base: Base) -> Any:
-    """The base as a torch model with its weights, in the type of the computation."""
+    """The base as a torch model with its weights, in the type of the computation; over a live module's own memory."""
     import torch
     import transformers
 
-    from peltc.compiler.export import quiet
+    from peltc.compiler.export import quiet, replica
+
+    if base.module is not None:
+        return replica(base.module, base.precision)
 
     with quiet():
         cls = getattr(transformers, base.architecture)
@@ -65,25 +111,48 @@ def reference(model: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """What the torch model answers, by output name."""
     import torch
 
+    from peltc.compiler.export import outputs_of
+
+    precision = next((p.dtype for p in model.parameters()), torch.float32)
     with torch.no_grad():
         feeds = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        feeds = {name: value.to(precision) if value.is_floating_point() else value for name, value in feeds.items()}
+        extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
         try:
             output = model(**feeds, **extra)
         except TypeError:
+            if not extra:
+                raise
             output = model(**feeds)
-    wide = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in output.items()
-            if isinstance(value, torch.Tensor)}  # fmt: skip
+    wide = {name: value.float() if value.dtype == torch.bfloat16 else value
+            for name, value in outputs_of(output, inputs).items()}  # fmt: skip
     return {name: value.numpy() for name, value in wide.items()}
 
 
 def compare(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:
-    """Outputs of both on every shape: the largest difference and the largest reference, per output."""
+    """Outputs of both on every shape: the largest difference and the largest reference, per output.
+
+    Raises:
+        PeltError: E702 outputs of other names or shapes, or inputs that the module does not take.
+    """
     figures = []
-    for seed, (batch, length, padding) in enumerate(SHAPES):
-        inputs = example(base, batch, length, padding, seed)
-        expected = reference(model, inputs)
+    for batch, length, padding, inputs in cases(base):
+        try:
+            expected = reference(model, inputs)
+        except PeltError:
+            raise
+        except Exception as error:
+            if not base.inputs:
+                raise
+            raise fail(
+                "E702",
+                f"the module does not take inputs drawn like its examples, of batch {batch} and length {length}:"
+                f" {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}",
+                expected="example inputs with the smallest and the largest values that may come",
+            ) from error
         found = session(**inputs)
+        if base.inputs and (lost := sorted(set(expected) - set(found))):
+            raise fail("E702", f"the artifact gives no output '{lost[0]}'", Place(str(session.folder)))
         for name, array in found.items():
             if name not in expected:
                 raise fail("E702", f"PyTorch gives no output '{name}'", Place(str(session.folder)))

@@ -168,7 +168,9 @@ def table(results: list[Found]) -> str:
         f" in all six ({len(held) / max(len(attending), 1):.1%}); {len(results) - len(attending)} have no softmax"
         " attention, or none that was found.",
         f"A cold base takes {np.median(slower):.0%} more than the exporter alone (median; 90 % of them at most"
-        f" {slower[int(0.9 * (len(slower) - 1))]:.0%})." if slower else "",
+        f" {slower[int(0.9 * (len(slower) - 1))]:.0%})."
+        if slower
+        else "",
         "",
         "| architecture | layers | sites | unnamed maps | worst difference | exporter, s | added | all, s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
