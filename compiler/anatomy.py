@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,6 +71,16 @@ class Site:
         """The path, or the weight's name where the site has no path."""
         return self.path or next(iter(self.parameters.values()), "")
 
+    @property
+    def identity(self) -> object:
+        """What it is in the model's modules, whatever it is called: the same in every graph of the model."""
+        if self.kind == "attention":
+            return self.kind, self.anchors.get("core")
+        if self.parameters:
+            return self.kind, self.rows, tuple(self.parameters.items())
+        where = self.anchors.get("x"), self.anchors.get("y")
+        return (self.kind, self.role, where) if any(where) else self.path
+
     def matches(self, selector: str) -> bool:
         """Whether a selector means this site: a role (`attention.query`) or a path, both with globs."""
         return bool(self.path) and any(fnmatch.fnmatchcase(word, selector) for word in (self.role, self.path))
@@ -131,6 +141,18 @@ class Anatomy:
     def roles(self) -> list[str]:
         """The distinct roles, in order."""
         return list(dict.fromkeys(site.role for site in self.named))
+
+    def named_as(self, other: Anatomy) -> dict[str, Site]:
+        """The sites of this graph by what another graph of the same model calls them. Layers that share their
+        parameters are told apart by their order."""
+        waiting: dict[object, list[Site]] = {}
+        for site in self.sites:
+            waiting.setdefault(site.identity, []).append(site)
+        found = {}
+        for site in other.sites:
+            if same := waiting.get(site.identity):
+                found[site.name] = replace(same.pop(0), path=site.path, shared=site.shared)
+        return found
 
     def graph(self) -> nx.DiGraph:
         """The sites as a networkx graph: an edge leads from a containing site to each site within it."""

@@ -121,16 +121,22 @@ class DataFile:
 
     def __init__(self, file: Path):
         self.file, self.size = file, 0
+        self.kept: dict[tuple[str, tuple[int, ...], str], int] = {}
         file.touch()
 
     def add(self, name: str, array: Any) -> ir.ExternalTensor:
-        """Append a tensor; returns the reference to it."""
+        """Append a tensor, once where several graphs have it; returns the reference to it."""
         padding = -self.size % ALIGNMENT
         data: Any = np.ascontiguousarray(array)
-        with self.file.open("ab") as stream:
-            stream.write(b"\0" * padding)
-            stream.write(data.view(np.uint8).data if data.ndim else data.tobytes())
-        offset, self.size = self.size + padding, self.size + padding + data.nbytes
+        key = str(data.dtype), data.shape, digest(data.view(np.uint8) if data.ndim else data.tobytes())
+        if key in self.kept:
+            offset = self.kept[key]
+        else:
+            with self.file.open("ab") as stream:
+                stream.write(b"\0" * padding)
+                stream.write(data.view(np.uint8).data if data.ndim else data.tobytes())
+            offset = self.kept[key] = self.size + padding
+            self.size = offset + data.nbytes
         dtype = ir.DataType.from_numpy(data.dtype)
         return ir.ExternalTensor(self.file.name, offset, data.nbytes, dtype, shape=ir.Shape(data.shape), name=name,
                                  base_dir=self.file.parent)  # fmt: skip
@@ -145,21 +151,27 @@ class DataFile:
 
 def write_artifact(
     folder: Path,
-    model: ir.Model,
+    graphs: Mapping[str, ir.Model],
     data: DataFile,
     base: Base,
     plan: Plan,
     folded: list[Folded],
     adapter: Mapping[str, str],
     weights_from: str,
-    export: Mapping[str, Any],
+    exports: Mapping[str, Mapping[str, Any]],
     copy: bool,
 ) -> dict[str, Any]:
-    """Write everything but the verification's figures; returns the manifest."""
-    data.take_from(model)
-    model.producer_name, model.producer_version = "peltc", metadata.version("peltc")
-    model.ir_version = 10
-    ir.save(model, folder / "model.onnx")
+    """Write everything but the verification's figures; returns the manifest.
+
+    Args:
+        graphs: by name; each becomes `<name>.onnx`, and all of them share their data.
+        exports: what `transformers` recorded about the export of each.
+    """
+    for name, model in graphs.items():
+        data.take_from(model)
+        model.producer_name, model.producer_version = "peltc", metadata.version("peltc")
+        model.ir_version = 10
+        ir.save(model, folder / f"{name}.onnx")
     linked = link_files(base, folder, copy)
     for name in COMPANIONS:
         if (base.folder / name).is_file() and not (name.endswith(".index.json") and base.converted):
@@ -167,10 +179,11 @@ def write_artifact(
     record = {
         "schema_version": 1,
         "export_format": "onnx",
-        "components": {"model": {"file": "model.onnx", "metadata": export}},
+        "components": {name: {"file": f"{name}.onnx", "metadata": exports[name]} for name in graphs},
     }
     (folder / "export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     manifest = manifest_of(base, plan, folded, adapter, weights_from, linked, data.size)
+    manifest["graphs"] = list(graphs)
     write_manifest(folder, manifest)
     return manifest
 

@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ FORMAT = 8
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
+ALIASES = "tied.json"
 IR_VERSION = 10
 
 Talk = Callable[[str], None]
@@ -162,7 +163,8 @@ def open_base(
         model: a model folder or a hub id.
         architecture: a class of `transformers`; the config's own where absent.
         precision: `checkpoint` keeps the stored type (bfloat16 is computed in float32), or a float type's name.
-        variant: `ids`, or `embeds` for a graph that reads embedded tokens.
+        variant: `ids`, `embeds` for a graph that reads embedded tokens, `decode` or `encoder` for those that generation
+            takes. These share the parameters of `ids`, which alone says where all of them lie.
         talk: told what takes time.
 
     Raises:
@@ -191,8 +193,8 @@ def open_base(
     if not (home / "base.json").is_file():
         _build(folder, config, architecture, computed, variant, checkpoint, home, talk)
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
-    if record["materialise"]:
-        checkpoint, converted = _materialise(folder, architecture, checkpoint, key, record["materialise"], talk)
+    if record["materialise"] and variant in ("ids", "embeds"):
+        checkpoint, converted = _materialise(folder, architecture, checkpoint, record["materialise"], talk)
     stable_text = json.dumps(stable, sort_keys=True)
     return _read(
         home,
@@ -373,7 +375,8 @@ def _build(
     """Export, clean, survey, and move the result into the cache in one step."""
     from peltc.compiler.export import export_graph
 
-    talk(f"no base of {architecture} in the cache: exporting its graph once")
+    what = {"ids": "its graph", "embeds": "its graph on embedded tokens"}.get(variant, f"its {variant} graph")
+    talk(f"no base of {architecture} in the cache: exporting {what} once")
     exported = export_graph(folder, config, architecture, precision, variant)
     talk(exported.repeats)
     parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint)
@@ -474,10 +477,11 @@ def _checkpoint(folder: Path, talk: Talk) -> tuple[Checkpoint, str]:
 
 
 def _materialise(
-    folder: Path, architecture: str, checkpoint: Checkpoint, base_key: str, reason: str, talk: Talk
+    folder: Path, architecture: str, checkpoint: Checkpoint, reason: str, talk: Talk
 ) -> tuple[Checkpoint, str]:
     """Write the parameters as the model class has them, once."""
-    key = hashlib.sha256((base_key + checkpoint.fingerprint).encode()).hexdigest()[:24]
+    facts = [FORMAT, architecture, checkpoint.fingerprint, {tool: metadata.version(tool) for tool in TOOLS}]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     home = cache_folder() / "weights" / key
     if not home.is_dir():
         import transformers
@@ -487,8 +491,14 @@ def _materialise(
         model, report = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
         if missing := sorted(report["missing_keys"]):
             raise missing_weights(missing, checkpoint, folder)
-        _save({name: p.detach() for name, p in model.named_parameters()}, home)
-    return open_checkpoint(home), f"{reason}: written once to {home}"
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        every = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        aliases = {name: kept for name, kept in every.items() if name != kept}
+        _save({name: p.detach() for name, p in model.named_parameters()}, home, aliases)
+    written = open_checkpoint(home)
+    aliases = json.loads((home / ALIASES).read_text(encoding="utf-8"))
+    tensors = {**written.tensors, **{name: written.tensors[kept] for name, kept in aliases.items()}}
+    return replace(written, tensors=tensors), f"{reason}: written once to {home}"
 
 
 def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) -> Exception:
@@ -503,11 +513,13 @@ def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) ->
     )
 
 
-def _save(tensors: Mapping[str, Any], home: Path) -> None:
+def _save(tensors: Mapping[str, Any], home: Path, aliases: Mapping[str, str] | None = None) -> None:
+    """Write tensors into a new folder; `aliases` are other names of tied ones."""
     home.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
     try:
         write_tensors(tensors, staging / "model.safetensors")
+        (staging / ALIASES).write_text(json.dumps(dict(aliases or {})), encoding="utf-8")
         staging.rename(home)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

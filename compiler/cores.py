@@ -117,7 +117,9 @@ class _Finder:
         for role, operand in zip(OPERANDS, (query, key, value), strict=True):
             self._operand(core, role, operand)
         self._disjoint(core)
-        if "key" not in core.linears and "value" not in core.linears:
+        table = self.flow.linear_of
+        made = any(v in table or v.producer() in self.flow.stacked for v in self.flow.behind(key, lambda v: v in table))
+        if not core.linears or (set(core.linears) == {"query"} and made):  # keys may come from another graph
             return None
         core.output = self._after(context.outputs[0])
         self._heads(core)

@@ -20,10 +20,17 @@ from typing import Any
 from peltc.compiler import repeat
 from peltc.spec.diagnostics import Place, fail, nearest
 
+GRAPHS = ("decode", "encoder")
+"""The variants of a model that generates: graphs with a cache of keys and values; see `generation`."""
 BATCH, SEQUENCE, TARGET = 2, 8, 6
 """Example sizes: at least 2, since torch takes an axis of size 1 for a constant."""
 AXES = ("sequence", "target")
 """What the axes after the batch are called, by their lengths in the example inputs, in order of appearance."""
+
+
+def stages(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which graphs generation with a model takes, by its config."""
+    return GRAPHS if config.get("is_encoder_decoder") else GRAPHS[:1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +84,10 @@ def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, pre
                 f"the config does not describe a {architecture}: {type(error).__name__}: {_first_line(error)}",
                 Place(str(folder / "config.json")),
             ) from error
+        if variant in GRAPHS:
+            from peltc.compiler.generation import export_stage
+
+            return export_stage(model, variant)
         return export_model(model, variant)
 
 

@@ -81,7 +81,7 @@ class Flow:
                 continue
             if looked_up or any(v in found for v in node.inputs if v is not None):
                 found.update(node.outputs)
-        found.update(v for v in self.graph.inputs if v.name == "inputs_embeds")
+        found.update(v for v in self.graph.inputs if v.name not in self.parameters and _flows(v))
         if found:
             for node in self.nodes:
                 if node.op_type != "Shape" and any(v in found for v in node.inputs if v is not None):
@@ -343,6 +343,11 @@ def last_size(value: ir.Value) -> int | None:
         return None
     size = value.shape[-1]
     return size if isinstance(size, int) else None
+
+
+def _flows(value: ir.Value) -> bool:
+    """Whether an input is part of what flows through: embedded tokens, states, cached keys, as opposed to a mask."""
+    return value.dtype is not None and value.dtype.is_floating_point() and _rank(value) >= 3
 
 
 def _rank(value: ir.Value) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.anatomy import Anatomy, Site
+from peltc.compiler.anatomy import Site
 from peltc.compiler.artifact import DataFile, digest, write_artifact
 from peltc.compiler.base import Base
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, absorb
@@ -22,9 +23,12 @@ from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
 from peltc.compiler.plan import LEVELS, Claim, Plan
+from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
 EMPTY = np.zeros(0, np.float32)
+SEQUENCE = {"mean_seq", "attend"}
+"""Functions of the method language in which one position reads another."""
 
 
 def build(
@@ -34,6 +38,7 @@ def build(
     folder: Path,
     *,
     embeds: Base | None = None,
+    stages: Mapping[str, Base] = MappingProxyType({}),
     weights_from: str = "",
     self_contained: bool = False,
 ) -> dict[str, Any]:
@@ -42,6 +47,7 @@ def build(
     Args:
         tensors: the adapter's tensors, float32.
         embeds: the base on embedded tokens, where the plan prepends tokens.
+        stages: the bases of the graphs that generation takes, by name; they share every weight with the first.
         weights_from: where the tensors come from, for the manifest.
         self_contained: copy the checkpoint's files rather than link them.
 
@@ -49,25 +55,50 @@ def build(
         The manifest.
     """
     source = embeds or base
-    model = source.load_graph()
     data = DataFile(folder / "model.onnx.data")
     folded, stored = [], {}
     for entry in folds(plan, source, tensors):  # as they come: only a few folded tensors are in memory
         stored[entry.name] = data.add(entry.name, entry.array)
         folded.append(replace(entry, array=EMPTY))
-    staying = [claim for claim in plan.claims if not claim.absorbed]
-    sites = {site.name: site for site in source.anatomy}
-    insert(model, [c for c in staying if "prepend" not in c.effects], sites, tensors)
-    if plan.prepends:
-        prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites, base)
-    stack(model)
-    for entry in folded:
-        if entry.name.endswith(NEW_BIAS):
-            written = map_site(source.anatomy, entry.name.removesuffix(NEW_BIAS)).values["full"]
-            add_bias(model, written, stored.pop(entry.name), entry.claims)
-    bind(model, source, stored, base)
+    graphs = {"model": source.load_graph()} | {name: stage.load_graph() for name, stage in stages.items()}
+    sites = {"model": {site.name: site for site in source.anatomy}}
+    sites |= {name: stage.anatomy.named_as(base.anatomy) for name, stage in stages.items()}
+    check_stages(plan, {name: sites[name] for name in stages})
+    for name, model in graphs.items():
+        staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.name in sites[name]]
+        insert(model, [c for c in staying if "prepend" not in c.effects], sites[name], tensors)
+        if plan.prepends:
+            prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites[name], base)
+        stack(model)
+        values = dict(stored)
+        for entry in folded:
+            if entry.name.endswith(NEW_BIAS):
+                tensor = values.pop(entry.name)
+                if site := map_site(sites[name].values(), entry.name.removesuffix(NEW_BIAS)):
+                    add_bias(model, site.values["full"], tensor, entry.claims)
+        bind(model, source, values, base)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
-    return write_artifact(folder, model, data, source, plan, folded, adapter, weights_from, base.export, self_contained)
+    records = {"model": base.export} | {name: stage.export for name, stage in stages.items()}
+    return write_artifact(folder, graphs, data, source, plan, folded, adapter, weights_from, records, self_contained)
+
+
+def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:
+    """Whether the graphs that generation takes can have a plan's modules.
+
+    Raises:
+        PeltError: E208 a module that needs the whole sequence at once, or a site that no graph has.
+    """
+    for claim in plan.claims if sites else ():
+        where = f"'{claim.attachment}' at {claim.site.name}"
+        if "prepend" in claim.effects:
+            raise fail("E208", f"{where} puts tokens before the sequence, which generation does not take yet",
+                       hint="compile without `generation`, or use `prefix`")  # fmt: skip
+        if mixing := sorted(claim.reads & SEQUENCE):
+            raise fail("E208", f"{where} reads the whole sequence by '{mixing[0]}', and a token at a time is generated",
+                       hint="`freeze_gates` makes gates constants")  # fmt: skip
+        if not any(claim.site.name in found for found in sites.values()):
+            raise fail("E208", f"{where} has no place in the graphs that generation takes",
+                       hint="compile without `generation`, and please report this: model and versions")  # fmt: skip
 
 
 def fold(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> list[Folded]:
@@ -89,7 +120,8 @@ def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Fold
 
     def one(weight: str) -> list[Folded]:
         claims = groups[weight]
-        targets = [c.site if c.site.kind != "block" else map_site(base.anatomy, weight) for c in claims]
+        found = map_site(base.anatomy, weight)
+        targets = [c.site if c.site.kind != "block" or found is None else found for c in claims]
         return absorb(claims, targets, read, tensors, dtype)
 
     # A few at a time: numpy works outside of Python's lock, and memory holds no more than these few.
@@ -104,7 +136,6 @@ def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Fold
             yield from waiting.popleft().result()
 
 
-def map_site(anatomy: Anatomy, weight: str) -> Site:
+def map_site(sites: Iterable[Site], weight: str) -> Site | None:
     """The linear site of a weight."""
-    found: Site = next(s for s in anatomy if s.kind == "linear" and s.parameters["weight"] == weight)
-    return found
+    return next((s for s in sites if s.kind == "linear" and s.parameters["weight"] == weight), None)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-SIZES = {"batch": 2, "sequence": 3, "target": 5}
+SIZES = {"batch": 2, "sequence": 3, "target": 5, "past": 4, "query": 3, "total": 7, "source": 5}
 UNKNOWN = -1
 MIXING = {"MatMul", "Gemm", "Conv", "Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "Einsum"}
 """Operators after which features are no longer those of the seed."""

@@ -275,18 +275,9 @@ def _shared(sites: Iterable[Site]) -> list[Site]:
     listed = list(sites)
     users: dict[object, list[str]] = {}
     for site in listed:
-        users.setdefault(_identity(site), []).append(site.path)
+        users.setdefault(site.identity, []).append(site.path)
     result = []
     for site in listed:
-        others = tuple(path for path in users[_identity(site)] if path != site.path)
+        others = tuple(path for path in users[site.identity] if path != site.path)
         result.append(replace(site, shared=others) if others and site.kind != "embedding" else site)
     return result
-
-
-def _identity(site: Site) -> object:
-    """What two sites have in common that are one and the same in the model's modules."""
-    if site.parameters:
-        return site.kind, site.rows, tuple(site.parameters.items())
-    if any(site.anchors.values()):
-        return site.kind, site.role, tuple(site.anchors.items())
-    return site.path

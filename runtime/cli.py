@@ -112,20 +112,21 @@ def cli() -> None:
 @click.option("--weights", type=click.Path(), help="The adapter's tensors, safetensors; in place of the spec's.")
 @click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
 @click.option("--verify/--no-verify", default=True, help="Hold the artifact against PyTorch.", show_default=True)
+@click.option("--generation/--no-generation", default=None, help="Add graphs with a cache, for `generate`.")
 @click.option("--self-contained", is_flag=True, help="Copy the checkpoint into the artifact rather than link it.")
 @_architecture
 @_json
 @_quiet
 def compile_command(
-    spec: str, model: str, out: str, weights: str | None, mode: str | None, verify: bool, self_contained: bool,
-    architecture: str | None, as_json: bool, quiet: bool,
+    spec: str, model: str, out: str, weights: str | None, mode: str | None, generation: bool | None, verify: bool,
+    self_contained: bool, architecture: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens."""
     from peltc.runtime.compile import compile
 
     with talking(quiet) as talk:
-        manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, verify=verify,
-                           self_contained=self_contained, talk=talk)  # fmt: skip
+        manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,
+                           verify=verify, self_contained=self_contained, talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
         return

@@ -14,6 +14,7 @@ import numpy as np
 from peltc.compiler.artifact import COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
 from peltc.compiler.base import Base, is_known, module_base, open_base
 from peltc.compiler.checkpoint import read_header
+from peltc.compiler.export import GRAPHS, stages
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
@@ -54,6 +55,7 @@ def compile(
     inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     mode: str | None = None,
+    generation: bool | None = None,
     verify: bool = True,
     self_contained: bool = False,
     talk: Talk = silent,
@@ -71,6 +73,7 @@ def compile(
             are of any size in the artifact, and at least 2 here. Verification draws others like them, no longer.
         architecture: a class of `transformers` in place of the config's.
         mode: `fold` or `static`, in place of the spec's.
+        generation: add the graphs that `Session.generate` runs, in place of what the spec says.
         verify: hold the artifact against PyTorch before it takes its place.
         self_contained: copy the checkpoint into the artifact rather than link it.
         talk: told, line by line, what happens and what to know.
@@ -84,6 +87,8 @@ def compile(
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
+    if generation is not None:
+        spec = replace(spec, generation=generation)
     free(Path(out))  # before anything takes time
     with opened(model, Path(out), inputs, architecture, spec.precision, talk) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
@@ -119,8 +124,10 @@ def _compile(
         talk(f"warning: {len(gates['gates'])} gates are frozen; outputs on the calibration texts differ by up to"
              f" {gates['difference']:.1%} of the largest value")  # fmt: skip
     embeds = base_of("embeds") if plan.prepends else None
+    staged_bases = {name: base_of(name) for name in stages(base.config)} if spec.generation else {}
     with staged(out) as folder:
-        manifest = build(plan, base, tensors, folder, embeds=embeds, weights_from=source, self_contained=self_contained)
+        manifest = build(plan, base, tensors, folder, embeds=embeds, stages=staged_bases, weights_from=source,
+                         self_contained=self_contained)  # fmt: skip
         manifest["frozen_gates"] = gates
         write_manifest(folder, manifest)
         save_adapter(folder, plan, tensors, own, self_contained)
@@ -213,6 +220,7 @@ def check_sources(plan: Plan, base: Base, own: frozenset[str]) -> None:
         PeltError: E406.
     """
     taken = {ADAPTER, MANIFEST, "model.onnx", "model.onnx.data", "export.json", *COMPANIONS}
+    taken |= {f"{name}.onnx" for name in GRAPHS}
     taken |= {file.name for file in base.checkpoint.files}
     for name in sources(plan, own):
         if Path(name).is_absolute() or ".." in Path(name).parts or name in taken:

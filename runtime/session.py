@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,74 @@ class Session:
 
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        self.options = ort.SessionOptions()
+        self.options.log_severity_level = 3
         if threads is not None:
-            options.intra_op_num_threads = threads
+            self.options.intra_op_num_threads = threads
         if not spinning:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        chosen = globals()["providers"](providers)
+            self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.providers = globals()["providers"](providers)
+        if "decode" not in self.manifest.get("graphs", ()):
+            self.inference  # noqa: B018  # what is wrong with it, now rather than later
+
+    def open(self, file: str) -> Any:
+        """ONNX Runtime's session of one of the artifact's graphs.
+
+        Raises:
+            PeltError: E605 it cannot be opened.
+        """
+        import onnxruntime as ort
+
         try:
-            self.inference = ort.InferenceSession(str(self.folder / "model.onnx"), options, providers=chosen)
+            return ort.InferenceSession(str(self.folder / file), self.options, providers=self.providers)
         except Exception as error:
             reason = str(error).splitlines()[0][:300]
             raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", Place(str(self.folder))) from None
-        self.inputs = {i.name: i for i in self.inference.get_inputs()}
-        self.outputs = [o.name for o in self.inference.get_outputs()]
+
+    @cached_property
+    def inference(self) -> Any:
+        """The session of the graph without a cache; who generates alone never opens it."""
+        return self.open("model.onnx")
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What the model takes, by name."""
+        return {i.name: i for i in self.inference.get_inputs()}
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        """The names of what it gives."""
+        return [o.name for o in self.inference.get_outputs()]
+
+    @cached_property
+    def generator(self) -> Any:
+        """The artifact as a model of `transformers` that generates; it has no parameters of its own.
+
+        Raises:
+            PeltError: E611 the artifact was compiled without generation.
+        """
+        from peltc.runtime.generation import open_generator
+
+        return open_generator(self.folder, self.open)
+
+    def generate(self, **options: Any) -> Any:
+        """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
+
+        Args:
+            options: `input_ids` [B, S] and `attention_mask` [B, S], padded on the left for a decoder alone, as torch
+                tensors or arrays; and whatever `generate` takes.
+
+        Returns:
+            What `generate` returns: token ids [B, S], those of the prompt included for a decoder alone.
+
+        Raises:
+            PeltError: E611 the artifact was compiled without generation.
+        """
+        import torch
+
+        given = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+                 for name, value in options.items()}  # fmt: skip
+        return self.generator.generate(**given)
 
     def __call__(self, **inputs: Any) -> dict[str, Array]:
         """Run the model.

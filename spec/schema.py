@@ -158,6 +158,11 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
                 "properties": {
                     "mode": {"enum": list(MODES), "default": "fold"},
                     "precision": {"enum": list(PRECISIONS), "default": "checkpoint"},
+                    "generation": {
+                        "type": "boolean",
+                        "default": False,
+                        "description": "graphs with a cache of keys and values, for `Session.generate`",
+                    },
                     "freeze_gates": {
                         "type": "string",
                         "pattern": "^[^\\u0000-\\u001f]+$",

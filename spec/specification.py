@@ -80,6 +80,7 @@ class Spec:
     mode: str = "fold"
     precision: str = "checkpoint"
     freeze_gates: str = ""
+    generation: bool = False
     seed: int = 0
     path: str = ""
     text: str = ""
@@ -151,6 +152,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         mode=deploy.get("mode", "fold"),
         precision=deploy.get("precision", "checkpoint"),
         freeze_gates=deploy.get("freeze_gates", ""),
+        generation=deploy.get("generation", False),
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",
         text=text or document.text,

@@ -307,7 +307,9 @@ class _Inserter:
                 wide = _repeat_heads(new, site, repeats, emitter) if repeats > 1 else new
                 old = self.current(site.values[effect])
                 wide.shape, wide.type = None, old.type
-                replace_uses(old, wide, emitter.added, self.graph)
+                for use in tuple(old.uses()):  # not a cache of keys, which is the text's, nor what counts its positions
+                    if use.node not in emitter.added and not _counts(use.node):
+                        use.node.replace_input_with(use.idx, wide)
                 self.replaced[old] = wide
                 if repeats > 1:
                     new.type = read.type
@@ -373,6 +375,23 @@ def added_positions(claim: Claim, effect: str) -> int:
             "E310", f"'{expr.text}' gives {found.dims[-2]} keys", expected="the keys there are, and more before them"
         )
     return more
+
+
+def _counts(node: ir.Node) -> bool:
+    """Whether a node takes a shape to number positions by, and not just to lay values out."""
+    if node.op_type != "Shape":
+        return False
+    pending, seen = [node], {node}
+    while pending:
+        for output in pending.pop().outputs:
+            for use in output.uses():
+                if use.node.op_type == "Range":
+                    return True
+                laid_out = use.node.op_type in ("Reshape", "Expand", "Tile") and use.idx == 1
+                if use.node not in seen and not laid_out:
+                    seen.add(use.node)
+                    pending.append(use.node)
+    return False
 
 
 def _swap(node: ir.Node, old: ir.Value, new: ir.Value) -> None:

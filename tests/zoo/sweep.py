@@ -16,7 +16,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -142,10 +141,10 @@ def worker(family: tuple[str, str]) -> Found:
 
 
 def sweep(families: list[tuple[str, str]], processes: int = 2) -> Iterator[Found]:
-    """What is found of each, as it comes; one process for each, so that none leaves anything behind."""
+    """What is found of each, as it comes; processes are replaced, so that memory does not grow."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, max_tasks_per_child=8) as pool:
-        yield from pool.map(worker, families)
+    with context.Pool(processes, maxtasksperchild=8) as pool:
+        yield from pool.imap(worker, families)
 
 
 def table(results: list[Found]) -> str:
@@ -159,10 +158,10 @@ def table(results: list[Found]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `python tests/zoo/sweep.py`: tiny random instances of every text architecture of `transformers` that"
-        " its exporter turns into ONNX with symbolic axes; on each, LoRA on `attention.query` and `attention.value`, a"
-        " bottleneck adapter on `feed_forward.block` and (IA)3 on `attention.key` and `attention.value`, folded and"
-        " static, against PyTorch with the same modules attached.",
+        "Written by `python tests/zoo/sweep.py`: tiny random instances of every text architecture of `transformers`"
+        " that its exporter turns into ONNX with symbolic axes; on each, LoRA on `attention.query` and"
+        " `attention.value`, a bottleneck adapter on `feed_forward.block` and (IA)3 on `attention.key` and"
+        " `attention.value`, folded and static, against PyTorch with the same modules attached.",
         "",
         f"{len(held)} of {len(attending)} architectures with attention hold within {TOLERANCE:.0e} of the largest value"
         f" in all six ({len(held) / max(len(attending), 1):.1%}); {len(results) - len(attending)} have no softmax"

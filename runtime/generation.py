@@ -1,0 +1,198 @@
+"""`generate` of `transformers` on an artifact: the model class's own generation, with ONNX Runtime as its `forward`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peltc.compiler.artifact import read_manifest
+from peltc.spec.diagnostics import Place, fail
+
+EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_values", "logits_to_keep"})
+"""What `generate` may call `forward` with though no graph takes it."""
+
+
+def generator(
+    config: Any, architecture: str, sessions: Mapping[str, Any], records: Mapping[str, Any], options: Any = None
+) -> Any:
+    """A model of `transformers` that generates with graphs; it has no parameters of its own.
+
+    Args:
+        config: the model's config.
+        architecture: name of its class.
+        sessions: of ONNX Runtime, by graph: `decode`, and `encoder` where there is one.
+        records: `transformers`' record of each graph's export.
+        options: the model's generation config; without it that of the config.
+    """
+    import torch
+    import transformers
+    from accelerate import init_empty_weights
+
+    base = getattr(transformers, architecture)
+    made = type(f"Onnx{architecture}", (_Generator, base), {"__module__": base.__module__, "forward": _as(base)})
+    with init_empty_weights(include_buffers=False):
+        model = made._from_config(config, dtype=torch.float32).eval()
+    if options is not None:
+        model.generation_config = options
+    model.use(sessions, records)
+    return model
+
+
+def open_generator(folder: Path, open_session: Callable[[str], Any]) -> Any:
+    """The generator of an artifact.
+
+    Args:
+        folder: the artifact's.
+        open_session: opens one of its graphs, by file name.
+
+    Raises:
+        PeltError: E611 the artifact was compiled without generation.
+    """
+    import transformers
+    from transformers.exporters.metadata import ExportMetadata
+
+    from peltc.compiler.export import quiet
+
+    manifest = read_manifest(folder)
+    names = [name for name in manifest.get("graphs", ()) if name != "model"]
+    if not names:
+        raise fail("E611", "the artifact has no graphs with a cache, which generation takes", Place(str(folder)),
+                   "an artifact compiled with --generation, or `deploy: {generation: true}`")  # fmt: skip
+    components = json.loads((folder / "export.json").read_text(encoding="utf-8"))["components"]
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    file = folder / "generation_config.json"
+    with quiet():
+        config = transformers.AutoConfig.for_model(**content)
+        options = transformers.GenerationConfig.from_pretrained(folder) if file.is_file() else None
+        records = {name: ExportMetadata.from_dict(components[name]["metadata"]) for name in names}
+        sessions = {name: open_session(f"{name}.onnx") for name in names}
+        return generator(config, manifest["base"]["architecture"], sessions, records, options)
+
+
+def _as(base: Any) -> Any:
+    """The generator's `forward` under the signature of a model's, which tells `generate` what the model takes."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    return forward
+
+
+class _Generator:
+    """What replaces a model's computation by graphs; it precedes the model's class among the bases of `generator`."""
+
+    device = property(lambda self: self._place)
+    dtype = property(lambda self: self._runners["decode"].dtype)
+
+    def use(self, sessions: Mapping[str, Any], records: Mapping[str, Any]) -> None:
+        """Take up the graphs."""
+        from transformers.exporters.runners.runner_onnx import OnnxModelRunner
+
+        self._runners = {name: OnnxModelRunner(records[name], session) for name, session in sessions.items()}
+        self._place = self._runners["decode"].device
+        self._inputs = {n: {i.name: i for i in s.get_inputs()} for n, s in sessions.items()}
+        self._leaves = {n: {i.removeprefix("input.") for i in inputs} for n, inputs in self._inputs.items()}
+        leaves = set().union(*self._leaves.values())
+        self._known = {leaf.partition(".")[0] for leaf in leaves} | EXTRA
+        self._encoder = Encoder(self._runners["encoder"]) if "encoder" in sessions else None
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        return self._encoder if self._encoder is not None else super().get_encoder(modality)  # type: ignore[misc]
+
+    def run(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        """One call of `forward`: the logits of new tokens, and the cache that they are added to.
+
+        Raises:
+            TypeError: an input that the graph was not exported with.
+        """
+        import torch
+
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if input_ids is not None:
+            given["input_ids"] = input_ids
+        strange = [k for k, v in given.items() if k not in self._known and v is not False]
+        if strange:
+            raise TypeError(f"the graphs were exported without '{strange[0]}'")
+        tokens = given["decoder_input_ids" if self._encoder is not None else "input_ids"]
+        batch, length = tokens.shape
+        cache = given.pop("past_key_values", None)
+        past = cache.get_seq_length() if cache is not None else 0
+        runner, known = self._runners["decode"], self._leaves["decode"]
+        kept = given.pop("logits_to_keep", 0)
+        if isinstance(kept, int):
+            kept = torch.arange(length - kept if kept else 0, length)
+        given["logits_to_keep"] = kept
+        if self._encoder is None and "attention_mask" in known and "attention_mask" not in given:
+            given["attention_mask"] = torch.ones((batch, past + length), dtype=torch.long)
+        leaves = {k: v for k, v in given.items() if k == "logits_to_keep" or k not in EXTRA}
+        if past:
+            leaves["past_key_values"] = cache
+        else:
+            leaves |= self._empty(batch, given.get("encoder_outputs"))
+        result = runner(**leaves)
+        if self._encoder is not None:
+            result = self._joined(result, leaves, cache if past else None)
+        if "logits_to_keep" not in known and len(kept) < length:
+            result["logits"] = result["logits"][:, kept]
+        if given.get("use_cache") is False:
+            return type(result)(logits=result["logits"])
+        return result
+
+    def _joined(self, result: Any, leaves: Any, cache: Any) -> Any:
+        """The graph's outputs, with the keys and values of the cross-attention that the graph was given."""
+        from transformers import DynamicCache, EncoderDecoderCache
+        from transformers.modeling_outputs import Seq2SeqLMOutput
+
+        if cache is None:
+            stem = "past_key_values.cross_attention_cache.layers."
+            count = sum(leaf.startswith(stem) for leaf in leaves) // 2
+            crossed = DynamicCache([(leaves[f"{stem}{i}.keys"], leaves[f"{stem}{i}.values"]) for i in range(count)])
+        else:
+            crossed = cache.cross_attention_cache
+        grown = result["past_key_values"]["self_attention_cache"]
+        return Seq2SeqLMOutput(logits=result["logits"], past_key_values=EncoderDecoderCache(grown, crossed))
+
+    def _empty(self, batch: int, states: Any) -> dict[str, Any]:
+        """What a graph takes for an empty cache: no keys and values, but those of the encoder's states."""
+        import torch
+
+        found = {}
+        for leaf, spec in self._inputs["decode"].items():
+            leaf = leaf.removeprefix("input.")
+            if not leaf.startswith("past_key_values."):
+                continue
+            if states is not None and leaf in states:
+                found[leaf] = states[leaf]
+            else:
+                sizes = [batch, *(d if isinstance(d, int) else 0 for d in spec.shape[1:])]
+                found[leaf] = torch.empty(sizes, dtype=self.dtype)
+        return found
+
+
+class Encoder:
+    """The encoder's graph in the place of the module."""
+
+    def __init__(self, runner: Any):
+        self.runner = runner
+        self.main_input_name = "input_ids"
+
+    def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+        """Hidden states, with the keys and values of the cross-attention beside them, so that `generate` expands them
+        for beams like the states."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutput
+
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        found = self.runner(input_ids=input_ids, attention_mask=attention_mask)
+        states = BaseModelOutput(last_hidden_state=found.pop("last_hidden_state"))
+        for name, value in found.items():
+            states[name] = value
+        return states
+
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, **_: Any) -> Any:
+        return self.forward(input_ids, attention_mask)
