@@ -24,6 +24,8 @@ from peltc.compiler.plan import Plan
 from peltc.spec.diagnostics import Place, fail
 
 MANIFEST = "pelt.json"
+CACHE = "cache.safetensors"
+"""What the caches of keys and values begin with, by the graph's inputs."""
 ALIGNMENT = 64
 INLINE = 256
 COMPANIONS = (

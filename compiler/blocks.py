@@ -138,7 +138,20 @@ class _Finder:
                 found = [t for leaf in others if (t := self._term(r, leaf, total)) is not None]
                 if len(found) > len(best):
                     best = found
-            yield from sorted(best, key=lambda term: self.flow.index(term.y))
+            yield from sorted(self._joined(best), key=lambda term: self.flow.index(term.y))
+
+    def _joined(self, terms: list[Term]) -> list[Term]:
+        """Terms of a sum, of which those that routed and shared experts make are one: their own sum."""
+        contexts = [core.context.outputs[0] for core in self.cores]
+        apart = [t for t in terms if not any(c in t.values for c in contexts)]
+        if len(apart) < 2 or not any(self._stacks(t) for t in apart):
+            return terms
+        wanted = {t.y for t in apart}
+        for node in (n for n in self.flow.nodes if self._sums(n) and n.outputs[0] is not terms[0].s):
+            if self._within_sum(node.outputs[0]) and set(self._leaves(node.outputs[0])) == wanted:
+                whole = self._term(terms[0].r, node.outputs[0], terms[0].s)
+                return [t for t in terms if t not in apart] + ([whole] if whole else apart)
+        return terms
 
     def _within_sum(self, total: ir.Value) -> bool:
         """Whether a sum is a term of one sum more, and nothing else."""

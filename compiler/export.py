@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,7 +76,7 @@ def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, pre
         )
     with quiet():
         try:
-            parsed = transformers.AutoConfig.for_model(**dict(config))
+            parsed = parse_config(config)
             with init_empty_weights(include_buffers=False):
                 model = unbacked(cls._from_config(parsed, dtype=getattr(torch, precision)).eval())
         except Exception as error:
@@ -89,6 +90,16 @@ def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, pre
 
             return export_stage(model, variant)
         return export_model(model, variant)
+
+
+def parse_config(content: Mapping[str, Any]) -> Any:
+    """A config of `transformers`, from what its file says; JSON has no infinity, so it is written as a mapping there."""
+    from transformers import AutoConfig
+
+    def number(mapping: dict[str, Any]) -> Any:
+        return float(mapping["__float__"]) if mapping.keys() == {"__float__"} else mapping
+
+    return AutoConfig.for_model(**json.loads(json.dumps(dict(content)), object_hook=number))
 
 
 def export_like(model: Any) -> Exported:

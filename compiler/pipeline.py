@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from safetensors.numpy import save
 
 from peltc.compiler.anatomy import Site
-from peltc.compiler.artifact import DataFile, digest, write_artifact
+from peltc.compiler.artifact import CACHE, DataFile, digest, write_artifact
 from peltc.compiler.base import Base
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, absorb
 from peltc.compiler.passes.bind import add_bias, bind
@@ -64,9 +66,10 @@ def build(
     sites = {"model": {site.name: site for site in source.anatomy}}
     sites |= {name: stage.anatomy.named_as(base.anatomy) for name, stage in stages.items()}
     check_stages(plan, {name: sites[name] for name in stages})
+    starts: dict[str, Array] = {}
     for name, model in graphs.items():
         staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.name in sites[name]]
-        insert(model, [c for c in staying if "prepend" not in c.effects], sites[name], tensors)
+        starts |= insert(model, [c for c in staying if "prepend" not in c.effects], sites[name], tensors)
         if plan.prepends:
             prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites[name], base)
         stack(model)
@@ -77,7 +80,11 @@ def build(
                 if site := map_site(sites[name].values(), entry.name.removesuffix(NEW_BIAS)):
                     add_bias(model, site.values["full"], tensor, entry.claims)
         bind(model, source, values, base)
+        if name in stages:  # ONNX Runtime runs what nobody reads too, with lengths that are not right any more
+            RemoveUnusedNodesPass()(model)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
+    if starts:
+        (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
     records = {"model": base.export} | {name: stage.export for name, stage in stages.items()}
     return write_artifact(folder, graphs, data, source, plan, folded, adapter, weights_from, records, self_contained)
 

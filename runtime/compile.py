@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
+from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
 from peltc.compiler.base import Base, is_known, module_base, open_base
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.export import GRAPHS, stages
@@ -219,7 +219,7 @@ def check_sources(plan: Plan, base: Base, own: frozenset[str]) -> None:
     Raises:
         PeltError: E406.
     """
-    taken = {ADAPTER, MANIFEST, "model.onnx", "model.onnx.data", "export.json", *COMPANIONS}
+    taken = {ADAPTER, MANIFEST, "model.onnx", "model.onnx.data", "export.json", CACHE, *COMPANIONS}
     taken |= {f"{name}.onnx" for name in GRAPHS}
     taken |= {file.name for file in base.checkpoint.files}
     for name in sources(plan, own):

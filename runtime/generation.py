@@ -6,9 +6,10 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from peltc.compiler.artifact import read_manifest
+from peltc.compiler.artifact import CACHE, read_manifest
 from peltc.spec.diagnostics import Place, fail
 
 EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_values", "logits_to_keep"})
@@ -16,7 +17,12 @@ EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_valu
 
 
 def generator(
-    config: Any, architecture: str, sessions: Mapping[str, Any], records: Mapping[str, Any], options: Any = None
+    config: Any,
+    architecture: str,
+    sessions: Mapping[str, Any],
+    records: Mapping[str, Any],
+    options: Any = None,
+    starts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """A model of `transformers` that generates with graphs; it has no parameters of its own.
 
@@ -26,6 +32,7 @@ def generator(
         sessions: of ONNX Runtime, by graph: `decode`, and `encoder` where there is one.
         records: `transformers`' record of each graph's export.
         options: the model's generation config; without it that of the config.
+        starts: what caches begin with [1, H, P, Dh], by the graph's inputs.
     """
     import torch
     import transformers
@@ -37,7 +44,7 @@ def generator(
         model = made._from_config(config, dtype=torch.float32).eval()
     if options is not None:
         model.generation_config = options
-    model.use(sessions, records)
+    model.use(sessions, records, starts)
     return model
 
 
@@ -52,9 +59,10 @@ def open_generator(folder: Path, open_session: Callable[[str], Any]) -> Any:
         PeltError: E611 the artifact was compiled without generation.
     """
     import transformers
+    from safetensors.torch import load_file
     from transformers.exporters.metadata import ExportMetadata
 
-    from peltc.compiler.export import quiet
+    from peltc.compiler.export import parse_config, quiet
 
     manifest = read_manifest(folder)
     names = [name for name in manifest.get("graphs", ()) if name != "model"]
@@ -65,11 +73,12 @@ def open_generator(folder: Path, open_session: Callable[[str], Any]) -> Any:
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     file = folder / "generation_config.json"
     with quiet():
-        config = transformers.AutoConfig.for_model(**content)
+        config = parse_config(content)
         options = transformers.GenerationConfig.from_pretrained(folder) if file.is_file() else None
         records = {name: ExportMetadata.from_dict(components[name]["metadata"]) for name in names}
         sessions = {name: open_session(f"{name}.onnx") for name in names}
-        return generator(config, manifest["base"]["architecture"], sessions, records, options)
+        starts = load_file(folder / CACHE) if (folder / CACHE).is_file() else {}
+        return generator(config, manifest["base"]["architecture"], sessions, records, options, starts)
 
 
 def _as(base: Any) -> Any:
@@ -88,7 +97,7 @@ class _Generator:
     device = property(lambda self: self._place)
     dtype = property(lambda self: self._runners["decode"].dtype)
 
-    def use(self, sessions: Mapping[str, Any], records: Mapping[str, Any]) -> None:
+    def use(self, sessions: Mapping[str, Any], records: Mapping[str, Any], starts: Mapping[str, Any]) -> None:
         """Take up the graphs."""
         from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
@@ -98,6 +107,7 @@ class _Generator:
         self._leaves = {n: {i.removeprefix("input.") for i in inputs} for n, inputs in self._inputs.items()}
         leaves = set().union(*self._leaves.values())
         self._known = {leaf.partition(".")[0] for leaf in leaves} | EXTRA
+        self._starts = {leaf.removeprefix("input."): start for leaf, start in starts.items()}
         self._encoder = Encoder(self._runners["encoder"]) if "encoder" in sessions else None
 
     def get_encoder(self, modality: str | None = None) -> Any:
@@ -134,6 +144,7 @@ class _Generator:
         else:
             leaves |= self._empty(batch, given.get("encoder_outputs"))
         result = runner(**leaves)
+        _count_text(result["past_key_values"], self._starts)
         if self._encoder is not None:
             result = self._joined(result, leaves, cache if past else None)
         if "logits_to_keep" not in known and len(kept) < length:
@@ -167,10 +178,21 @@ class _Generator:
                 continue
             if states is not None and leaf in states:
                 found[leaf] = states[leaf]
+            elif leaf in self._starts:
+                found[leaf] = self._starts[leaf].expand(batch, -1, -1, -1)
             else:
                 sizes = [batch, *(d if isinstance(d, int) else 0 for d in spec.shape[1:])]
                 found[leaf] = torch.empty(sizes, dtype=self.dtype)
         return found
+
+
+def _count_text(grown: Any, starts: Mapping[str, Any]) -> None:
+    """Let a cache tell the length of the text in it, without what stands before."""
+    cache = grown.get("self_attention_cache") if isinstance(grown, dict) else grown
+    before = [start.shape[2] for leaf, start in starts.items() if ".layers.0.keys" in leaf]
+    if before:
+        whole = cache.get_seq_length
+        cache.get_seq_length = lambda layer_idx=0: max(whole(0) - before[0], 0)
 
 
 class Encoder:

@@ -19,11 +19,18 @@ TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest |difference| as a share of the largest |reference|, by the type of the computation. Where the bare base's
 own export differs from PyTorch by more than half of it, twice that difference counts."""
 
+WRONG = 10
+"""By how many tolerances the bare base's export may differ for rounding; more is another function."""
+
 SHAPES = ((1, 7, 0), (3, 12, 5), (2, 19, 3))
 """Batch, length, and how many positions of the last sequence are padding."""
 
 PARTS = ((1, 0.5, 0.0), (3, 0.8, 0.3), (2, 1.0, 0.2))
 """The same for a module with example inputs: batch, and shares of the examples' lengths."""
+
+
+GENERATED = (3, 9, 4, 6)
+"""Batch, length, padding of a prompt, and how many tokens follow it."""
 
 
 def example(base: Base, batch: int, length: int, padding: int, seed: int) -> dict[str, Array]:
@@ -174,6 +181,41 @@ def compare(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:
     return figures
 
 
+def compare_generation(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:
+    """The logits of both while they generate greedily, a prompt with padding, up to the first token that differs."""
+    import torch
+
+    batch, length, padding, tokens = GENERATED
+    inputs = {name: torch.from_numpy(array) for name, array in example(base, batch, length, padding, 7).items()
+              if name in ("input_ids", "attention_mask")}  # fmt: skip
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1,
+               "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+    if base.config.get("is_encoder_decoder"):
+        starts = (base.config.get(f"{name}_token_id") for name in ("decoder_start", "bos", "pad"))
+        options["decoder_start_token_id"] = next((s for s in starts if s is not None), 0)
+    expected = model.generate(**inputs, **options)
+    found = session.generate(**inputs, **options)
+    figures = []
+    for step, (theirs, ours) in enumerate(zip(expected.logits, found.logits, strict=True)):
+        reference, logits = theirs.double().numpy(), ours.double().numpy()
+        difference = np.abs(logits - reference)
+        figures.append(
+            {
+                "batch": batch,
+                "length": length + step,
+                "padding": padding,
+                "output": "generated logits",
+                "difference": float(difference.max()) if np.isfinite(difference).all() else float("inf"),
+                "reference": float(np.abs(reference).max()),
+            }
+        )
+        if (
+            expected.sequences[:, : step - tokens + 1 or None] != found.sequences[:, : step - tokens + 1 or None]
+        ).any():
+            break  # from here on the two read different texts
+    return figures
+
+
 def worst(figures: list[dict[str, Any]]) -> float:
     """The largest relative difference."""
     return max(float(f["difference"]) / max(float(f["reference"]), 1e-30) for f in figures)
@@ -197,10 +239,17 @@ def verify_folder(
     tolerance = TOLERANCE[base.precision]
     attached = attach_plan(model, plan, tensors).eval()
     figures = compare(session, attached, base)
+    if "decode" in session.manifest.get("graphs", ()):
+        figures += compare_generation(session, attached, base)
     found, own = worst(figures), None
     if not found <= tolerance:
         attached.detach_adapter()
         own = base_error(base, model)
+        if own > WRONG * tolerance:
+            raise fail("E703", f"the exporter's graph of the bare model differs from PyTorch by {own:.2e} of the"
+                       " largest value: it computes something else", Place(location or str(folder)),
+                       f"at most {WRONG * tolerance:.1e} in {base.precision}",
+                       "a newer transformers may export this model rightly")  # fmt: skip
         tolerance = max(tolerance, 2 * own)
     if not found <= tolerance:
         at = max(figures, key=lambda f: f["difference"] / max(f["reference"], 1e-30))

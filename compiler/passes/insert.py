@@ -20,21 +20,29 @@ import onnx_ir as ir
 from peltc.compiler.anatomy import Rows, Site
 from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
 from peltc.compiler.flow import last_size
+from peltc.compiler.numeric import NumericInterpreter
 from peltc.compiler.plan import LEVELS, Claim
 from peltc.spec.diagnostics import fail
 from peltc.spec.dims import Dim, simplify
 from peltc.spec.formula import Deferred
+from peltc.spec.method import RUNTIME_NAMES
 
 Array = np.ndarray[Any, Any]
 MASK_STEPS = {"Cast", "Not", "Identity", "Mul", "Sub", "Unsqueeze"}
 
 
-def insert(model: ir.Model, claims: Iterable[Claim], sites: Mapping[str, Site], tensors: Mapping[str, Array]) -> None:
+def insert(
+    model: ir.Model, claims: Iterable[Claim], sites: Mapping[str, Site], tensors: Mapping[str, Array]
+) -> dict[str, Array]:
     """Write claims into a graph, in place.
 
     Args:
         sites: the graph's own sites by name.
         tensors: the adapter's tensors by name.
+
+    Returns:
+        In a graph with a cache of keys and values, what each cache begins with [1, H, P, Dh], by its input's name: keys
+        and values that stand before the text's are there before the first token.
     """
     inserter = _Inserter(model, tensors)
     groups: dict[str, list[Claim]] = {}
@@ -43,7 +51,9 @@ def insert(model: ir.Model, claims: Iterable[Claim], sites: Mapping[str, Site], 
     ordered = sorted(groups, key=lambda name: (LEVELS[sites[name].kind], sites[name].role == "layer"))
     for name in ordered:
         getattr(inserter, sites[name].kind)(sites[name], groups[name])
+    inserter.count_text()
     model.graph.sort()
+    return inserter.starts
 
 
 class _Inserter:
@@ -56,6 +66,8 @@ class _Inserter:
         self.weights: dict[str, ir.Value] = {}
         self.kept: set[ir.Node] = set()  # nodes that go on reading the values which claims replace
         self.extended: dict[tuple[ir.Value, ir.Value, int], ir.Value] = {}
+        self.starts: dict[str, Array] = {}
+        self.caches: dict[ir.Value, ir.Value] = {}
 
     def emitter(self, claim: Claim, like: ir.Value) -> Emitter:
         dtype = like.dtype or ir.DataType.FLOAT
@@ -298,24 +310,65 @@ class _Inserter:
                 if effect not in claim.effects:
                     continue
                 read = self.current(site.values[role])
-                value, interpreter = self.evaluate(claim, effect, read, **{role: read})
-                emitter = interpreter.emitter
-                new = interpreter.value(value)
                 longer = added_positions(claim, effect)
+                if longer and self.begins(claim, effect, role, read):
+                    new, emitter = read, self.emitter(claim, read)
+                else:
+                    value, interpreter = self.evaluate(claim, effect, read, **{role: read})
+                    emitter = interpreter.emitter
+                    new = interpreter.value(value)
                 repeats = site.sizes["heads"] // site.sizes["kv_heads"]
                 # The base repeats heads with lengths taken from the input, which are no longer right.
                 wide = _repeat_heads(new, site, repeats, emitter) if repeats > 1 else new
                 old = self.current(site.values[effect])
+                if wide is old:
+                    continue
                 wide.shape, wide.type = None, old.type
                 for use in tuple(old.uses()):  # not a cache of keys, which is the text's, nor what counts its positions
                     if use.node not in emitter.added and not _counts(use.node):
                         use.node.replace_input_with(use.idx, wide)
                 self.replaced[old] = wide
-                if repeats > 1:
+                if repeats > 1 and new is not read:
                     new.type = read.type
                     self.replaced[read] = new
             if longer:
                 self.widen_mask(site, claim, longer)
+
+    def begins(self, claim: Claim, effect: str, role: str, read: ir.Value) -> bool:
+        """Let the cache begin with what a claim puts before keys or values, where these are the cached ones and the new
+        ones, and the claim depends on nothing that runs."""
+        node = read.producer()
+        cache = node.inputs[0] if node is not None and node.op_type == "Concat" else None
+        if cache is None or not cache.is_graph_input() or cache.shape is None or cache.name is None:
+            return False
+        if claim.reads & set(RUNTIME_NAMES) - {"k", "v"}:
+            return False
+        start = self.starts.get(cache.name)
+        if start is None:
+            heads, size = (int(cache.shape[axis]) for axis in (1, 3))  # type: ignore[arg-type]
+            start = np.zeros((1, heads, 0, size), np.float32)
+        values: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
+        numeric = NumericInterpreter()
+        found = numeric.evaluate(claim.effects[effect], claim.scope({**values, role: start}, numeric))
+        self.starts[cache.name] = np.asarray(found, (cache.dtype or ir.DataType.FLOAT).numpy())
+        self.caches[cache], self.caches[read] = cache, cache
+        return True
+
+    def count_text(self) -> None:
+        """Number positions by the text's, where the graph numbers them by a cache that begins with others."""
+        for value, cache in self.caches.items():
+            longer = self.starts[cache.name or ""].shape[2]
+            for use in tuple(value.uses()):
+                # What was in the cache before is only counted; what it has grown to is laid out too.
+                if use.node.op_type != "Shape" or not (value is cache or _counts(use.node)):
+                    continue
+                shape = use.node.outputs[0]
+                emitter = Emitter(self.graph, ir.DataType.INT64, f"pelt.{cache.name}", {})
+                axes = slice(use.node.attributes.get_int("start", 0), use.node.attributes.get_int("end", 4))
+                text = emitter.node("Sub", [shape, emitter.integers([0, 0, longer, 0][axes])])
+                for reader in tuple(shape.uses()):
+                    if reader.node not in emitter.added and (value is cache or _numbers(reader.node)):
+                        reader.node.replace_input_with(reader.idx, text)
 
     def widen_mask(self, site: Site, claim: Claim, positions: int) -> None:
         """Let the mask show new positions before the others.
@@ -379,14 +432,18 @@ def added_positions(claim: Claim, effect: str) -> int:
 
 def _counts(node: ir.Node) -> bool:
     """Whether a node takes a shape to number positions by, and not just to lay values out."""
-    if node.op_type != "Shape":
-        return False
+    return node.op_type == "Shape" and any(_numbers(use.node) for use in node.outputs[0].uses())
+
+
+def _numbers(node: ir.Node) -> bool:
+    """Whether a node that reads sizes leads to a range of positions."""
     pending, seen = [node], {node}
     while pending:
-        for output in pending.pop().outputs:
+        current = pending.pop()
+        if current.op_type == "Range":
+            return True
+        for output in current.outputs:
             for use in output.uses():
-                if use.node.op_type == "Range":
-                    return True
                 laid_out = use.node.op_type in ("Reshape", "Expand", "Tile") and use.idx == 1
                 if use.node not in seen and not laid_out:
                     seen.add(use.node)
