@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from peltc.compiler.anatomy import Rows
 from peltc.compiler.cores import Core, bends, holder, nearest_linear, owned_features
-from peltc.compiler.flow import Flow, Linear, Norm, last_size
+from peltc.compiler.flow import Flow, Linear, Norm, last_size, rank
 from peltc.compiler.probe import ranges
 
 SCALES = {"Mul", "Div", "Cast", "Identity"}
@@ -259,7 +259,29 @@ class _Finder:
             block.add("down", down)
             self._up_and_gate(block, [m for m in inner if m is not down], down)
         block.parameters = self._parameters(term)
+        if stacks and down is None:
+            self._network(block, term, inner, stacks)
         return block
+
+    def _network(self, block: Block, term: Term, inner: list[Linear], stacks: list[str]) -> None:
+        """Let a block of experts end where a module of the model does: what the experts give may be scaled, mixed and
+        convolved before it joins the stream."""
+        products = [n.outputs[0] for n, name in self.flow.stacked.items() if name in stacks]
+        last = max((v for v in products if v in term.values), key=self.flow.index)
+        starts = list(dict.fromkeys(self.flow.unflattened(m.x) for m in inner))
+        current = block.y
+        while True:
+            for x in starts if rank(current) == rank(block.x) else ():
+                within = self._term(x, current, current)
+                parameters = self._parameters(within) if within is not None else frozenset()
+                if self.flow.module_of(parameters):
+                    block.x, block.y, block.parameters = x, current, parameters
+                    return
+            node = current.producer()
+            before = [v for v in node.inputs if v in self.flow.hidden and self.flow.depends(v, last)] if node else []
+            if not before:
+                return
+            current = min((v for v in before if v is not None), key=self.flow.index)
 
     def _maps(self, term: Term) -> list[Linear]:
         """The linear maps of a term that depend on the stream, in order."""

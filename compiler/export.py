@@ -93,7 +93,7 @@ def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, pre
 
 
 def parse_config(content: Mapping[str, Any]) -> Any:
-    """A config of `transformers`, from what its file says; JSON has no infinity, so it is written as a mapping there."""
+    """A config of `transformers`, from what its file says: infinity, which JSON lacks, is a mapping there."""
     from transformers import AutoConfig
 
     def number(mapping: dict[str, Any]) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -125,6 +126,14 @@ class Flow:
                 pending.extend(fresh)
         return found
 
+    def module_of(self, parameters: Iterable[str]) -> str:
+        """`path.*` for the module that has these parameters and no others; or ''."""
+        owned = set(parameters)
+        paths = [os.path.dirname(name.replace(".", "/")) for name in owned]
+        common = os.path.commonpath(paths).replace("/", ".") if paths else ""
+        inside = {name for name in self.parameters if name.startswith(f"{common}.")}
+        return f"{common}.*" if common and inside <= owned else ""
+
     def unflattened(self, value: ir.Value) -> ir.Value:
         """A value before its tokens were flattened."""
         found = current = value
@@ -132,7 +141,7 @@ class Flow:
             current = node.inputs[0]  # type: ignore[assignment]
             if current is None or last_size(current) != last_size(value):
                 break
-            if _rank(current) > _rank(found):
+            if rank(current) > rank(found):
                 found = current
         return found
 
@@ -217,7 +226,7 @@ class Flow:
 
     def _stack_of(self, value: ir.Value | None) -> str | None:
         """The stacked parameter that a value is cut out of, or is whole."""
-        cut, whole = False, value is not None and _rank(value) == 3
+        cut, whole = False, value is not None and rank(value) == 3
         while value is not None:
             if value.name in self.parameters:
                 return value.name if len(self.parameters[value.name]) == 3 and (cut or whole) else None
@@ -255,12 +264,12 @@ class Flow:
         producer = x.producer()
         if producer is not None and producer.op_type == "Reshape":
             inner = producer.inputs[0]
-            if inner is not None and last_size(inner) == inputs and _rank(inner) > _rank(x):
+            if inner is not None and last_size(inner) == inputs and rank(inner) > rank(x):
                 x = inner
         readers = self.readers(y)
         if len(readers) == 1 and readers[0].op_type == "Reshape":
             outer = readers[0].outputs[0]
-            if last_size(outer) == outputs and _rank(outer) > _rank(y):
+            if last_size(outer) == outputs and rank(outer) > rank(y):
                 y = outer
         return Linear(source.name, bias, x, y, inputs, outputs, not flips, node)
 
@@ -347,8 +356,8 @@ def last_size(value: ir.Value) -> int | None:
 
 def _flows(value: ir.Value) -> bool:
     """Whether an input is part of what flows through: embedded tokens, states, cached keys, as opposed to a mask."""
-    return value.dtype is not None and value.dtype.is_floating_point() and _rank(value) >= 3
+    return value.dtype is not None and value.dtype.is_floating_point() and rank(value) >= 3
 
 
-def _rank(value: ir.Value) -> int:
+def rank(value: ir.Value) -> int:
     return len(value.shape) if value.shape is not None else 0

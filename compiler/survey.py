@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -120,14 +119,6 @@ class _Survey:
             return block.before.weight
         return block.first.weight if block.first is not None and block.x is block.r else ""
 
-    def module_of(self, parameters: Iterable[str]) -> str:
-        """`path.*` for the module that has these parameters and no others; or ''."""
-        owned = set(parameters)
-        paths = [os.path.dirname(name.replace(".", "/")) for name in owned]
-        common = os.path.commonpath(paths).replace("/", ".") if paths else ""
-        inside = {name for name in self.flow.parameters if name.startswith(f"{common}.")}
-        return f"{common}.*" if common and inside <= owned else ""
-
     def linear_site(
         self, path: str, linear: Linear, rows: Rows | None, y: ir.Value, common: dict[str, str], h_anchor: str
     ) -> Site:
@@ -180,7 +171,7 @@ class _Survey:
     def block_site(self, path: str, block: Block, common: dict[str, str], h_anchor: str) -> Site:
         first, last = block.first, block.last
         norm = block.after or block.before
-        whole = self.module_of(block.parameters) if block.parameters else ""
+        whole = self.flow.module_of(block.parameters) if block.parameters else ""
         ends = block.inside is None and last is not None and block.y is last.y
         anchors = {"x": first.weight if first else whole, "r": self.anchor_r(block), "h": h_anchor,
                    "y": block.inside.weight if block.inside else last.weight if ends and last else whole}  # fmt: skip
@@ -234,7 +225,7 @@ class _Survey:
                 if source is not None and source not in behind:
                     behind.add(source)
                     pending.append(source)
-        module = self.module_of(v.name for v in behind if v.name in self.flow.parameters)
+        module = self.flow.module_of(v.name for v in behind if v.name in self.flow.parameters)
         return module.removesuffix(".*")
 
     def final_norm(self, stack: str, layers: list[list[Block]]) -> Iterator[Site]:

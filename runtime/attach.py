@@ -318,8 +318,9 @@ class Attached(nn.Module):
         """A module's result with other parameters, this object's own hooks apart."""
         before, self.muted = self.muted, True
         try:
-            result: Tensor = functional_call(module, parameters, (x,)) if parameters else module(x)
-            return result
+            result: Any = functional_call(module, parameters, (x,)) if parameters else module(x)
+            found: Tensor = result[0] if isinstance(result, tuple) else result
+            return found
         finally:
             self.muted = before
 
@@ -353,7 +354,7 @@ class Attached(nn.Module):
             own = self.outputs(site, claims, own, x=x)
             return own if index is None else _put(y, index, own)
 
-        self.handles.append(module.register_forward_hook(hook))
+        self.handles.append(module.register_forward_hook(_on_first(hook)))
 
     def change(
         self, site: Site, module: nn.Module, claim: Claim, role: str, short: str, parameters: dict[str, Tensor]
@@ -399,6 +400,9 @@ class Attached(nn.Module):
 
     def install_block(self, model: Any, site: Site, claims: list[Claim]) -> None:
         anchor = site.anchors.get("y", "")
+        if not anchor and site.role != "layer":
+            raise fail("E209", f"{site.name} is not what a module of the model gives",
+                       hint="attach to the maps within, or to the layer")  # fmt: skip
         module = _owner(model, anchor) if anchor else _container(model, site)
 
         def norm(z: Tensor) -> Tensor:
@@ -410,15 +414,13 @@ class Attached(nn.Module):
             finally:
                 self.muted = before
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self.muted:
                 return None
             self.enter(site)
-            y = output[0] if isinstance(output, tuple) else output
-            new = self.outputs(site, claims, y, norm=norm)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            return self.outputs(site, claims, output, norm=norm)
 
-        self.handles.append(module.register_forward_hook(hook))
+        self.handles.append(module.register_forward_hook(_on_first(hook)))
 
     def install_attention(self, model: Any, site: Site, claims: list[Claim]) -> None:
         path = site.anchors["core"].rpartition(".")[0].rpartition(".")[0]
@@ -537,6 +539,18 @@ def _forget_reruns(model: nn.Module) -> None:
         checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, Rerun):
             layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+
+
+def _on_first(hook: Callable[..., Tensor | None]) -> Callable[..., Any]:
+    """A hook on what a module gives, or on the first of several things."""
+
+    def wrapped(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return hook(module, args, output)
+        new = hook(module, args, output[0])
+        return None if new is None else (new, *output[1:])
+
+    return wrapped
 
 
 def _key(name: str) -> str:

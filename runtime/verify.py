@@ -136,8 +136,11 @@ def reference(model: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
     return {name: value.numpy() for name, value in wide.items()}
 
 
-def compare(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:
+def compare(session: Session, model: Any, base: Base, hidden: bool = True) -> list[dict[str, Any]]:
     """Outputs of both on every shape: the largest difference and the largest reference, per output.
+
+    Args:
+        hidden: compare what is computed for padding too, which nobody reads.
 
     Raises:
         PeltError: E702 outputs of other names or shapes, or inputs that the module does not take.
@@ -168,6 +171,9 @@ def compare(session: Session, model: Any, base: Base) -> list[dict[str, Any]]:
                     "E702", f"'{name}' has the shape {list(array.shape)}, PyTorch's {list(expected[name].shape)}"
                 )
             difference = np.abs(array.astype(np.float64) - expected[name].astype(np.float64))
+            mask = inputs.get("attention_mask")
+            if not hidden and mask is not None and array.shape[:2] == mask.shape:
+                difference = difference[mask.astype(bool)]
             figures.append(
                 {
                     "batch": batch,
@@ -242,6 +248,9 @@ def verify_folder(
     if "decode" in session.manifest.get("graphs", ()):
         figures += compare_generation(session, attached, base)
     found, own = worst(figures), None
+    if not found <= tolerance:  # tokens that see nothing are computed in more than one way
+        figures = [f for f in figures if f["output"] == "generated logits"] + compare(session, attached, base, False)
+        found = worst(figures)
     if not found <= tolerance:
         attached.detach_adapter()
         own = base_error(base, model)

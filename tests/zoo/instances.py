@@ -36,6 +36,9 @@ ODD: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gemma3": {"text_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100}},
+    "modernvbert": {"text_config": {"model_type": "modernbert", "hidden_size": 64, "intermediate_size": 128,
+                                    "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+                                    "pad_token_id": 0}},
 }  # fmt: skip
 """What single configs need beside."""
 
@@ -92,7 +95,7 @@ def build(model_type: str, architecture: str) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # norms, biases and zero starts too
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.08 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
