@@ -11,7 +11,7 @@ other is a feed-forward block, of experts where it has stacked parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -504,7 +504,7 @@ class _Finder:
         return True
 
 
-def _free(name: str, taken: dict[str, object]) -> str:
+def _free(name: str, taken: Container[str]) -> str:
     """A role that is not taken: the name, or the name with a number."""
     if name not in taken:
         return name

@@ -110,7 +110,7 @@ class _Finder:
         if scores.op_type == "Einsum":  # the last axis of the scores, over which the softmax goes, is the keys'
             first, _, out = scores.attributes.get_string("equation", "").replace(" ", "").replace("->", ",").split(",")
             query, key = (key, query) if out[-1] in first else (query, key)
-        value = next((v for v in context.inputs if not self.flow.depends(v, node.outputs[0])), None)
+        value = next((v for v in context.inputs if v and not self.flow.depends(v, node.outputs[0])), None)
         if query is None or key is None or value is None:
             return None
         core = Core(scores, context, query, key, value, mask, total)

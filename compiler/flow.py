@@ -228,7 +228,7 @@ class Flow:
         """The stacked parameter that a value is cut out of, or is whole."""
         cut, whole = False, value is not None and rank(value) == 3
         while value is not None:
-            if value.name in self.parameters:
+            if value.name is not None and value.name in self.parameters:
                 return value.name if len(self.parameters[value.name]) == 3 and (cut or whole) else None
             node = value.producer()
             if node is None or node.op_type not in (*LAYOUT, *CUTS):

@@ -77,7 +77,7 @@ def export_stage(model: Any, stage: str) -> Exported:
         with quiet():
             example, other = (capture(model, sizes) for sizes in (EXAMPLE, OTHER))
             untie(model)
-            change = contextlib.nullcontext()
+            change: Any = contextlib.nullcontext()
             if stage == "encoder":
                 masks = [given["attention_mask"] for given in (example, other)]
                 example, other = ({"input_ids": torch.empty_like(mask), "attention_mask": mask} for mask in masks)
@@ -123,7 +123,9 @@ def capture(model: Any, sizes: Sizes) -> Kwargs:
     tokens = torch.full((sizes.batch, sizes.past + new), TOKEN)
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0  # `generate` drops a mask that masks nothing
-    options = GenerationConfig(max_new_tokens=1, decoder_start_token_id=TOKEN, bos_token_id=TOKEN, pad_token_id=0)
+    options = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=1, decoder_start_token_id=TOKEN, bos_token_id=TOKEN, pad_token_id=0
+    )
     common: Kwargs = {"generation_config": options}
     cache: Any = DynamicCache()  # of full layers: one that keeps a window alone is no tensor of a graph
     if encodes:
@@ -138,9 +140,9 @@ def capture(model: Any, sizes: Sizes) -> Kwargs:
                 given = common | {"input_ids": tokens[:, :end], "attention_mask": mask[:, :end]}
             model.generate(**given, past_key_values=cache)
             cache = calls[-1][1]
-            vars(cache).pop("_is_user_defined", None)
-    decode: Kwargs = calls[-1][0]
-    vars(decode["past_key_values"]).pop("_is_user_defined", None)
+            cache.__dict__.pop("_is_user_defined", None)
+    decode = dict(calls[-1][0])
+    decode["past_key_values"].__dict__.pop("_is_user_defined", None)
     if "logits_to_keep" in decode:  # as positions, which a graph can take
         decode["logits_to_keep"] = torch.zeros(sizes.keep, dtype=torch.long)
     return decode

@@ -198,10 +198,10 @@ class Probe:
         if kind == "Gather":
             return np.take(self._integers(args[0]), self._integers(args[1]), node.attributes.get_int("axis", 0))
         if kind == "Slice":
-            data, start, stop = (np.atleast_1d(self._integers(a)) for a in args[:3])
-            if len(start) != 1 or (len(args) > 3 and int(np.atleast_1d(self._integers(args[3]))[0])):
+            data, first, last = (np.atleast_1d(self._integers(a)) for a in args[:3])
+            if len(first) != 1 or (len(args) > 3 and int(np.atleast_1d(self._integers(args[3]))[0])):
                 raise Unprobed("Slice of another axis in a shape")
-            return data[int(start[0]) : int(stop[0])]
+            return np.asarray(data[int(first[0]) : int(last[0])])
         operation = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.floor_divide, "Mod": np.mod,
                      "Max": np.maximum, "Min": np.minimum}.get(kind)  # fmt: skip
         if operation is None:

@@ -225,7 +225,7 @@ class _Survey:
                 if source is not None and source not in behind:
                     behind.add(source)
                     pending.append(source)
-        module = self.flow.module_of(v.name for v in behind if v.name in self.flow.parameters)
+        module = self.flow.module_of(v.name for v in behind if v.name and v.name in self.flow.parameters)
         return module.removesuffix(".*")
 
     def final_norm(self, stack: str, layers: list[list[Block]]) -> Iterator[Site]:

@@ -39,7 +39,7 @@ def generator(
     from accelerate import init_empty_weights
 
     base = getattr(transformers, architecture)
-    made = type(f"Onnx{architecture}", (_Generator, base), {"__module__": base.__module__, "forward": _as(base)})
+    made: Any = type(f"Onnx{architecture}", (_Generator, base), {"__module__": base.__module__, "forward": _as(base)})
     with init_empty_weights(include_buffers=False):
         model = made._from_config(config, dtype=torch.float32).eval()
     if options is not None:
@@ -188,7 +188,7 @@ class _Generator:
 
 def _count_text(grown: Any, starts: Mapping[str, Any]) -> None:
     """Let a cache tell the length of the text in it, without what stands before."""
-    cache = grown.get("self_attention_cache") if isinstance(grown, dict) else grown
+    cache: Any = grown.get("self_attention_cache") if isinstance(grown, dict) else grown
     before = [start.shape[2] for leaf, start in starts.items() if ".layers.0.keys" in leaf]
     if before:
         whole = cache.get_seq_length

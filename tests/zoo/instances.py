@@ -95,7 +95,7 @@ def build(model_type: str, architecture: str) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # norms, biases and zero starts too
-            parameter += 0.08 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.04 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
