@@ -477,7 +477,7 @@ class _Finder:
     def surround(self, block: Block) -> None:
         """The normalisations before and after a block."""
         for norm in self.flow.norms:
-            if norm.y is block.x and self.flow.unwrapped(norm.x, block.r):
+            if norm.y in (block.x, self._unscaled(block.x)) and self.flow.unwrapped(norm.x, block.r):
                 block.before = norm
         after = [n for n in self.flow.norms if self.flow.unwrapped(n.x, block.s)]
         readers = [r for r in self.flow.readers(block.s) if r.op_type != "Shape"]

@@ -10,6 +10,7 @@ the output projection is the linear map nearest after.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,7 +124,7 @@ class _Finder:
             return None
         core.output = self._after(context.outputs[0])
         self._heads(core)
-        core.causal = mask is not None and self._orders(mask)
+        core.causal = any(self._orders(m) for m in (mask, *self._conditions(node.inputs[0])) if m is not None)
         return core
 
     def _operand(self, core: Core, role: str, operand: ir.Value) -> None:
@@ -189,6 +190,13 @@ class _Finder:
                     mask = total = None
             current = candidates[0]
         return None
+
+    def _conditions(self, value: ir.Value) -> Iterator[ir.Value | None]:
+        """What decides, between the product and the softmax, which scores stay."""
+        for found in self.flow.behind(value, lambda v: (n := v.producer()) is None or n.op_type in PRODUCTS):
+            node = found.producer()
+            if node is not None and node.op_type == "Where":
+                yield node.inputs[0]
 
     def _reaches_product(self, value: ir.Value, limit: int = 24) -> bool:
         pending = [value]

@@ -273,6 +273,8 @@ def export_model(
     Raises:
         PeltError: E505 what the exporter cannot export, and why.
     """
+    from transformers.exporters.exporter_onnx import use_experts_implementation
+
     inputs = example_inputs(model, variant) if inputs is None else dict(inputs)
     constants = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     for module in model.modules():  # a decoder may have a config of its own, which the exporter leaves alone
@@ -284,7 +286,7 @@ def export_model(
     component, repeats = None, "every layer is exported, as asked for"
     if not whole:
         try:
-            with quiet():
+            with quiet(), use_experts_implementation(model, "batched_mm"):  # others refuse fake tensors
                 stacks = repeat.plan(model, inputs | constants)
             with repeat.shortened(model, stacks):
                 short = _trace(model, inputs, constants)
@@ -377,7 +379,9 @@ def example_inputs(model: Any, variant: str) -> dict[str, Any]:
         inputs["attention_mask"] = ones(SEQUENCE)
     if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = ones(SEQUENCE)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+    # A classifier makes the decoder's inputs itself, as long as the encoder's.
+    given = model.base_model is model or model.can_generate()
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted and given:
         inputs["decoder_input_ids"] = ones(TARGET)
     return inputs
 

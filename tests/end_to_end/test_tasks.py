@@ -274,7 +274,6 @@ def test_feature_extraction_has_no_head(
     assert manifest["verification"]["worst"] < TOLERANCE
 
 
-@pytest.mark.xfail(strict=True, raises=PeltError, reason="the example's decoder_input_ids are shorter than input_ids")
 def test_classes_that_make_the_decoders_input_themselves() -> None:
     """T5ForSequenceClassification (and BART's) pools the decoder's output where `input_ids` end, so both are of one
     length: without `decoder_input_ids` it makes them from `input_ids`."""

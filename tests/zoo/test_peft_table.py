@@ -64,9 +64,6 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Other layouts of fused weights in the same model types, by their configs."""
 
-UNORDERED = {"mpt": "its mask chooses among the scores, and is not added to them; only what is added is looked at"}
-"""Types whose stack is taken for an encoder's though it sees nothing ahead, and why."""
-
 ROLES = tuple(f"{attention}.{part}" for attention in ("attention", "cross_attention") for part in ("query", "value"))
 Found = tuple[Any, Anatomy]
 
@@ -196,10 +193,8 @@ def test_queries_and_values_are_those_of_the_table(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", types())
-def test_decoders_are_those_that_see_nothing_ahead(model_type: str, request: pytest.FixtureRequest) -> None:
+def test_decoders_are_those_that_see_nothing_ahead(model_type: str) -> None:
     """A stack is a decoder where its self-attention has no probabilities above the diagonal in PyTorch."""
-    if model_type in UNORDERED:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=UNORDERED[model_type]))
     model, anatomy = found(model_type)
     sites = [site for site in anatomy if site.role == "attention.query"]
     seen = Attending(model, {site.parameters["weight"] for site in sites})
