@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from peltc.compiler.export import Exported
 
-FORMAT = 8
+FORMAT = 9
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20

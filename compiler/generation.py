@@ -8,6 +8,10 @@ One `decode` graph takes any number of new tokens after any number of cached one
 a step is one token after many. `transformers` says what a graph takes: `generate` runs, on fake tensors, on a
 few tokens and then goes on from their cache, and what it calls `forward` with the second time is what is exported. It
 does so twice in different sizes; the axes that differ are the dynamic ones, and the sizes tell their names.
+
+Of equal layers a few are exported, and repeated in the `decode` graph; see `repeat`. A cache has entries for the layers
+that ran: `generate` on the short model makes the short model's cache. The `encoder` graph is exported whole: it
+ends in keys and values of the decoder's layers, none of which hands anything to the next.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from peltc.compiler import repeat
 from peltc.compiler.export import Exported, clean, quiet, tied, untie
 from peltc.spec.diagnostics import PeltError, fail
 
@@ -52,17 +57,17 @@ EXAMPLE, OTHER = Sizes(2, 11, 5, 3, 7), Sizes(4, 17, 9, 6, 13)
 TOKEN = 3
 
 
-def export_stage(model: Any, stage: str) -> Exported:
+def export_stage(model: Any, stage: str, whole: bool = False) -> Exported:
     """Export one of the graphs that generation needs; no parameter is read. The model is of no use afterwards.
 
     Args:
         model: a causal LM or encoder-decoder of `transformers`, whose parameters need no memory.
         stage: `decode` or `encoder`.
+        whole: export every layer, even of those that are equal.
 
     Raises:
         PeltError: E505 the model does not generate, or cannot be exported, and why.
     """
-    import torch
     from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
     if not model.can_generate():
@@ -73,26 +78,15 @@ def export_stage(model: Any, stage: str) -> Exported:
         for module in (model, model.get_decoder()):  # an encoder with a cache is an error
             if hasattr(module.config, "use_cache"):
                 module.config.use_cache = True
-        encodes = bool(model.config.is_encoder_decoder)
         with quiet():
-            example, other = (capture(model, sizes) for sizes in (EXAMPLE, OTHER))
-            untie(model)
-            change: Any = contextlib.nullcontext()
-            if stage == "encoder":
-                masks = [given["attention_mask"] for given in (example, other)]
-                example, other = ({"input_ids": torch.empty_like(mask), "attention_mask": mask} for mask in masks)
-                change = _forward(model, encode(model))
-            elif encodes:
-                change = _forward(model, step(model))
-            with change:
-                component, parameters = _component(model, example, other)
+            component, parameters, repeats = _component(model, stage, whole)
     except PeltError:
         raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise fail(
             "E505",
-            f"transformers cannot export {type(model).__name__} with a cache: {type(error).__name__}: {first}",
+            f"transformers cannot export {type(model).__name__} with a cache: {type(error).__name__}:"
+            f" {_first_line(error)}",
             hint="without `generation` the model still compiles",
         ) from error
     record = dataclasses.asdict(component.metadata)
@@ -103,12 +97,76 @@ def export_stage(model: Any, stage: str) -> Exported:
         {name: ties[name] for name in parameters if ties.get(name)},
         getattr(model, "base_model_prefix", ""),
         record,
-        "every layer is exported: the cache tells layers apart",
+        repeats,
     )
 
 
-def capture(model: Any, sizes: Sizes) -> Kwargs:
-    """What `generate` calls `forward` with when several tokens follow those of a cache.
+def _component(model: Any, stage: str, whole: bool) -> tuple[Any, dict[str, tuple[int, ...]], str]:
+    """Export one graph; returns it with the exporter's record, the shapes of its parameters, and which layers were
+    exported for all that equal them. The arguments are those of `export_stage`."""
+    import torch
+
+    encodes = bool(model.config.is_encoder_decoder)
+    example, answer = capture(model, EXAMPLE)
+    if whole:
+        why = ", as asked for"
+    elif stage == "encoder":
+        why = ": the decoder's layers, whose keys and values this graph gives, are no chain"
+    else:
+        try:
+            return _repeated(model, example, answer)
+        except Exception as error:  # whatever it is: the whole model may still be exported
+            name = "" if isinstance(error, repeat.Irregular) else f"{type(error).__name__}: "
+            why = f": {name}{_first_line(error)}"
+    other, _ = capture(model, OTHER)
+    untie(model)
+    change: Any = contextlib.nullcontext()
+    if stage == "encoder":
+        masks = [given["attention_mask"] for given in (example, other)]
+        example, other = ({"input_ids": torch.empty_like(mask), "attention_mask": mask} for mask in masks)
+        change = _forward(model, encode(model))
+    elif encodes:
+        change = _forward(model, step(model))
+    with change:
+        component, parameters = _trace(model, example, other)
+    tidy(component.program)
+    name_axes(component.program, example, other)
+    return component, parameters, f"every layer is exported{why}"
+
+
+def _repeated(model: Any, example: Kwargs, answer: Any) -> tuple[Any, dict[str, tuple[int, ...]], str]:
+    """The `decode` graph, grown from that of the short model; returned as by `_component`.
+
+    Args:
+        model: the model.
+        example: what its `forward` is called with.
+        answer: what it answers.
+
+    Raises:
+        Irregular: the layers cannot be repeated.
+    """
+    encodes = bool(model.config.is_encoder_decoder)
+    found = repeat.find_stacks(model)
+    if not found:
+        raise repeat.Irregular("no list of layers is long and equal enough")
+    with repeat.shortened(model, found):
+        (short, short_answer), (other, _) = (capture(model, sizes) for sizes in (EXAMPLE, OTHER))
+    untie(model)
+    with _forward(model, step(model)) if encodes else contextlib.nullcontext():
+        stacks = repeat.plan(model, example, short)
+        with repeat.shortened(model, stacks):
+            component, parameters = _trace(model, short, other)
+    parameters = repeat.grow(component.program, parameters, stacks)
+    tidy(component.program)
+    if encodes:
+        answer, short_answer = _reduced(answer), _reduced(short_answer)
+    _regrow(component, (short, short_answer), (example, answer))
+    name_axes(component.program, short, other)
+    return component, parameters, "; ".join(map(str, stacks))
+
+
+def capture(model: Any, sizes: Sizes) -> tuple[Kwargs, Any]:
+    """What `generate` calls `forward` with when several tokens follow those of a cache, and what it is answered.
 
     Args:
         model: the model.
@@ -139,19 +197,19 @@ def capture(model: Any, sizes: Sizes) -> Kwargs:
             else:
                 given = common | {"input_ids": tokens[:, :end], "attention_mask": mask[:, :end]}
             model.generate(**given, past_key_values=cache)
-            cache = calls[-1][1]
+            cache = calls[-1][1].past_key_values
             cache.__dict__.pop("_is_user_defined", None)
-    decode = dict(calls[-1][0])
+    decode, answer = calls[-1]
     decode["past_key_values"].__dict__.pop("_is_user_defined", None)
     if "logits_to_keep" in decode:  # as positions, which a graph can take
         decode["logits_to_keep"] = torch.zeros(sizes.keep, dtype=torch.long)
-    return decode
+    return decode, answer
 
 
 @contextlib.contextmanager
 def _faked(model: Any) -> Iterator[list[tuple[Kwargs, Any]]]:
     """Let `generate` run a model without its parameters: `forward` runs on fake tensors and gives logits that are all
-    equal. Yields what it is called with, and the cache that it returns."""
+    equal. Yields what it is called with, and what it returns."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_map_only
@@ -170,7 +228,7 @@ def _faked(model: Any) -> Iterator[list[tuple[Kwargs, Any]]]:
     def decoded(**kwargs: Any) -> Any:
         given = tree_map_only(torch.Tensor, blank, kwargs)
         result = run(decode, kwargs)
-        calls.append((given, result.past_key_values))
+        calls.append((given, result))
         result["logits"] = torch.zeros(result.logits.shape, dtype=result.logits.dtype)
         return result
 
@@ -233,15 +291,19 @@ def step(model: Any) -> Callable[..., dict[str, Any]]:
     forward = model.forward
 
     def decoder(**kwargs: Any) -> dict[str, Any]:
-        result = forward(**kwargs)
-        grown = {"self_attention_cache": result.past_key_values.self_attention_cache}
-        return {"logits": result.logits, "past_key_values": grown}
+        return _reduced(forward(**kwargs))
 
     return decoder
 
 
-def _component(model: Any, example: Kwargs, other: Kwargs) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """Export one graph; returns it with the exporter's record, and the shapes of its parameters.
+def _reduced(answer: Any) -> dict[str, Any]:
+    """What is left of an encoder-decoder's answer in its `decode` graph."""
+    grown = {"self_attention_cache": answer.past_key_values.self_attention_cache}
+    return {"logits": answer.logits, "past_key_values": grown}
+
+
+def _trace(model: Any, example: Kwargs, other: Kwargs) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """What `transformers` exports, cleaned, with the exporter's record; and the shapes of its parameters.
 
     Args:
         model: the model.
@@ -260,10 +322,48 @@ def _component(model: Any, example: Kwargs, other: Kwargs) -> tuple[Any, dict[st
     options = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False, opset_version=OPSET)
     exporter = OnnxExporter()  # type: ignore[no-untyped-call]
     component = next(iter(exporter.export(model, traced | constants, options).components.values()))
-    parameters = clean(component.program, names)
-    tidy(component.program)
-    name_axes(component.program, example, other)
-    return component, parameters
+    return component, clean(component.program, names)
+
+
+def _regrow(component: Any, short: tuple[Kwargs, Any], whole: tuple[Kwargs, Any]) -> None:
+    """Let the record of a grown graph describe the caches of all layers, in place, and check the graph against them.
+
+    The record's `export_config` stays that of the short model: it says what was asked of the exporter.
+
+    Args:
+        component: the graph, and the record of the short one.
+        short: what the short model's `forward` is called with, and what it answers.
+        whole: the same of the whole model.
+
+    Raises:
+        Irregular: the short model's record does not follow from what it is called with and answers, or the graph's
+            inputs and outputs are not the whole model's.
+    """
+    from torch.utils._pytree import tree_structure, treespec_dumps, treespec_loads
+    from transformers.exporters.utils import get_leaf_tensors
+
+    record = component.metadata
+    order = treespec_loads(record.in_spec).child(1).context
+
+    def structures(given: Kwargs, answer: Any) -> tuple[str, str]:
+        inputs = {name: given[name] for name in order}
+        return treespec_dumps(tree_structure(((), inputs))), treespec_dumps(tree_structure(answer))
+
+    if structures(*short) != (record.in_spec, record.out_spec):
+        raise repeat.Irregular("the exporter records something else than the model takes and returns")
+    graph = component.program.graph
+    given, returned = (list(get_leaf_tensors(values)) for values in whole)
+    taken = [(value.name or "").removeprefix("input.") for value in graph.inputs]
+    if [name for name in taken if name in given] != [name for name in given if name in taken]:
+        raise repeat.Irregular("the grown graph takes other inputs than the model")
+    if [(value.name or "").removeprefix("output.") for value in graph.outputs] != returned:
+        raise repeat.Irregular("the grown graph has other outputs than the model")
+    record.in_spec, record.out_spec = structures(*whole)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
 
 
 def dynamic_axes(one: Any, other: Any) -> Any:

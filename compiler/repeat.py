@@ -7,7 +7,8 @@ repeats (each layer, or each group of `period` layers), is cut to three units. I
 unit is what depends on its parameters and on those of no later unit. The first two segments are bounded on both
 sides; they are compared node by node, which shows what one segment hands to the next and what all of them share.
 Then the second is copied as often as units are missing, and the third, with all that follows the stack, reads the last
-copy.
+copy. Where a graph reads and returns a cache, a list with an entry for each layer (`past_key_values.layers.3.keys`), an
+entry belongs to its layer as a parameter does: it is an input and an output of that layer's segment.
 
 Nothing is repeated on trust. Layers are candidates where modules, shapes and attributes agree (`find_stacks`); the
 whole and the short model are run on tensors without memory, and every missing layer must do exactly what the last
@@ -21,8 +22,8 @@ import contextlib
 import functools
 import logging
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +56,15 @@ class Stack:
         length: number of layers.
         lead: number of layers before the repetition.
         period: number of layers in a unit, which repeats as a whole.
+        caches: names of the lists among the model's inputs that have an entry for each layer,
+            `past_key_values.layers`.
     """
 
     path: str
     length: int
     lead: int
     period: int
+    caches: tuple[str, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -74,24 +78,36 @@ class Stack:
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(rf"(?<![\w.]){re.escape(self.path)}\.(\d+)(?!\w)")
+        # a cache that a graph both reads and returns is called `input.` and `output.` there
+        lists = "|".join(map(re.escape, (self.path, *self.caches)))
+        return re.compile(rf"(?<![\w.])((?:(?:in|out)put\.)?({lists}))\.(\d+)(?!\w)")
 
     def layer(self, name: str) -> int | None:
-        """The layer that a parameter belongs to."""
+        """The layer that a parameter or an entry of a cache belongs to."""
         found = self._pattern.match(name)
-        return int(found[1]) if found else None
+        return int(found[3]) if found else None
 
     def unit(self, name: str) -> int:
-        """The unit that a parameter belongs to; `SHARED` for those of the lead and of other modules."""
+        """The unit that a parameter or an entry of a cache belongs to; `SHARED` for those of the lead and of other
+        modules."""
         layer = self.layer(name)
         return SHARED if layer is None or layer < self.lead else (layer - self.lead) // self.period
+
+    def cached(self, name: str) -> str | None:
+        """The list that an entry of a cache is in, as the name has it; none for any other name."""
+        found = self._pattern.match(name)
+        return found[1] if found and found[2] in self.caches else None
+
+    def part(self, name: str) -> str:
+        """A name without its layer's number."""
+        return self._pattern.sub(r"\1", name, count=1)
 
     def shift(self, text: str, units: int) -> str:
         """A text with the names of the repeated layers moved on by some units."""
 
         def moved(found: re.Match[str]) -> str:
-            layer = int(found[1])
-            return f"{self.path}.{layer + units * self.period if layer >= self.lead else layer}"
+            layer = int(found[3])
+            return f"{found[1]}.{layer + units * self.period if layer >= self.lead else layer}"
 
         return self._pattern.sub(moved, text)
 
@@ -235,17 +251,18 @@ def shortened(model: Any, stacks: Sequence[Stack]) -> Iterator[None]:
 # the rehearsal
 
 
-def plan(model: Any, inputs: Mapping[str, Any]) -> list[Stack]:
+def plan(model: Any, inputs: Mapping[str, Any], short_inputs: Mapping[str, Any] | None = None) -> list[Stack]:
     """The stacks to shorten, shown to be repetitive by a rehearsal of the whole model and of the short one.
 
     Args:
         model: a torch model.
         inputs: what its `forward` is called with.
+        short_inputs: the same for the model shortened by all of `find_stacks`, where its caches are shorter.
 
     Raises:
         Irregular: no stack is worth it, or the layers that would be left out do something of their own.
     """
-    stacks = find_stacks(model)
+    stacks = _with_caches(find_stacks(model), inputs)
     if not stacks:
         raise Irregular("no list of layers is long and equal enough")
     level = logging.root.manager.disable
@@ -253,13 +270,39 @@ def plan(model: Any, inputs: Mapping[str, Any]) -> list[Stack]:
     try:
         whole = rehearse(model, inputs, stacks)
         with shortened(model, stacks):
-            short = rehearse(model, inputs, stacks)
+            short = rehearse(model, inputs if short_inputs is None else short_inputs, stacks)
     except Exception as error:
         raise Irregular(f"the rehearsal failed: {type(error).__name__}: {_first_line(error)}") from error
     finally:
         logging.disable(level)
     compare(whole, short, stacks)
+    ran = {path for (path, _), _ in whole}
+    stacks = [stack for stack in stacks if stack.path in ran]  # a decoder's graph has no part of the encoder
+    if not stacks:
+        raise Irregular("no list of layers that are equal runs")
+    owners = [stack.path for stack in stacks for _ in stack.caches]
+    if len({cache for stack in stacks for cache in stack.caches}) < len(owners):
+        raise Irregular(f"a cache may be that of {' or '.join(dict.fromkeys(owners))}")
     return stacks
+
+
+def _with_caches(stacks: Sequence[Stack], inputs: Mapping[str, Any]) -> list[Stack]:
+    """The stacks with the caches that they may have: lists of tensors among the inputs that are as long."""
+    lists: dict[str, set[int]] = {}
+    for name in _leaves(inputs):
+        for found in re.finditer(r"\.(\d+)(?!\w)", name):
+            lists.setdefault(name[: found.start()], set()).add(int(found[1]))
+    return [
+        replace(stack, caches=tuple(name for name, layers in lists.items() if layers == {*range(stack.length)}))
+        for stack in stacks
+    ]
+
+
+def _leaves(values: Any) -> dict[str, Any]:
+    """The tensors within some values, by the names that the exporter gives them."""
+    from transformers.exporters.utils import get_leaf_tensors
+
+    return dict(get_leaf_tensors(values))
 
 
 def rehearse(model: Any, inputs: Mapping[str, Any], stacks: Sequence[Stack]) -> Tape:
@@ -267,35 +310,37 @@ def rehearse(model: Any, inputs: Mapping[str, Any], stacks: Sequence[Stack]) -> 
 
     A unit is labelled with its stack and number, the last with -1, so that a whole and a short model agree; what comes
     before the first unit is labelled `("", 0)`. Each operation is written down with its arguments: numbers as they
-    are; parameters of the unit relative to it; tensors by the operation they come from, counted within the same unit
-    or the one before, or else by that unit's label. Equal tapes are thus equal computations.
+    are; parameters of the unit, and its entries of a cache, relative to it; tensors by the operation they come from,
+    counted within the same unit or the one before, or else by that unit's label. What the model returns is written
+    down in the end, and with the unit where it is the unit's entry of a cache. Equal tapes are thus equal computations.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves, tree_map
+    from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
     tape: Tape = [(("", 0), [])]
     by_path = {stack.path: stack for stack in stacks}
-    starts = {"": 0}
+    begins = [0]  # the first layer of each unit on the tape
     names = {id(t): name for pairs in (model.named_parameters, model.named_buffers) for name, t in pairs()}
     origins: dict[int, tuple[int, int, int]] = {}
     alive: list[Any] = []  # an id is an identity only as long as its tensor lives
 
-    def describe(leaf: Any) -> Hashable:
+    def describe(leaf: Any, reader: int = -1) -> Hashable:
         if not isinstance(leaf, torch.Tensor):
             return repr(leaf)
-        (path, _), _ = tape[-1]
+        reader %= len(tape)
+        (path, _), _ = tape[reader]
         if id(leaf) in origins:
             segment, operation, position = origins[id(leaf)]
-            back = len(tape) - 1 - segment
+            back = reader - segment
             return ("made", back if back < 2 else tape[segment][0], operation, position)
         if id(leaf) in names:
             name = names[id(leaf)]
             layer = by_path[path].layer(name) if path else None
-            if layer is None or not 0 <= layer - starts[path] < by_path[path].period:
+            if layer is None or not 0 <= layer - begins[reader] < by_path[path].period:
                 return ("named", name)
-            return ("own", layer - starts[path], name.removeprefix(f"{path}.{layer}."))
+            return ("own", layer - begins[reader], by_path[path].part(name))
         constant = getattr(leaf, "constant", leaf)
         if constant is None or constant.is_meta or type(constant) is not torch.Tensor:
             raise Irregular(f"a tensor of shape {list(leaf.shape)} comes from nowhere")
@@ -316,7 +361,7 @@ def rehearse(model: Any, inputs: Mapping[str, Any], stacks: Sequence[Stack]) -> 
 
     def enter(label: Label, start: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            starts[label[0]] = start
+            begins.append(start)
             tape.append((label, []))
 
         return hook
@@ -329,13 +374,34 @@ def rehearse(model: Any, inputs: Mapping[str, Any], stacks: Sequence[Stack]) -> 
                 label = stack.path, -1 if last else (start - stack.lead) // stack.period
                 layers[start].register_forward_pre_hook(enter(label, start))
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            given = {k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            names |= {id(tensor): name for name, tensor in given.items()}
+            given = tree_map_only(torch.Tensor, fake.from_tensor, dict(inputs))
+            read = _leaves(given)
+            alive += read.values()  # a cache forgets what it is given
+            names |= {id(tensor): name for name, tensor in read.items()}
             with Recorder():  # type: ignore[no-untyped-call]
                 result = model(**given)
-            returned = tree_leaves(dict(result) if isinstance(result, Mapping) else result)
-            tape[-1][1].append(("return", *(describe(leaf) for leaf in returned if isinstance(leaf, torch.Tensor))))
+            returned: list[Hashable] = []
+            for name, leaf in _leaves(result).items():
+                if (segment := _home(name, tape, begins, stacks)) is None:
+                    returned.append((name, describe(leaf)))
+                else:
+                    path = tape[segment][0][0]
+                    layer = by_path[path].layer(name) or 0
+                    told = describe(leaf, segment)
+                    tape[segment][1].append(("return", layer - begins[segment], by_path[path].part(name), told))
+            tape[-1][1].append(("return", *returned))
     return tape
+
+
+def _home(name: str, tape: Tape, begins: Sequence[int], stacks: Sequence[Stack]) -> int | None:
+    """Where on a tape the unit is that a returned tensor is a cache's entry of, if it is one's."""
+    for stack in stacks:
+        layer = stack.layer(name)
+        if layer is not None and stack.cached(name):
+            for segment, ((path, _), _) in enumerate(tape):
+                if path == stack.path and 0 <= layer - begins[segment] < stack.period:
+                    return segment
+    return None
 
 
 def compare(whole: Tape, short: Tape, stacks: Sequence[Stack]) -> None:
@@ -392,6 +458,7 @@ class _Growth:
         self.graph = graph
         self.parameters = parameters
         self.stack = stack
+        self.own: dict[ir.Value, int] = {}
         self.level: dict[ir.Value, int] = {}
         self.segments: dict[int, list[ir.Node]] = {SHARED: [], FIRST: [], SECOND: [], LAST: []}
         self.image: dict[ir.Value, ir.Value] = {}
@@ -411,12 +478,16 @@ class _Growth:
         import onnx_ir as ir
 
         for value in self.graph.inputs:
-            if value.name in self.parameters and (unit := self.stack.unit(value.name or "")) != SHARED:
-                self.level[value] = unit
+            name = value.name or ""
+            if (name in self.parameters or self.stack.cached(name)) and (unit := self.stack.unit(name)) != SHARED:
+                self.own[value] = unit
+        self.level |= self.own
         for node in self.graph:
             if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
                 raise Irregular(f"the graph has control flow, {node.op_type}")
-            level = max((self.of(value) for value in node.inputs), default=SHARED)
+            level = SHARED
+            if not self.measures(node):
+                level = max((self.of(value) for value in node.inputs), default=SHARED)
             self.segments[level].append(node)
             if level != SHARED:
                 self.level.update(dict.fromkeys(node.outputs, level))
@@ -426,6 +497,20 @@ class _Growth:
     def of(self, value: ir.Value | None) -> int:
         """A value's level."""
         return SHARED if value is None else self.level.get(value, SHARED)
+
+    def measures(self, node: ir.Node) -> bool:
+        """Whether a node reads, on behalf of all units, the shape of one unit's entry of a cache: the exporter asks
+        any layer how many tokens are cached. That all entries have this shape is checked; where each unit asks for the
+        shape of its own, the answers stay apart."""
+        entry = node.inputs[0] if (node.domain, node.op_type) == ("", "Shape") else None
+        if entry is None or entry not in self.own or not self.stack.cached(entry.name or ""):
+            return False
+        names = {self.stack.shift(entry.name or "", units) for units in range(-LAST, LAST + 1)}
+        alike = [value for value in self.own if value.name in names]
+        askers = {sum(_same_node(user, node) for user in value.consumers()) for value in alike}
+        shape = entry.shape
+        known = shape is not None and all(isinstance(size, int) or size.value is not None for size in shape)
+        return known and len(alike) == UNITS and len(askers) > 1 and all(value.shape == shape for value in alike)
 
     def match(self) -> None:
         """Map the first segment onto the second: node by node, in order."""
@@ -445,8 +530,8 @@ class _Growth:
         unit before, or shared by all."""
         if a is None or b is None:
             return a is b
-        if b.name in self.parameters and self.of(b) != SHARED:
-            return a.name in self.parameters and self.of(b) == SECOND and b.name == self.stack.shift(a.name or "", 1)
+        if b in self.own:
+            return a in self.own and self.of(b) == SECOND and b.name == self.stack.shift(a.name or "", 1)
         if self.of(b) == SECOND:
             return self.image.get(a) is b
         if self.of(b) == FIRST:
@@ -454,10 +539,19 @@ class _Growth:
         return self.of(a) == SHARED and (a is b or _same_constant(a, b))
 
     def check_ends(self) -> None:
-        """Check that the segments form a chain: each is read by the next alone, and the last unit reads what the
-        others read."""
-        if any(self.of(value) in (FIRST, SECOND) for value in self.graph.outputs):
-            raise Irregular(f"an output of the graph comes from the middle of {self.stack.path}")
+        """Check that the segments form a chain: each is read by the next alone, the last unit reads what the others
+        read, and each returns its entries of the caches and nothing else."""
+        returned: dict[int, dict[str, ir.Value]] = {FIRST: {}, SECOND: {}, LAST: {}}
+        for value in self.graph.outputs:
+            name, level = value.name or "", self.of(value)
+            unit = self.stack.unit(name) if self.stack.cached(name) else SHARED
+            if unit != level and (unit != SHARED or level != LAST):
+                raise Irregular(f"an output of the graph comes from the middle of {self.stack.path}")
+            if unit != SHARED:
+                returned[unit][self.stack.shift(name, LAST - unit)] = value
+        one, other, last = (returned[unit] for unit in (FIRST, SECOND, LAST))
+        if not one.keys() == other.keys() == last.keys() or any(self.image.get(one[n]) is not other[n] for n in one):
+            raise Irregular(f"the units of {self.stack.path} return different parts of a cache")
         read = {value for node in self.segments[LAST] for value in node.inputs if value is not None}
         if any(self.of(value) == FIRST or (self.of(value) == SECOND and value.producer() is None) for value in read):
             raise Irregular(f"{self.stack.path} is no chain: a unit is read past the next one")
@@ -467,24 +561,24 @@ class _Growth:
     def copy(self) -> dict[str, tuple[int, ...]]:
         """Copy the second segment, join the copies, and move the last unit to its place."""
         graph, stack = self.graph, self.stack
-        own = [value for value in graph.inputs if value.name in self.parameters and self.of(value) == SECOND]
-        position = max(graph.inputs.index(value) for value in own) + 1
         nodes: list[ir.Node] = []
-        for value in graph.inputs:
-            if self.of(value) == LAST:
+        for value, unit in self.own.items():
+            if unit == LAST:
+                value.name = stack.shift(value.name or "", stack.copies)
+        for value in graph.outputs:
+            if stack.cached(value.name or "") and stack.unit(value.name or "") == LAST:
                 value.name = stack.shift(value.name or "", stack.copies)
         for node in self.segments[LAST]:
             _move_scope(node, stack, stack.copies)
+        own = [value for value, unit in self.own.items() if unit == SECOND]
+        copied = [{v: _like(v, stack.shift(v.name or "", copy)) for v in own} for copy in range(1, stack.copies + 1)]
+        self.insert(graph.inputs, own, copied)
         before = {value: value for node in self.segments[SECOND] for value in node.outputs}
-        for copy in range(1, stack.copies + 1):
-            now: dict[ir.Value, ir.Value] = {}
-            for value in own:
-                now[value] = _like(value, stack.shift(value.name or "", copy))
-                graph.inputs.insert(position, now[value])
-                position += 1
+        for copy, now in enumerate(copied, 1):
             for node in self.segments[SECOND]:
                 nodes.append(self.copy_node(node, copy, now, before))
             before = now
+        self.insert(graph.outputs, [value for value in graph.outputs if self.of(value) == SECOND], copied)
         graph.insert_before(self.segments[LAST][0], nodes)
         for node in self.segments[LAST]:
             for index, source in enumerate(node.inputs):
@@ -492,10 +586,33 @@ class _Growth:
                     node.replace_input_with(index, before[source])
         graph.sort()
         shapes = {stack.shift(n, stack.copies) if stack.unit(n) == LAST else n: s for n, s in self.parameters.items()}
-        for value in own:
+        for name in (value.name or "" for value in own if value.name in self.parameters):
             for copy in range(1, stack.copies + 1):
-                shapes[stack.shift(value.name or "", copy)] = self.parameters[value.name or ""]
+                shapes[stack.shift(name, copy)] = self.parameters[name]
         return {value.name: shapes[value.name] for value in graph.inputs if value.name in shapes}
+
+    def insert(
+        self,
+        listed: MutableSequence[ir.Value],
+        values: Sequence[ir.Value],
+        copied: Sequence[Mapping[ir.Value, ir.Value]],
+    ) -> None:
+        """Put the copies of some inputs or outputs after them, in the order of layers; a cache has a place of its own.
+
+        Args:
+            listed: the inputs or outputs of the graph, in place.
+            values: those of the second unit.
+            copied: the values of each copy, by those of the second unit.
+        """
+        groups: dict[str | None, list[ir.Value]] = {}
+        for value in values:
+            groups.setdefault(self.stack.cached(value.name or ""), []).append(value)
+        for group in groups.values():
+            position = max(listed.index(value) for value in group) + 1
+            for now in copied:
+                for value in group:
+                    listed.insert(position, now[value])
+                    position += 1
 
     def copy_node(
         self, node: ir.Node, copy: int, now: dict[ir.Value, ir.Value], before: Mapping[ir.Value, ir.Value]
@@ -517,7 +634,8 @@ class _Growth:
             else:
                 inputs.append(None if value is None else now.get(value, value))
         for value in node.outputs:
-            now[value] = _like(value, self.fresh(value.name, copy))
+            entry = value.is_graph_output() and self.stack.shift(value.name or "", copy)
+            now[value] = _like(value, entry or self.fresh(value.name, copy))
         clone = ir.Node(
             node.domain,
             node.op_type,

@@ -17,7 +17,8 @@ import transformers
 from accelerate import init_empty_weights
 
 from peltc.compiler import export, repeat
-from peltc.compiler.export import Exported, export_model, quiet
+from peltc.compiler.export import Exported, export_model, quiet, unbacked
+from peltc.compiler.generation import export_stage
 from peltc.compiler.repeat import Irregular, Stack, compare, find_stacks, grow, rehearse, same, shortened
 
 Array = np.ndarray[Any, Any]
@@ -150,6 +151,94 @@ def test_a_failure_leads_to_the_whole_export(monkeypatch: pytest.MonkeyPatch) ->
     assert exported.repeats == "every layer is exported: two units differ"
     assert histogram(exported.model.graph)["", "Softmax", ""] == 5
     assert sum(name.endswith("attn.c_attn.weight") for name in exported.parameters) == 5
+
+
+# whole models with a cache
+
+DECODERS = [
+    ("gpt2", LAYERS),
+    *(pytest.param(family, LAYERS, marks=pytest.mark.slow) for family in ("llama", "t5")),
+    pytest.param("gemma2", 8, marks=pytest.mark.slow),
+]
+SIZES = {"batch": 2, "past": 4, "query": 3, "total": 7, "keep": 2, "source": 5}
+
+
+@functools.cache
+def decoders(family: str, layers: int) -> tuple[Exported, Exported]:
+    """A model exported with a cache by repetition, and exported whole."""
+    grown, whole = (export_stage(unbacked(empty(family, layers)), "decode", whole) for whole in (False, True))
+    return grown, whole
+
+
+def steps(exported: Exported) -> dict[str, Array]:
+    """Random new tokens after a random cache, one token of which is masked."""
+    random = np.random.default_rng(1)
+    feeds: dict[str, Array] = {}
+    for value in exported.model.graph.inputs:
+        name = value.name or ""
+        if name in exported.parameters:
+            continue
+        assert value.shape is not None
+        sizes = [size if isinstance(size, int) else SIZES[str(size.value)] for size in value.shape]
+        if value.dtype == ir.DataType.FLOAT:
+            feeds[name] = random.normal(size=sizes).astype(np.float32)
+        elif name == "attention_mask":
+            feeds[name] = np.ones(sizes, np.int64)
+            feeds[name][0, 0] = 0
+        elif name == "position_ids":
+            feeds[name] = np.tile(np.arange(4, 7), (2, 1))
+        else:
+            feeds[name] = random.integers(0, 2 if name == "logits_to_keep" else 100, sizes)
+    return feeds
+
+
+def signature(values: Any) -> list[tuple[str, str, str]]:
+    return [(value.name, str(value.shape), str(value.type)) for value in values]
+
+
+@pytest.mark.parametrize(("family", "layers"), DECODERS)
+def test_grown_graph_with_a_cache_is_the_whole_models(family: str, layers: int) -> None:
+    grown, whole = decoders(family, layers)
+    assert "exported" in grown.repeats and "every layer" not in grown.repeats
+    assert whole.repeats == "every layer is exported, as asked for"
+    assert list(grown.parameters.items()) == list(whole.parameters.items())
+    assert signature(grown.model.graph.inputs) == signature(whole.model.graph.inputs)
+    assert signature(grown.model.graph.outputs) == signature(whole.model.graph.outputs)
+    assert histogram(grown.model.graph) == histogram(whole.model.graph)
+    assert grown.ties == whole.ties
+    differing = {key for key in whole.metadata if grown.metadata[key] != whole.metadata[key]}
+    assert differing <= {"export_config"}  # which names an axis of every input that was traced
+    names = [value.name for node in grown.model.graph for value in node.outputs]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("family", "layers"), DECODERS)
+def test_grown_graph_with_a_cache_computes_what_the_whole_model_computes(family: str, layers: int) -> None:
+    grown, whole = decoders(family, layers)
+    values = weights(whole.parameters) | steps(whole)
+    expected = run(whole.model, values)
+    for one, other in zip(run(grown.model, values), expected, strict=True):
+        assert np.isfinite(other).all() and np.abs(other).max() > 1e-3
+        np.testing.assert_array_equal(one, other)
+    entries = sorted(name for name in values if ".layers." in name and name.endswith(".keys"))
+    swapped = values | {entries[3]: values[entries[4]], entries[4]: values[entries[3]]}  # the cache is read by layers
+    assert not np.allclose(run(grown.model, swapped)[0], expected[0], atol=1e-4)
+
+
+def test_a_cached_model_with_an_odd_layer_is_exported_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unbacked(empty("gpt2", 5))
+    odd = model.transformer.h[3]
+    forward = type(odd).forward
+
+    def louder(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states = forward(self, *args, **kwargs)
+        return states * 2 if self is odd else states
+
+    monkeypatch.setattr(type(odd), "forward", louder)
+    exported = export_stage(model, "decode")
+    assert exported.repeats.startswith("every layer is exported: layer 3 of transformer.h and the layers before")
+    assert histogram(exported.model.graph)["", "Softmax", ""] == 5
+    assert len(exported.model.graph.outputs) == 1 + 2 * 5
 
 
 # which layers are equal
@@ -328,6 +417,69 @@ def branching(layers: Any, x: Any, shared: Any) -> Any:
 
 def test_a_straight_loop_repeats() -> None:
     assert repeat.plan(Toy(straight), {"x": torch.zeros(2, 4, device="meta")}) == [Stack("layers", 8, 0, 1)]
+
+
+class Caching(torch.nn.Module):
+    """A model each of whose layers adds its entry of a cache to its input, and returns the sum as the new entry."""
+
+    def __init__(self, loop: Callable[[Any, Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.loop = loop
+        self.layers = torch.nn.ModuleList(Layer(i) for i in range(8))
+
+    def forward(self, x: Any, past: Any) -> Any:
+        new: list[Any] = []
+        x = self.loop(self.layers, x, past, new)
+        return {"x": x, "past": new}
+
+
+def cached(layers: Any, x: Any, past: Any, new: Any) -> Any:
+    for layer, entry in zip(layers, past, strict=True):
+        x = layer(x, entry)
+        new.append(x + entry)
+    return x
+
+
+def neighbours(layers: Any, x: Any, past: Any, new: Any) -> Any:
+    return cached(layers, x, past[1:] + past[:1], new)
+
+
+def borrowing(layers: Any, x: Any, past: Any, new: Any) -> Any:
+    return cached(layers, x, [past[2] if i == 5 else entry for i, entry in enumerate(past)], new)
+
+
+def misplaced(layers: Any, x: Any, past: Any, new: Any) -> Any:
+    x = cached(layers, x, past, new)
+    new[3:5] = new[4:2:-1]
+    return x
+
+
+def special_entry(layers: Any, x: Any, past: Any, new: Any) -> Any:
+    x = cached(layers, x, past, new)
+    new[4:5] = past[4:5]
+    return x
+
+
+def entries(count: int) -> dict[str, Any]:
+    return {"x": torch.zeros(2, 4, device="meta"), "past": [torch.zeros(2, 4, device="meta") for _ in range(count)]}
+
+
+def test_a_loop_with_a_cache_repeats() -> None:
+    assert repeat.plan(Caching(cached), entries(8), entries(3)) == [Stack("layers", 8, 0, 1, ("past",))]
+
+
+@pytest.mark.parametrize(
+    ("loop", "reason"),
+    [
+        (neighbours, "different things|depends on the number"),
+        (borrowing, "layer 5 of layers and the layers before compute different things"),
+        (misplaced, "layer 3 of layers and the layers before compute different things"),
+        (special_entry, "layer 4 of layers and the layers before compute different things"),
+    ],
+)
+def test_a_loop_that_treats_a_cache_differently_does_not(loop: Callable[..., Any], reason: str) -> None:
+    with pytest.raises(Irregular, match=reason):
+        repeat.plan(Caching(loop), entries(8), entries(3))
 
 
 @pytest.mark.parametrize(
@@ -531,3 +683,95 @@ def test_a_tampered_copy_gives_other_numbers() -> None:
         grow(model, parameters, [Stack("layers", 7, 0, 1)])
         node(model, f"active_1.{copy}").op_type = "Relu"
         assert not np.allclose(run(model, values)[0], right, atol=1e-4)
+
+
+# the graph with a cache
+
+
+def cached_chain(layers: int) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+    """The chain, in which each layer adds its entry of a cache to its product, and returns the sum as the new entry;
+    in the end the shape of the last entry is added."""
+    model, parameters = chain(layers)
+    graph = model.graph
+    for i in range(layers):
+        entry = ir.Value(name=f"input.past.{i}.sums", shape=ir.Shape(["batch", WIDTH]), type=FLOAT)
+        graph.inputs.insert(1 + i, entry)
+        product = node(model, f"product_{i}").outputs[0]
+        out = ir.Value(name=f"output.past.{i}.sums", shape=ir.Shape(["batch", WIDTH]), type=FLOAT)
+        total = ir.Node("", "Add", [product, entry], outputs=[out], name=f"node_total_{i}")
+        graph.insert_after(node(model, f"product_{i}"), total)
+        node(model, f"active_{i}").replace_input_with(0, out)
+        graph.outputs.append(out)
+    count = ir.node("Shape", [entry], name="node_count")
+    cast = ir.node("Cast", [count.outputs[0]], {"to": ir.DataType.FLOAT.value}, name="node_cast")
+    first = ir.node("ReduceSum", [cast.outputs[0]], {"keepdims": 0}, name="node_sum")
+    for added in (count, cast, first):
+        added.outputs[0].name = f"{added.name}_out"
+    shared = node(model, "shared").outputs[0]
+    scaled = ir.Node("", "Mul", [shared, first.outputs[0]], name="node_counted", num_outputs=1)
+    scaled.outputs[0].name, scaled.outputs[0].shape, scaled.outputs[0].type = "counted", shared.shape, FLOAT
+    graph.insert_after(node(model, "shared"), [count, cast, first, scaled])
+    for i in range(layers):
+        node(model, f"gated_{i}").replace_input_with(1, scaled.outputs[0])
+    return model, parameters
+
+
+CACHED = [Stack("layers", 7, 0, 1, ("past",))]
+
+
+def test_a_chain_with_a_cache_grows() -> None:
+    model, parameters = cached_chain(3)
+    whole, expected = cached_chain(7)
+    assert list(grow(model, parameters, CACHED).items()) == list(expected.items())
+    assert histogram(model.graph) == histogram(whole.graph)
+    assert signature(model.graph.inputs) == signature(whole.graph.inputs)
+    assert signature(model.graph.outputs) == signature(whole.graph.outputs)
+    random = np.random.default_rng(2)
+    names = ["x", *(f"input.past.{i}.sums" for i in range(7))]
+    values = weights(expected) | {name: random.normal(size=(3, WIDTH)).astype(np.float32) for name in names}
+    for one, other in zip(run(model, values), run(whole, values), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def entry(model: ir.Model, layer: int) -> ir.Value:
+    return next(value for value in model.graph.inputs if value.name == f"input.past.{layer}.sums")
+
+
+def borrowed_entry(model: ir.Model, layer: int) -> None:
+    node(model, f"total_{layer}").replace_input_with(1, entry(model, (layer + 1) % 3))
+
+
+def other_output(model: ir.Model, layer: int) -> None:
+    model.graph.outputs[1 + layer].name, node(model, f"product_{layer}").outputs[0].name = "inner", "inner_product"
+    model.graph.outputs[1 + layer] = node(model, f"gated_{layer}").outputs[0]
+    model.graph.outputs[1 + layer].name = f"output.past.{layer}.sums"
+
+
+def swapped_outputs(model: ir.Model, layer: int) -> None:
+    one, other = model.graph.outputs[1 + layer], model.graph.outputs[1 + (layer + 1) % 3]
+    one.name, other.name = other.name, one.name
+
+
+def missing_output(model: ir.Model, layer: int) -> None:
+    del model.graph.outputs[1 + layer]
+
+
+def other_shape(model: ir.Model, layer: int) -> None:
+    entry(model, layer).shape = ir.Shape(["elsewhere", WIDTH])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("tamper", [borrowed_entry, swapped_outputs, missing_output, other_shape])
+def test_a_cache_that_was_tampered_with_is_told(tamper: Callable[[ir.Model, int], None], layer: int) -> None:
+    model, parameters = cached_chain(3)
+    tamper(model, layer)
+    with pytest.raises(Irregular):
+        grow(model, parameters, CACHED)
+
+
+@pytest.mark.parametrize("layer", [0, 1])  # the last one's is the exporter's own, and not copied
+def test_a_new_entry_that_comes_from_elsewhere_is_told(layer: int) -> None:
+    model, parameters = cached_chain(3)
+    other_output(model, layer)
+    with pytest.raises(Irregular):
+        grow(model, parameters, CACHED)
