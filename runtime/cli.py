@@ -236,6 +236,8 @@ def plan(spec: str, model: str, mode: str | None, architecture: str | None, as_j
         tensors = ", ".join(f"{n} {list(t.shape)}" for n, t in claim.tensors.items())
         rows.append((claim.attachment, claim.site.name, "+".join(claim.effects), decision, tensors))
     _table(rows)
+    for line in made.notes:
+        click.echo(line)
     total = sum(_count(site.shape) for site in base.parameters.values())
     cost = made.cost
     click.echo(
