@@ -79,7 +79,7 @@ class Site:
         if self.parameters:
             return self.kind, self.rows, tuple(self.parameters.items())
         where = self.anchors.get("x"), self.anchors.get("y")
-        return (self.kind, self.role, where) if any(where) else self.path
+        return (self.kind, self.role == "layer", where) if any(where) else self.path
 
     def matches(self, selector: str) -> bool:
         """Whether a selector means this site: a role (`attention.query`) or a path, both with globs."""

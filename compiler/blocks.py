@@ -259,7 +259,7 @@ class _Finder:
             block.add("down", down)
             self._up_and_gate(block, [m for m in inner if m is not down], down)
         block.parameters = self._parameters(term)
-        if stacks and down is None:
+        if stacks and down is None and inside is None:
             self._network(block, term, inner, stacks)
         return block
 

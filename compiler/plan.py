@@ -247,6 +247,9 @@ class _Planner:
 
     def claims(self, entry: Attachment) -> list[Claim]:
         chosen = self.sites(entry)
+        if entry.layers == "all":  # the same modules under other names, within the layers that are meant
+            named = {path for site in chosen for path in (site.path, *site.shared) if path}
+            chosen = [s for s in self.anatomy if s in chosen or s.path in named]
         sites = self.leaders(entry, chosen)
         layers: list[tuple[str, int | None]] = list(
             sorted({(site.stack, site.layer) for site in sites if site.layer is not None})

@@ -211,8 +211,8 @@ def test_verification_reads_the_graphs_with_a_cache(plain, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     graph = onnx.load(copy / "decode.onnx", load_external_data=False)
-    scale = next(n for n in graph.graph.node if n.op_type == "Mul" and "lora" in n.name)
-    scale.op_type = "Add"
+    added = next(n for n in graph.graph.node if n.op_type == "Add" and "lora" in n.name)
+    added.op_type = "Sub"
     onnx.save(graph, copy / "decode.onnx")
     with pytest.raises(PeltError, match="E701") as error:
         peltc.verify(copy)

@@ -96,6 +96,9 @@ def build(model_type: str, architecture: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():  # norms, biases and zero starts too
             parameter += 0.04 * torch.randn(parameter.shape, generator=generator)
+        for module in model.modules():  # which loading sets to zero, and training leaves there
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
     return model
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 from instances import FAMILIES, SAMPLE
-from sweep import TOLERANCE, Found, examine, table
+from sweep import TOLERANCE, WITHOUT_ATTENTION, Found, examine, table
 
-MISSES: dict[str, str] = {}
+MISSES = {
+    "deepseek_v4": "hyper-connections: several residual streams, mixed by matrices that the input decides, are no sum",
+    "jetmoe": "its queries are made by experts, whose stacked parameters LoRA does not attach to",
+    "xlnet": "its projections are bare three-dimensional parameters of the attention module, and no maps of their own",
+}
 
 PARAMETERS = [
     pytest.param(*family, id=family[0], marks=() if family[0] in SAMPLE else pytest.mark.slow) for family in FAMILIES
@@ -25,8 +29,7 @@ def test_three_specs_equal_pytorch(model_type, architecture, tmp_path, monkeypat
         assert found.missed, f"{model_type} holds now: take it off the list"
     else:
         assert not found.missed
-        assert len(found.worst) == 6
-        assert found.unnamed == 0
+        assert found.sites and (len(found.worst) == 6 or not found.attending)
 
 
 def test_sample_is_a_dozen():
@@ -42,11 +45,12 @@ def test_document_is_of_the_recorded_sweep():
     assert document.rpartition("\n\n")[0] == table(results).rpartition("\n\n")[0]  # but for the versions of the tools
     assert [f.model_type for f in results] == [name for name, _ in FAMILIES]
     assert {f.model_type for f in results if f.missed} == set(MISSES)
-    attending = [f for f in results if "attention" in f.roles]
+    attending = [f for f in results if f.attending]
     assert sum(not f.missed for f in attending) >= 0.97 * len(attending)
 
 
 def test_a_difference_is_a_miss():
+    assert Found(min(WITHOUT_ATTENTION), worst={"LoRA": "no site", "adapter fold": 0.0}).missed == []
     assert Found("some", worst={"LoRA fold": TOLERANCE / 2}).missed == []
     assert Found("some", worst={"LoRA fold": 2 * TOLERANCE}).missed
     assert Found("some", worst={"LoRA fold": "no site"}).missed
