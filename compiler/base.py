@@ -480,7 +480,8 @@ def _materialise(
     folder: Path, architecture: str, checkpoint: Checkpoint, reason: str, talk: Talk
 ) -> tuple[Checkpoint, str]:
     """Write the parameters as the model class has them, once."""
-    facts = [FORMAT, architecture, checkpoint.fingerprint, {tool: metadata.version(tool) for tool in TOOLS}]
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in map(Path.resolve, checkpoint.files)]
+    facts = [FORMAT, architecture, checkpoint.fingerprint, state, {tool: metadata.version(tool) for tool in TOOLS}]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     home = cache_folder() / "weights" / key
     if not home.is_dir():

@@ -355,10 +355,10 @@ class _Finder:
                 base = "inner"
             block.add(_free(base, block.linears), linear)
         operands = {"query": core.query, "key": core.key}
-        for norm in self.flow.norms:
-            for role, operand in operands.items():
-                if role in core.linears and norm.y in self._path(operand, core.linears[role]):
-                    block.norms[_free(f"{role}_norm", block.norms)] = norm
+        for role, operand in operands.items():
+            path = self._path(operand, core.linears[role]) if role in core.linears else set()
+            for norm in (self.norm_of[v] for v in sorted(path & self.norm_of.keys(), key=self.flow.index)):
+                block.norms[_free(f"{role}_norm", block.norms)] = norm
 
     def _gates(self, linear: Linear, core: Core, term: Term) -> bool:
         """Whether a map's result multiplies what attention gives."""

@@ -96,15 +96,14 @@ def build(model_type: str, architecture: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():  # norms, biases and zero starts too
             parameter += 0.04 * torch.randn(parameter.shape, generator=generator)
-        for module in model.modules():  # which loading sets to zero, and training leaves there
-            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx] = 0
     return model
 
 
 def save(model_type: str, architecture: str, folder: Path) -> Path:
     """A tiny model as a folder."""
-    build(model_type, architecture).save_pretrained(folder)
+    model = build(model_type, architecture)
+    model.save_pretrained(folder)
+    type(model).from_pretrained(folder).save_pretrained(folder)  # some set padding to zero when they are loaded
     config = json.loads((folder / "config.json").read_text())
     if not config.get("architectures"):
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
