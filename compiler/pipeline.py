@@ -68,7 +68,7 @@ def build(
     check_stages(plan, {name: sites[name] for name in stages})
     starts: dict[str, Array] = {}
     for name, model in graphs.items():
-        staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.name in sites[name]]
+        staying = [c for c in plan.claims if not c.absorbed and (name not in stages or c.site.name in sites[name])]
         starts |= insert(model, [c for c in staying if "prepend" not in c.effects], sites[name], tensors)
         if plan.prepends:
             prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites[name], base)

@@ -100,6 +100,7 @@ def exporter_timed() -> Iterator[list[float]]:
 def examine(model_type: str, architecture: str, folder: Path) -> Found:
     """Compile the specs on a tiny instance, folded and static, and compare with PyTorch."""
     import peltc
+    from peltc.compiler.base import open_base
     from peltc.runtime.compile import plan_for
     from peltc.spec.diagnostics import PeltError
 
@@ -108,19 +109,22 @@ def examine(model_type: str, architecture: str, folder: Path) -> Found:
     begin = time.perf_counter()
     found = Found(model_type)
     model = save(model_type, architecture, folder / "model")
+    try:
+        with exporter_timed() as spent:
+            start = time.perf_counter()
+            open_base(model)
+            cold = time.perf_counter() - start
+    except PeltError as error:
+        found.worst = dict.fromkeys(SPECS, error.diagnostics[0].message)
+        return found
+    if spent:  # nothing where the base was known
+        found.exporter, found.added = sum(spent), cold / sum(spent) - 1
     for name, attach in SPECS.items():
         spec = peltc.load_spec({"pelt": 1, "name": "zoo", "attach": attach})
         try:
-            with exporter_timed() as spent:
-                start = time.perf_counter()
-                plan, base = plan_for(spec, model)
-                cold = time.perf_counter() - start
-            if spent:
-                found.exporter, found.added = sum(spent), cold / sum(spent) - 1
+            plan, base = plan_for(spec, model)
         except PeltError as error:
             found.worst[name] = error.diagnostics[0].message
-            if error.diagnostics[0].code.startswith("E5"):
-                break
             continue
         anatomy = base.anatomy
         found.layers = len({(s.stack, s.layer) for s in anatomy if s.layer is not None})
