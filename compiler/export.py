@@ -354,7 +354,7 @@ def untie(model: Any) -> None:
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in seen:
             path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(torch.empty_like(parameter), False))
+            model.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(torch.empty_like(parameter), False)
         seen.add(id(parameter))
 
 
