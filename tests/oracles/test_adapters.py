@@ -425,7 +425,8 @@ def plan(fresh_cache: None) -> Callable[[Entry], Plan]:
     base = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
                                       layer_norm_eps=1e-5)  # fmt: skip
     with init_empty_weights(include_buffers=False):
-        survey = survey_model(transformers.RobertaModel(base).eval())
+        model = transformers.RobertaModel(base).eval()
+    survey = survey_model(model)
     return lambda said: make_plan(load_spec(spec_of(said)), *survey)
 
 

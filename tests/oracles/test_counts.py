@@ -35,7 +35,8 @@ def plan(fresh_cache: None) -> Callable[..., Plan]:
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (D, F, L)
     with init_empty_weights(include_buffers=False):
-        anatomy, key = survey_model(RobertaModel(config).eval())
+        model = RobertaModel(config).eval()
+    anatomy, key = survey_model(model)
 
     def build(*entries: Entry, mode: str | None = None) -> Plan:
         return make_plan(load_spec({"pelt": 1, "attach": [dict(e) for e in entries]}), anatomy, key, mode)
@@ -149,7 +150,8 @@ def test_adamix_on_the_large_shape(fresh_cache: None) -> None:
     config = RobertaConfig(vocab_size=50265, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                            num_attention_heads=16, max_position_embeddings=514, type_vocab_size=1)  # fmt: skip
     with init_empty_weights(include_buffers=False):
-        anatomy, key = survey_model(RobertaModel(config).eval())
+        model = RobertaModel(config).eval()
+    anatomy, key = survey_model(model)
     large = make_plan(load_spec({"pelt": 1, "attach": [{"recipe": "adamix", "size": 16}]}), anatomy, key)
     same(large.trained(), 1_992_192)
     same(large.cost.stored, 811_392)
