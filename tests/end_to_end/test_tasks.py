@@ -144,8 +144,6 @@ def inputs(model: Any) -> dict[str, torch.Tensor]:
     found = {"input_ids": ids, "attention_mask": mask}
     if type(model).__name__.startswith("Bert"):
         found["token_type_ids"] = (torch.arange(7) >= 4).long().expand(3, -1)
-    if type(model).__name__.startswith("Bart"):
-        found["decoder_input_ids"] = torch.randint(3, 100, (3, 5), generator=generator)
     return found
 
 
