@@ -178,6 +178,8 @@ def write_artifact(
     for name in COMPANIONS:
         if (base.folder / name).is_file() and not (name.endswith(".index.json") and base.converted):
             shutil.copyfile(base.folder / name, folder / name)
+    if base.chosen:
+        (folder / "config.json").write_text(json.dumps(base.config, indent=1) + "\n", encoding="utf-8")
     record = {
         "schema_version": 1,
         "export_format": "onnx",

@@ -24,16 +24,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from peltc.compiler.anatomy import Anatomy
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
 from peltc.spec.diagnostics import Place, fail, nearest
+from peltc.spec.specification import ModelChoice
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from peltc.compiler.export import Exported
 
-FORMAT = 9
+FORMAT = 10
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
@@ -41,6 +44,7 @@ ALIASES = "tied.json"
 IR_VERSION = 10
 
 Talk = Callable[[str], None]
+Array = np.ndarray[Any, Any]
 
 
 def cache_folder() -> Path:
@@ -51,7 +55,8 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """A parameter of the model: its shape, and the name in the checkpoint of the tensor that holds it."""
+    """A parameter of the model: its shape, and the name in the checkpoint of the tensor that holds it, which may have
+    fewer rows; an empty name where no tensor does."""
 
     shape: tuple[int, ...]
     stored: str
@@ -64,7 +69,8 @@ class Base:
     Attributes:
         folder: the model's folder (config, tokenizer).
         architecture: the class of `transformers`; with its module's path where it is another.
-        config: the model's config, as JSON; empty where it has none.
+        config: the model's config, as JSON, with what was chosen in place of what the folder says; empty where it has
+            none.
         precision: the type in which the graph computes, `float32`.
         variant: `ids` where the graph reads token ids, `embeds` where it reads embedded tokens.
         fingerprint: identifies architecture, config and weights.
@@ -76,6 +82,7 @@ class Base:
         converted: whether the weights had to be written out, and why.
         module: the live torch module, where the base is of one that `transformers` does not have.
         inputs: what the examples were like from which it was exported, by input name; see `describe_inputs`.
+        chosen: whether the config says something else than that in the folder.
     """
 
     folder: Path
@@ -92,10 +99,45 @@ class Base:
     converted: str = ""
     module: Any = None
     inputs: Mapping[str, Mapping[str, Any]] | None = None
+    chosen: bool = False
 
     def stored(self, name: str) -> StoredTensor:
-        """Where a parameter's values lie."""
-        return self.checkpoint.tensors[self.parameters[name].stored]
+        """Where a parameter's values lie; see `lacks`.
+
+        Raises:
+            PeltError: E504 the checkpoint has no such tensor.
+        """
+        found = self.checkpoint.tensors.get(self.parameters[name].stored)
+        if found is None:
+            raise missing_weights([name], self.checkpoint, self.folder)
+        return found
+
+    def lacks(self, name: str) -> range:
+        """The rows of a parameter that the checkpoint does not hold: none, the last ones, or all of them."""
+        parameter = self.parameters[name]
+        stored = self.checkpoint.tensors.get(parameter.stored)
+        rows = parameter.shape[0] if parameter.shape else 1
+        return range(0 if stored is None else stored.shape[0] if stored.shape else 1, rows)
+
+    def whole(self, name: str) -> Array:
+        """A parameter's values, all of which the checkpoint holds.
+
+        Raises:
+            PeltError: E504 it does not.
+        """
+        if self.lacks(name):
+            raise missing_weights([name], self.checkpoint, self.folder)
+        return self.stored(name).array()
+
+    def array(self, name: str, fill: float = 0.0) -> Array:
+        """A parameter's values, mapped from the file; a copy with `fill` in the rows that the checkpoint lacks."""
+        parameter, lacking = self.parameters[name], self.lacks(name)
+        if not lacking:
+            return self.stored(name).array()
+        if not lacking.start:
+            return np.full(parameter.shape, fill, np.float32)
+        held = self.stored(name).array()
+        return np.concatenate([held, np.full((len(lacking), *parameter.shape[1:]), fill, held.dtype)])
 
     def load_graph(self) -> ir.Model:
         """A fresh copy of the graph, to rewrite. Its parameters are graph inputs."""
@@ -153,15 +195,19 @@ def open_base(
     model: str | Path,
     *,
     architecture: str | None = None,
+    choice: ModelChoice = ModelChoice(),
     precision: str = "checkpoint",
     variant: str = "ids",
     talk: Talk = lambda line: None,
 ) -> Base:
     """The base of a model, from the cache or built now.
 
+    The checkpoint need not hold every parameter of the architecture: `Base.lacks` tells which are for modules to bring.
+
     Args:
         model: a model folder or a hub id.
-        architecture: a class of `transformers`; the config's own where absent.
+        architecture: a class of `transformers`; that of the choice, or the config's own, where absent.
+        choice: what the model is, where its config does not say it.
         precision: `checkpoint` keeps the stored type (bfloat16 is computed in float32), or a float type's name.
         variant: `ids`, `embeds` for a graph that reads embedded tokens, `decode` or `encoder` for those that generation
             takes. These share the parameters of `ids`, which alone says where all of them lie.
@@ -173,7 +219,7 @@ def open_base(
     folder = find_model(model)
     config = read_config(folder)
     named = config.get("architectures") or []
-    architecture = architecture or (str(named[0]) if isinstance(named, list) and named else None)
+    architecture = architecture or choice.architecture or (str(named[0]) if isinstance(named, list) and named else None)
     if architecture is None:
         raise fail(
             "E502",
@@ -182,6 +228,7 @@ def open_base(
             "a key 'architectures'",
             "give the class of transformers by --architecture",
         )
+    own, config = config, chosen_config(config, architecture, choice)
     checkpoint, converted = _checkpoint(folder, talk)
     stored = str(checkpoint.float_dtype)
     computed = {"checkpoint": "float32" if stored in ("bfloat16", "float64") else stored}.get(precision, precision)
@@ -206,7 +253,31 @@ def open_base(
         fingerprint=hashlib.sha256((architecture + stable_text + checkpoint.fingerprint).encode()).hexdigest(),
         checkpoint=checkpoint,
         converted=converted,
+        chosen=config != own,
     )
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """How many rows the table of words has, by a model's config."""
+    inner = config.get("text_config")
+    found = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, Mapping) else None)
+    return found if isinstance(found, int) else None
+
+
+def chosen_config(config: Mapping[str, Any], architecture: str, choice: ModelChoice) -> dict[str, Any]:
+    """A model's config with what was chosen in place of what it says."""
+    found = {**config, "architectures": [architecture]}
+    if choice.label_names is not None:
+        found["id2label"] = {str(i): name for i, name in enumerate(choice.label_names)}
+        found["label2id"] = {name: i for i, name in enumerate(choice.label_names)}
+        found.pop("num_labels", None)
+    if choice.vocabulary is not None:
+        inner = found.get("text_config")
+        if "vocab_size" not in found and isinstance(inner, Mapping):
+            found["text_config"] = {**inner, "vocab_size": choice.vocabulary}
+        else:
+            found["vocab_size"] = choice.vocabulary
+    return found
 
 
 def _read(home: Path, **known: Any) -> Base:
@@ -379,11 +450,15 @@ def _build(
     talk(f"no base of {architecture} in the cache: exporting {what} once")
     exported = export_graph(folder, config, architecture, precision, variant)
     talk(exported.repeats)
-    parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint)
+    rows = vocabulary_of(config)
+    parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint, rows)
     reason = ""
     if unresolved:
-        reason = f"{len(unresolved)} parameters are renamed or merged in the checkpoint, first '{unresolved[0]}'"
-        parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
+        absent = absent_parameters(folder, config, architecture, rows)
+        if renamed := [name for name in unresolved if name not in absent]:
+            reason = f"{len(renamed)} parameters are renamed or merged in the checkpoint, first '{renamed[0]}'"
+            parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
+        parameters |= {name: ParameterInfo(exported.parameters[name], "") for name in unresolved if name in absent}
     home.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
     try:
@@ -428,24 +503,64 @@ def resolve(
     ties: Mapping[str, tuple[str, ...]],
     stem: str,
     checkpoint: Checkpoint,
+    rows: int | None = None,
 ) -> tuple[dict[str, ParameterInfo], list[str]]:
-    """Which stored tensor holds each parameter, and the parameters that none holds as it is.
+    """Which stored tensor holds each parameter, and the parameters that none holds as it is. A table that was made
+    longer is held by a tensor with fewer rows.
 
     Args:
         shapes: parameters of the model by name.
         ties: names that share one tensor with a parameter.
         stem: what precedes the base model's names in a task model.
+        rows: how many rows a table may have that was made longer.
     """
     found: dict[str, ParameterInfo] = {}
     missing = []
     for name, shape in shapes.items():
         names = [s for n in (name, *ties.get(name, ())) for s in spellings(n, stem)]
-        held = [s for s in names if s in checkpoint.tensors and checkpoint.tensors[s].shape == shape]
+        there = [s for s in names if s in checkpoint.tensors]
+        held = [s for s in there if checkpoint.tensors[s].shape == shape]
+        held = held or [s for s in there if is_shorter(checkpoint.tensors[s].shape, shape, rows)]
         if held and is_float(checkpoint.tensors[held[0]].dtype):
             found[name] = ParameterInfo(shape, held[0])
         else:
             missing.append(name)
     return found, missing
+
+
+def is_shorter(stored: tuple[int, ...], shape: tuple[int, ...], rows: int | None) -> bool:
+    """Whether a stored shape is that of a table before it was made `rows` long."""
+    return bool(stored) and stored[1:] == shape[1:] and stored[0] < shape[0] == rows
+
+
+def absent_parameters(
+    folder: Path, config: Mapping[str, Any], architecture: str, rows: int | None = None
+) -> frozenset[str]:
+    """The parameters of an architecture that a checkpoint does not hold, or holds in another shape, whatever they are
+    called there: `transformers` knows. No weight is kept.
+
+    Args:
+        rows: how many rows a table may have that was made longer; such a table is there.
+
+    Raises:
+        PeltError: E504 `transformers` cannot load the checkpoint as this architecture.
+    """
+    import transformers
+
+    from peltc.compiler.export import parse_config, quiet
+
+    try:
+        with quiet():
+            _, report = getattr(transformers, architecture).from_pretrained(
+                folder, config=parse_config(config), device_map="meta", ignore_mismatched_sizes=True,
+                output_loading_info=True)  # fmt: skip
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise fail("E504", f"the checkpoint cannot be loaded as {architecture}: {reason}", Place(str(folder)),
+                   "a checkpoint of this architecture", "name the class that was trained by --architecture"
+                   ) from error  # fmt: skip
+    shorter = {name for name, held, shape in report["mismatched_keys"] if is_shorter(tuple(held), tuple(shape), rows)}
+    return frozenset(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]} - shorter
 
 
 def _checkpoint(folder: Path, talk: Talk) -> tuple[Checkpoint, str]:
@@ -490,8 +605,9 @@ def _materialise(
         talk(f"{reason}: writing the model's own tensors once")
         cls = getattr(transformers, architecture)
         model, report = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
-        if missing := sorted(report["missing_keys"]):
-            raise missing_weights(missing, checkpoint, folder)
+        for name in report["missing_keys"]:  # what the architecture starts them with is nobody's
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = None
         first = {id(parameter): name for name, parameter in model.named_parameters()}
         every = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         aliases = {name: kept for name, kept in every.items() if name != kept}
@@ -509,7 +625,7 @@ def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) ->
         "E504",
         f"the checkpoint lacks weights that the architecture needs: {shown}",
         Place(str(folder)),
-        "a checkpoint of this architecture",
+        "a checkpoint of this architecture, or modules that bring these weights: `method: replace` at 'head'",
         nearest(missing[0], checkpoint.tensors) or "name the class that was trained by --architecture",
     )
 

@@ -121,7 +121,7 @@ def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Fold
             groups.setdefault(claim.absorbed, []).append(claim)
 
     def read(name: str) -> Array:
-        return base.stored(name).array()
+        return base.array(name)
 
     dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[base.precision]].numpy()
 

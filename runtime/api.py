@@ -45,8 +45,9 @@ def plan(
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     if isinstance(model, (str, Path)):
-        base = open_base(model, architecture=architecture, precision=spec.precision)
-        return make_plan(spec, base.anatomy, base.fingerprint)
+        from peltc.runtime.compile import plan_for
+
+        return plan_for(spec, model, architecture=architecture)[0]
     anatomy, fingerprint = _surveyed(model, inputs)
     return make_plan(spec, anatomy, fingerprint)
 

@@ -23,8 +23,9 @@ from torch.func import functional_call
 
 from peltc.compiler.anatomy import Site
 from peltc.compiler.artifact import write_whole
-from peltc.compiler.base import survey_model
+from peltc.compiler.base import is_known, survey_model
 from peltc.compiler.checkpoint import read_header
+from peltc.compiler.choice import check_choice
 from peltc.compiler.export import is_pretrained, replica
 from peltc.compiler.plan import LEVELS, Claim, Plan, make_plan
 from peltc.compiler.profile import pack
@@ -67,6 +68,8 @@ def attach(
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
+    if is_known(model):
+        check_choice(spec, type(model).__name__, model.config.to_dict())
     anatomy, fingerprint = survey_model(model, inputs)
     plan = make_plan(spec, anatomy, fingerprint)
     parameters = dict(model.named_parameters(remove_duplicate=False))

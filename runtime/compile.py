@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
-from peltc.compiler.base import Base, is_known, module_base, open_base
+from peltc.compiler.base import Base, find_model, is_known, module_base, open_base, read_config
 from peltc.compiler.checkpoint import read_header
+from peltc.compiler.choice import check_choice, choice_of
 from peltc.compiler.export import GRAPHS, stages
 from peltc.compiler.pipeline import build
-from peltc.compiler.plan import Plan, make_plan
+from peltc.compiler.plan import Plan
+from peltc.compiler.provided import plan_on
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
@@ -42,8 +44,10 @@ def plan_for(
     Raises:
         PeltError: what is wrong with the model or keeps the spec from fitting it.
     """
-    base = open_base(model, architecture=architecture, precision=spec.precision, talk=talk)
-    return make_plan(spec, base.anatomy, base.fingerprint, mode), base
+    folder = find_model(model)
+    choice = choice_of(spec, shapes_of(spec, None), read_config(folder))
+    base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision, talk=talk)
+    return plan_on(spec, base, mode), base
 
 
 def compile(
@@ -90,7 +94,8 @@ def compile(
     if generation is not None:
         spec = replace(spec, generation=generation)
     free(Path(out))  # before anything takes time
-    with opened(model, Path(out), inputs, architecture, spec.precision, talk) as (base_of, attached):
+    shapes = shapes_of(spec, weights)
+    with opened(model, Path(out), spec, shapes, inputs, architecture, talk) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
                         self_contained, talk)  # fmt: skip
 
@@ -107,7 +112,7 @@ def _compile(
 ) -> dict[str, Any]:
     """Compile on a model's base, by variant."""
     base = base_of("ids")
-    plan = make_plan(spec, base.anatomy, base.fingerprint, mode)
+    plan = plan_on(spec, base, mode)
     if base.converted:
         talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
     for line in plan.notes:
@@ -150,13 +155,17 @@ def _compile(
 def opened(
     model: str | Path | Any,
     out: Path,
+    spec: Spec,
+    shapes: Mapping[str, tuple[int, ...]],
     inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
-    precision: str = "checkpoint",
     talk: Talk = silent,
 ) -> Iterator[tuple[Callable[[str], Base], dict[str, Array] | None]]:
     """How to get a model's base by variant, and its attached modules' tensors. A torch model becomes a folder beside
     the artifact for as long as it takes, whose files the artifact can link.
+
+    Args:
+        shapes: of the tensors that modules bring, by name.
 
     Raises:
         PeltError: E506 example inputs for a model that has a folder.
@@ -165,8 +174,10 @@ def opened(
         if inputs:
             raise fail("E506", "example inputs are given for a model folder", expected="a torch module with them",
                        hint="the class of transformers says what it reads")  # fmt: skip
-        yield lambda variant: open_base(model, architecture=architecture, precision=precision, variant=variant,
-                                        talk=talk), None  # fmt: skip
+        found = find_model(model)
+        choice = choice_of(spec, shapes, read_config(found))
+        yield lambda variant: open_base(found, architecture=architecture, choice=choice, precision=spec.precision,
+                                        variant=variant, talk=talk), None  # fmt: skip
         return
     attached = getattr(model, "pelt", None)
     tensors = attached.tensors() if attached is not None else None
@@ -176,14 +187,24 @@ def opened(
         if is_known(model) and not inputs:
             state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
             model.save_pretrained(folder, state_dict=state)
-            yield lambda variant: open_base(folder, architecture=architecture, precision=precision, variant=variant,
-                                            talk=talk), tensors  # fmt: skip
+            check_choice(spec, type(model).__name__, model.config.to_dict())
+            yield lambda variant: open_base(folder, architecture=architecture, precision=spec.precision,
+                                            variant=variant, talk=talk), tensors  # fmt: skip
             return
         from peltc.runtime.attach import bare
 
         module = bare(model)
-        yield lambda variant: module_base(module, inputs, folder, precision=precision, variant=variant,
+        yield lambda variant: module_base(module, inputs, folder, precision=spec.precision, variant=variant,
                                           talk=talk), tensors  # fmt: skip
+
+
+def shapes_of(spec: Spec, weights: str | Path | Mapping[str, Array] | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that modules get, by name, as far as a file or arrays tell."""
+    if isinstance(weights, Mapping):
+        return {name: np.shape(array) for name, array in weights.items()}
+    if weights is None and spec.weights:
+        weights = inside(spec.folder, spec.weights, spec.path)
+    return {} if weights is None else {name: tensor.shape for name, tensor in read_header(Path(weights)).items()}
 
 
 def adapter_tensors(
@@ -205,7 +226,7 @@ def adapter_tensors(
         return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
     if plan.tensors:
         talk("warning: no weights given; the modules have their start values")
-    return start_tensors(plan, lambda name: base.stored(name).array()), "start values", frozenset()
+    return start_tensors(plan, base.whole), "start values", frozenset()
 
 
 def sources(plan: Plan, own: frozenset[str]) -> list[str]:
@@ -265,9 +286,10 @@ def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = sile
         raise fail("E610", f"the artifact was compiled from a live torch module, {architecture}", Place(str(folder)),
                    "the module itself, which no folder holds", "in Python: peltc.verify(out, module)")  # fmt: skip
     inputs = examples(like) if like else None
-    with opened(folder if model is None else model, folder, inputs, architecture, spec.precision, talk) as (base_of, _):
+    shapes = {name: tensor.shape for name, tensor in read_header(folder / ADAPTER).items()}
+    with opened(folder if model is None else model, folder, spec, shapes, inputs, architecture, talk) as (base_of, _):
         base = base_of("ids")
-        plan = make_plan(spec, base.anatomy, base.fingerprint)
+        plan = plan_on(spec, base)
         if base.fingerprint != known["fingerprint"]:
             what = (
                 f"'{model or out}'" if model is None or isinstance(model, (str, Path)) else f"the {base.architecture}"

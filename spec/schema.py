@@ -146,6 +146,33 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
                 "propertyNames": own["properties"]["method"],
                 "additionalProperties": {**own, "required": ["site"]},
             },
+            "model": {
+                "type": "object",
+                "description": "what the model is, where its checkpoint's config does not say it",
+                "additionalProperties": False,
+                "properties": {
+                    "architecture": {
+                        "type": "string",
+                        "pattern": "^[A-Za-z][A-Za-z0-9_]*$",
+                        "description": "a class of transformers, in place of the config's:"
+                        " BertForSequenceClassification",
+                    },
+                    "labels": {
+                        "description": "of a classifier: the names of its classes in their order, or how many there"
+                        " are; the adapter's own head tells the number where it is absent",
+                        "anyOf": [
+                            {"type": "array", "minItems": 1, "items": {"type": "string"}, "uniqueItems": True},
+                            {"type": "integer", "minimum": 1},
+                        ],
+                    },
+                    "vocabulary": {
+                        "type": "integer",
+                        "minimum": 1,
+                        "description": "how many rows the table of words has, where tokens were added to those of the"
+                        " checkpoint; modules give the new rows their values",
+                    },
+                },
+            },
             "weights": {
                 "type": "string",
                 "pattern": "^[^\\u0000-\\u001f]+$",

@@ -71,11 +71,32 @@ class Attachment:
 
 
 @dataclass(frozen=True)
+class ModelChoice:
+    """What a model is, where the config of its checkpoint does not say it.
+
+    Attributes:
+        architecture: a class of `transformers`; empty for the config's own.
+        labels: the names of a classifier's classes, or their number; None for what the config says.
+        vocabulary: the number of rows of the table of words; None for what the config says.
+    """
+
+    architecture: str = ""
+    labels: tuple[str, ...] | int | None = None
+    vocabulary: int | None = None
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The names of the classes; numbered ones where only their number is known."""
+        return tuple(f"LABEL_{i}" for i in range(self.labels)) if isinstance(self.labels, int) else self.labels
+
+
+@dataclass(frozen=True)
 class Spec:
     """The validated description of an adaptation; `places` says where the value of each of its keys stands."""
 
     name: str
     attach: tuple[Attachment, ...]
+    model: ModelChoice = ModelChoice()
     weights: str | None = None
     mode: str = "fold"
     precision: str = "checkpoint"
@@ -144,10 +165,16 @@ def build_spec(document: Document, text: str = "") -> Spec:
     validate(document, spec_schema(known, [name for name in named if isinstance(name, str)]))
     attach = tuple(_attachments(document, known))
     _check_names(document, attach)
-    deploy = tree.get("deploy") or {}
+    deploy, model = tree.get("deploy") or {}, tree.get("model") or {}
+    labels = model.get("labels")
     return Spec(
         name=str(tree.get("name", Path(document.path).stem or "spec")),
         attach=attach,
+        model=ModelChoice(
+            model.get("architecture", ""),
+            tuple(labels) if isinstance(labels, list) else labels,
+            model.get("vocabulary"),
+        ),
         weights=tree.get("weights"),
         mode=deploy.get("mode", "fold"),
         precision=deploy.get("precision", "checkpoint"),

@@ -2,14 +2,18 @@
 
     before   parameter as a graph input
     after    initializer in the checkpoint file (offset, length) [─► Cast, where it is stored in another type]
+                                                                 [─► Concat, where it has more rows than the file]
 
-Names that share one stored tensor become one initializer, unless a fold told them apart.
+Names that share one stored tensor become one initializer, unless a fold told them apart. Rows that the checkpoint
+lacks are zeros: modules have been shown to give them their values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.base import Base
@@ -25,15 +29,28 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
     """
     graph = model.graph
     bound: dict[tuple[str, int, int], ir.Value] = {}
+    front: list[ir.Node] = []
+
+    def node(kind: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any], name: str) -> ir.Value:
+        """A node that computes a parameter, in front of all others."""
+        front.append(ir.node(kind, inputs, attributes=attributes, name=name))
+        front[-1].outputs[0].name = name
+        return front[-1].outputs[0]
+
     for value in list(graph.inputs):
         name = value.name or ""
         source = base if name in base.parameters else table
         if source is None or name not in source.parameters:
             continue
         graph.inputs.remove(value)
-        stored = source.stored(name)
+        lacking = source.lacks(name) if name not in folded else range(0)
+        if lacking and not value.uses():
+            continue  # a module stands in its place
+        stored = source.checkpoint.tensors.get(source.parameters[name].stored)
         if name in folded:
             tensor: ir.TensorProtocol = folded[name]
+        elif stored is None:  # what a module replaces by parts: its own values are read by nobody
+            tensor = ir.tensor(np.zeros(1, (value.dtype or ir.DataType.FLOAT).numpy()), name=name)
         else:
             key = (str(stored.file), stored.offset, stored.length)
             if key in bound:
@@ -45,24 +62,39 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
                                        base_dir=file.parent)  # fmt: skip
             bound[key] = value
         computed = value.dtype or tensor.dtype
-        if stored.dtype != computed.numpy():
-            # The cast stays where a fold made it a formality, so that a folded graph has the base's own nodes.
-            held = ir.Value(
-                name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            value.name = f"{name}.computed"
-            cast = ir.node("Cast", [held], attributes={"to": computed.value}, name=value.name)
-            replaced = cast.outputs[0]
-            replaced.name, replaced.shape, replaced.type = value.name, value.shape, value.type
-            value.replace_all_uses_with(replaced)
-            graph.insert_before(graph[0], cast)
-            graph.register_initializer(held)
-            if name not in folded:
-                bound[key] = replaced
+        # The cast stays where a fold made it a formality, so that a folded graph has the base's own nodes.
+        cast = stored is not None and stored.dtype != computed.numpy()
+        if not cast and not lacking:
+            value.const_value = tensor
+            value.type = ir.TensorType(tensor.dtype)
+            graph.register_initializer(value)
             continue
-        value.const_value = tensor
-        value.type = ir.TensorType(tensor.dtype)
-        graph.register_initializer(value)
+        held = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(held)
+        whole = held
+        if cast:
+            whole = node("Cast", [held], {"to": computed.value}, f"{name}.computed")
+        if lacking and stored is None:
+            sizes = _constant(graph, np.array(source.parameters[name].shape, np.int64), f"{name}.shape")
+            whole = node("Expand", [whole, sizes], {}, f"{name}.none")
+        elif lacking:
+            rest = np.zeros((len(lacking), *source.parameters[name].shape[1:]), computed.numpy())
+            more = _constant(graph, rest, f"{name}.more")
+            whole = node("Concat", [whole, more], {"axis": 0}, f"{name}.longer")
+        whole.shape, whole.type = value.shape, ir.TensorType(computed)
+        value.replace_all_uses_with(whole)
+        if name not in folded and stored is not None:
+            bound[key] = whole
+    if front:
+        graph.insert_before(graph[0], front)
+
+
+def _constant(graph: ir.Graph, array: Any, name: str) -> ir.Value:
+    """A constant of the graph."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def add_bias(model: ir.Model, written: str, tensor: ir.TensorProtocol, claims: Sequence[str]) -> None:

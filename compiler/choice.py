@@ -1,0 +1,67 @@
+"""What a model is, as far as neither its config nor the spec says it: an adapter's own head tells its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from peltc.compiler.base import vocabulary_of
+from peltc.spec.diagnostics import Place, fail
+from peltc.spec.formula import Name
+from peltc.spec.specification import ModelChoice, Spec
+
+HEAD, TABLE = "head", "embedding.word"
+
+
+def choice_of(spec: Spec, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> ModelChoice:
+    """What a spec says of the model, and what the tensors of its weights file show besides.
+
+    Args:
+        shapes: of the tensors in the weights file, by name.
+        config: the config of the model's checkpoint.
+    """
+    choice = spec.model
+    found = _whole_maps(spec, shapes)
+    rows, vocabulary = found.get(HEAD, (None,))[0], found.get(TABLE, (None, None))[1]
+    if choice.vocabulary is None and vocabulary is not None:
+        choice = replace(choice, vocabulary=vocabulary)
+    words = choice.vocabulary or vocabulary_of(config)
+    if choice.labels is None and rows is not None and rows != words and rows != _labels(config):
+        choice = replace(choice, labels=rows)
+    return choice
+
+
+def _whole_maps(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes [out, in] of the maps that attachments bring whole, by role."""
+    found: dict[str, tuple[int, ...]] = {}
+    for entry in spec.attach:
+        for parameter in entry.method.parameters:
+            if [Name("out"), Name("in")] == list(parameter.shape) and parameter.scope == "site":
+                for role in (HEAD, TABLE):
+                    if len(shape := shapes.get(f"{entry.name}.{role}.{parameter.name}", ())) == 2:
+                        found[role] = shape
+    return found
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    """How many labels a config tells of; two where it says nothing, as in `transformers`."""
+    named = config.get("id2label")
+    return len(named) if isinstance(named, Mapping) else int(config.get("num_labels") or 2)
+
+
+def check_choice(spec: Spec, architecture: str, config: Mapping[str, Any]) -> None:
+    """Whether a live model is what a spec says that it is.
+
+    Raises:
+        PeltError: E221 another class, other labels or another vocabulary.
+    """
+    choice, place = spec.model, spec.places.get("model", Place(spec.path))
+    if choice.architecture and choice.architecture != architecture:
+        raise fail("E221", f"the model is a {architecture}", place, choice.architecture)
+    if choice.labels is not None and (found := _labels(config)) != len(choice.label_names or ()):
+        raise fail("E221", f"the model has {found} labels", place, f"{len(choice.label_names or ())} labels",
+                   f"load it with num_labels={len(choice.label_names or ())}")  # fmt: skip
+    if choice.vocabulary is not None and (words := vocabulary_of(config)) != choice.vocabulary:
+        raise fail("E221", f"the model's table of words has {words} rows", place, f"{choice.vocabulary} rows",
+                   f"model.resize_token_embeddings({choice.vocabulary}) before modules are attached")  # fmt: skip

@@ -1,0 +1,83 @@
+"""What a checkpoint lacks and modules bring: a head that is trained with them, rows of added tokens.
+
+A parameter is brought where its new value does not depend on the values that are missing. This is tried: the missing
+ones are no numbers, and whatever is made of them is none either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.base import Base, missing_weights
+from peltc.compiler.numeric import NumericInterpreter
+from peltc.compiler.plan import Claim, Plan, make_plan
+from peltc.spec.diagnostics import fail
+from peltc.spec.formula import Deferred, EvaluationError
+from peltc.spec.specification import Spec
+
+Array = np.ndarray[Any, Any]
+SOME = np.float32(0.37)
+"""What stands for an adapter's values: zeros would divide by zero."""
+
+
+def plan_on(spec: Spec, base: Base, mode: str | None = None) -> Plan:
+    """The plan of a spec on a base, which has, with the modules, every weight that it needs.
+
+    Raises:
+        PeltError: as `make_plan`; E504 weights that neither the checkpoint nor any module holds.
+    """
+    plan = make_plan(spec, base.anatomy, base.fingerprint, mode)
+    check_provided(plan, base)
+    return plan
+
+
+def check_provided(plan: Plan, base: Base) -> None:
+    """Whether modules bring whatever the checkpoint lacks.
+
+    Raises:
+        PeltError: E504 what nobody brings.
+    """
+    left = {name: rows for name in base.parameters if base.lacks(name) and (rows := _left(plan, base, name))}
+    if not left:
+        return
+    name, rows = next(iter(left.items()))
+    parameter = base.parameters[name]
+    if len(left) == 1 and len(rows) < parameter.shape[0]:
+        site = next((s.path for s in base.anatomy if name in s.parameters.values() and s.path), "")
+        raise fail(
+            "E504",
+            f"{len(rows)} of the {parameter.shape[0]} rows of '{name}' are in no file: {rows[0]} to {rows[-1]}",
+            expected=f"modules that bring them, at '{site}'" if site else "a checkpoint that holds them",
+            hint="`method: rows` changes single rows, `replace` all; `tied: together` lets a tied head follow its table",
+        )
+    raise missing_weights(sorted(left), base.checkpoint, base.folder)
+
+
+def _left(plan: Plan, base: Base, name: str) -> list[int]:
+    """The rows of a parameter that neither the checkpoint nor a module brings."""
+    state = base.array(name, np.nan).astype(np.float32)
+    for claim in plan.claims:
+        for role, short in (("weight", "W"), ("bias", "b")):
+            if claim.site.parameters.get(role) == name and role in claim.effects:
+                state = _changed(claim, role, short, state, base)
+    return np.flatnonzero(~np.isfinite(state.reshape(len(state), -1)).all(1)).tolist()
+
+
+def _changed(claim: Claim, role: str, short: str, state: Array, base: Base) -> Array:
+    """A parameter, as it is stored, after a claim."""
+    site, numeric = claim.site, NumericInterpreter()
+    turn = role == "weight" and site.transposed
+    full = state.T if turn else state
+    index = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])
+    values: dict[str, Any] = {n: np.broadcast_to(SOME, t.shape) for n, t in claim.tensors.items()}
+    values |= {s: Deferred(lambda r=r: base.array(site.parameters[r], np.nan).astype(np.float32))
+               for r, s in (("weight", "W"), ("bias", "b")) if s != short and r in site.parameters}  # fmt: skip
+    try:
+        found = numeric.evaluate(claim.effects[role], claim.scope({**values, short: full[index]}, numeric))
+    except EvaluationError:  # it reads what only runs
+        return state
+    changed = np.array(full)
+    changed[index] = found
+    return changed.T if turn else changed
