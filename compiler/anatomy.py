@@ -21,7 +21,7 @@ class Site:
     Attributes:
         path: its name in the reference architecture, `encoder.layers.0.attention.query`; empty for a linear map
             that has no role there.
-        kind: linear, norm, attention, block or embedding.
+        kind: linear, norm, attention, block, embedding, or table: a linear map of ids, each of which picks a row.
         parameters: fully qualified names by role: weight, bias.
         rows: output features owned in a fused map, as ranges [start, stop) in order; None: all of them.
         sizes: `in`, `out`; `d`; `heads`, `kv_heads`, `head_dim`; `vocab`.
@@ -31,6 +31,7 @@ class Site:
             output (`y`) it is; `norm` for the block's own normalisation.
         transposed: the weight is stored [in, out].
         shared: paths of other sites that use the same parameters.
+        ties: paths of other tables and maps whose weight is the same tensor in the model: a head's, of a table.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Site:
     anchors: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
     shared: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()
 
     @property
     def layer(self) -> int | None:
@@ -72,6 +74,15 @@ class Site:
         return self.path or next(iter(self.parameters.values()), "")
 
     @property
+    def key(self) -> str:
+        """What tells it from all other sites: a table is called like the stream that leaves it."""
+        return f"{self.name} (table)" if self.kind == "table" else self.name
+
+    def takes(self, kind: str) -> bool:
+        """Whether methods for a kind of site can attach: a table is a linear map as well."""
+        return kind == self.kind or (kind == "linear" and self.kind == "table")
+
+    @property
     def identity(self) -> object:
         """What it is in the model's modules, whatever it is called: the same in every graph of the model."""
         if self.kind == "attention":
@@ -82,12 +93,18 @@ class Site:
         return (self.kind, self.role == "layer", where) if any(where) else self.path
 
     def matches(self, selector: str) -> bool:
-        """Whether a selector means this site: a role (`attention.query`) or a path, both with globs."""
-        return bool(self.path) and any(fnmatch.fnmatchcase(word, selector) for word in (self.role, self.path))
+        """Whether a selector means this site: a role (`attention.query`) or a path, both with globs. Tables, which are
+        large, are meant by selectors that say `embedding` only."""
+        if not self.path or (self.kind == "table" and "embedding" not in selector):
+            return False
+        return any(fnmatch.fnmatchcase(word, selector) for word in (self.role, self.path))
 
     def matches_parameter(self, selector: str) -> bool:
-        """Whether a parameter selector means this site's weight; `**.` matches any leading path, none included."""
+        """Whether a parameter selector means this site's weight; `**.` matches any leading path, none included. A table
+        is meant by the name of its module only."""
         weight = self.parameters.get("weight", "")
+        if self.kind == "table" and "*" in ".".join(selector.split(".")[-2:]):
+            return False
         pattern = selector.removeprefix("**.")
         return fnmatch.fnmatchcase(weight, selector.replace("**", "*")) or (
             pattern != selector and fnmatch.fnmatchcase(weight, pattern)
@@ -143,7 +160,7 @@ class Anatomy:
         return list(dict.fromkeys(site.role for site in self.named))
 
     def named_as(self, other: Anatomy) -> dict[str, Site]:
-        """The sites of this graph by what another graph of the same model calls them. Layers that share their
+        """The sites of this graph by their keys in another graph of the same model. Layers that share their
         parameters are told apart by their order."""
         waiting: dict[object, list[Site]] = {}
         for site in self.sites:
@@ -151,7 +168,7 @@ class Anatomy:
         found = {}
         for site in other.sites:
             if same := waiting.get(site.identity):
-                found[site.name] = replace(same.pop(0), path=site.path, shared=site.shared)
+                found[site.key] = replace(same.pop(0), path=site.path, shared=site.shared)
         return found
 
     def graph(self) -> nx.DiGraph:
@@ -180,5 +197,5 @@ class Anatomy:
         for entry in data["sites"]:
             rows = entry["rows"]
             fixed = {"rows": tuple((a, b) for a, b in rows) if rows is not None else None}
-            sites.append(Site(**{**entry, **fixed, "shared": tuple(entry["shared"])}))
+            sites.append(Site(**{**entry, **fixed, "shared": tuple(entry["shared"]), "ties": tuple(entry["ties"])}))
         return Anatomy(tuple(sites), data["width"])

@@ -28,8 +28,8 @@ import numpy as np
 
 from peltc.compiler.anatomy import Anatomy
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
-from peltc.spec.diagnostics import Place, fail, nearest
-from peltc.spec.specification import ModelChoice
+from peltc.spec.diagnostics import PeltError, Place, fail, nearest
+from peltc.spec.specification import AS_IT_SAYS, ModelChoice
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -195,7 +195,7 @@ def open_base(
     model: str | Path,
     *,
     architecture: str | None = None,
-    choice: ModelChoice = ModelChoice(),
+    choice: ModelChoice = AS_IT_SAYS,
     precision: str = "checkpoint",
     variant: str = "ids",
     talk: Talk = lambda line: None,
@@ -425,7 +425,7 @@ def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[A
         from peltc.compiler.survey import survey_graph
 
         exported = export_like(model)
-        anatomy = survey_graph(exported.model, exported.parameters)
+        anatomy = survey_graph(exported.model, exported.parameters, exported.ties)
         file.parent.mkdir(parents=True, exist_ok=True)
         staging = file.with_suffix(f".{os.getpid()}")
         staging.write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
@@ -480,7 +480,7 @@ def _write(
 
     from peltc.compiler.survey import survey_graph
 
-    anatomy = survey_graph(exported.model, exported.parameters)
+    anatomy = survey_graph(exported.model, exported.parameters, exported.ties)
     ir.save(exported.model, home / "graph.onnx")
     (home / "anatomy.json").write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
     record = {
@@ -618,7 +618,7 @@ def _materialise(
     return replace(written, tensors=tensors), f"{reason}: written once to {home}"
 
 
-def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) -> Exception:
+def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) -> PeltError:
     """The error for parameters that a checkpoint lacks."""
     shown = ", ".join(missing[:6]) + (f", ... ({len(missing)} in all)" if len(missing) > 6 else "")
     return fail(

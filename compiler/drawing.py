@@ -636,14 +636,17 @@ def stack_panel(name: str, sites: Sequence[Site]) -> Panel:
 
 
 def embedding_panel(sites: Sequence[Site]) -> Panel:
-    """The table of embeddings and its norm, in the frame of the site that stands for both."""
+    """The tables of embeddings side by side, and their norm, in the frame of the site that stands for all."""
     whole = next((site for site in sites if site.role == "embedding"), None)
-    inner = sorted((site for site in sites if site is not whole), key=lambda site: site.kind == "norm")
-    if whole is None or not inner:
-        return column([site_panel(site) for site in sites])
+    tables = [site for site in sites if site.kind == "table"]
+    apart = [site for site in sites if site.kind != "embedding" or site.path not in {table.path for table in tables}]
+    inner = sorted((site for site in apart if site is not whole and site not in tables), key=lambda s: s.kind == "norm")
+    parts = [row([site_panel(site) for site in tables])] if tables else []
+    parts += [site_panel(site) for site in inner]
+    if whole is None or not parts:
+        return column([*parts, *([site_panel(whole)] if whole else [])])
     header = [("name", "embedding"), ("size", str(whole.sizes.get("d", ""))), *_labels(whole)]
-    panel = column([site_panel(site) for site in inner])
-    return framed(panel, _inked("layer", whole), [header], _about(whole), bottom=12.0)
+    return framed(column(parts), _inked("layer", whole), [header], _about(whole), bottom=12.0)
 
 
 def _upwards(sites: Sequence[Site]) -> list[Site]:
@@ -722,8 +725,8 @@ def _sizes(site: Site) -> str:
         heads, kv_heads = sizes.get("heads", 0), sizes.get("kv_heads", 0)
         groups = f" / {kv_heads} kv heads" if kv_heads not in (0, heads) else ""
         return f"{heads} heads{groups} × {sizes.get('head_dim', 0)}" if heads else "heads not known"
-    if "vocab" in sizes:
-        return f"{sizes['vocab']} × {sizes.get('d', sizes.get('out', ''))}"
+    if site.kind == "table" or "vocab" in sizes:
+        return f"{sizes.get('vocab', sizes['in'])} × {sizes.get('d', sizes.get('out', ''))}"
     if "in" in sizes and "out" in sizes:
         return f"{sizes['in']} → {sizes['out']}"
     return str(sizes.get("d", ""))
@@ -742,7 +745,8 @@ def _about(site: Site) -> tuple[str, ...]:
 
 def _style(site: Site) -> str:
     """The class of a site's box; a kind that the picture does not know is drawn like a block."""
-    return _inked(site.kind if site.kind in ("linear", "norm", "attention", "embedding") else "block", site)
+    kind = "embedding" if site.kind == "table" else site.kind
+    return _inked(kind if kind in ("linear", "norm", "attention", "embedding") else "block", site)
 
 
 def _inked(style: str, site: Site | None) -> str:

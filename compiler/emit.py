@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.numeric import EPSILON, HIDDEN, NumericInterpreter
+from peltc.compiler.numeric import EPSILON, HIDDEN, PASSING, Lookup, NumericInterpreter, looked_up
 from peltc.spec.formula import FormulaError, is_static
 
 Array = np.ndarray[Any, Any]
@@ -134,6 +134,8 @@ class OnnxInterpreter(NumericInterpreter):
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         values = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
+        if any(isinstance(v, Lookup) and v.ids is not None for v in values):
+            return self.on_lookup(name, arguments)
         if not any(isinstance(v, (ir.Value, Product)) for v in values):
             return super().call(name, arguments)
         rule = getattr(self, f"on_{name}", None)
@@ -216,6 +218,32 @@ class OnnxInterpreter(NumericInterpreter):
 
     def on_einsum(self, operands: list[Any], equation: str) -> Any:
         return self.emitter.node("Einsum", [self.value(o) for o in operands], {"equation": equation})
+
+    def on_lookup(self, name: str, arguments: dict[str, Any]) -> Any:
+        """Ids pick rows of a matrix: x Wᵀ of one-hot vectors."""
+        if name in PASSING:
+            return arguments["x"]
+        graph = {key: v for key, v in arguments.items() if isinstance(v, ir.Value)}
+        if name == "linear" and "weight" in graph:
+            turned = self.on_transpose(arguments["weight"])
+            name, arguments = "matmul", {"a": arguments["x"], "b": turned, "bias": arguments["bias"]}
+        found, bias = looked_up(name, arguments, lambda matrix, ids: self.emitter.node(
+            "Gather", [self.value(matrix), ids], {"axis": 0}))  # fmt: skip
+        return found if bias is None else self.on_add(found, bias)
+
+    def on_pick(self, x: Any, index: list[int], axis: int) -> Any:
+        indices = self.emitter.constant(np.array(index, np.int64), "indices")
+        return self.emitter.node("Gather", [self.value(x), indices], {"axis": axis})
+
+    def on_put(self, x: Any, values: Any, index: list[int], axis: int) -> Any:
+        value, slices = self.value(x), self.value(values)
+        rank = len(slices.shape) if slices.shape is not None else 2
+        row = np.array(index, np.int64).reshape([-1 if i == axis % rank else 1 for i in range(rank)])
+        shape = self.emitter.node("Shape", [slices])
+        places = self.emitter.node("Expand", [self.emitter.constant(row, "indices"), shape])
+        found = self.emitter.node("ScatterElements", [value, places, slices], {"axis": axis})
+        found.shape = value.shape
+        return found
 
     # elementwise
 
@@ -305,7 +333,10 @@ class OnnxInterpreter(NumericInterpreter):
         value = self.value(x)
         rank = len(value.shape) if value.shape is not None else 2
         axes = [*range(rank - 2), rank - 1, rank - 2]
-        return self.emitter.node("Transpose", [value], {"perm": axes})
+        found = self.emitter.node("Transpose", [value], {"perm": axes})
+        if value.shape is not None:
+            found.shape = ir.Shape([value.shape[axis] for axis in axes])
+        return found
 
     def on_permute(self, x: Any, axes: list[int]) -> Any:
         return self.emitter.node("Transpose", [self.value(x)], {"perm": axes})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,49 @@ HIDDEN = -1e4
 """The score of a key that a mask hides; float16 holds it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """One-hot vectors [..., I], told by their ids [...], as what a table reads: x Wᵀ is a choice of W's columns.
+
+    Attributes:
+        ids: integers of whichever interpreter; None for every id in order, so that x Wᵀ is Wᵀ itself.
+        size: I, the number of rows of the table.
+    """
+
+    ids: Any
+    size: int
+
+
+def looked_up(name: str, arguments: dict[str, Any], rows: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    """What a function of one-hot vectors is: rows of a matrix [I, O], and a bias to add.
+
+    Args:
+        rows: what picks rows of a matrix by ids.
+
+    Raises:
+        FormulaError: the function would need the vectors themselves.
+    """
+    x, matrix = arguments.get("x", arguments.get("a")), arguments.get("b")
+    if name == "linear" and isinstance(x, Lookup):
+        matrix = arguments["weight"].swapaxes(-1, -2)
+    if name not in ("linear", "matmul") or not isinstance(x, Lookup) or isinstance(matrix, Lookup):
+        raise FormulaError(f"'{name}' cannot take the input of a table, whose ids pick rows of matrices and no more")
+    return matrix if x.ids is None else rows(matrix, x.ids), arguments.get("bias")
+
+
+PASSING = ("identity", "detach", "dropout")
+"""Functions that leave their input as it is, in deployment."""
+
+
 class NumericInterpreter(Interpreter[Any]):
     """Evaluates formulas over numpy arrays, in float32 or better."""
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        if any(isinstance(value, Lookup) for value in arguments.values()):
+            if name in PASSING:
+                return arguments["x"]
+            found, bias = looked_up(name, arguments, lambda matrix, ids: matrix[ids])
+            return found if bias is None else found + bias
         if name not in _MEANING:
             raise FormulaError(f"'{name}' works on options and sizes, not on tensors")
         return _MEANING[name](**arguments)
@@ -128,6 +168,15 @@ def slice_axis(x: Array, start: int, stop: int, axis: int) -> Array:
     return np.asarray(x[tuple(index)])
 
 
+def put(x: Array, values: Array, index: list[int], axis: int) -> Array:
+    """A copy with other slices at some places along an axis."""
+    result = np.array(x)
+    place: list[Any] = [slice(None)] * x.ndim
+    place[axis] = index
+    result[tuple(place)] = values
+    return result
+
+
 def top_k_mask(z: Array, k: int) -> Array:
     order = np.argsort(-z, axis=-1, kind="stable")[..., :k]
     mask = np.zeros_like(z)
@@ -152,7 +201,8 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "mean_seq": mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.swapaxes(-1, -2),
     "permute": lambda x, axes: x.transpose(axes), "concat": concat,
     "take": lambda x, index, axis: np.take(x, index, axis), "slice": slice_axis,
-    "unsqueeze": lambda x, axis: np.expand_dims(x, axis),
+    "unsqueeze": lambda x, axis: np.expand_dims(x, axis), "put": put,
+    "pick": lambda x, index, axis: np.take(x, index, axis),
     "zeros": lambda shape: np.zeros(shape, np.float32), "ones": lambda shape: np.ones(shape, np.float32),
     "choose": lambda stack, draw: stack.mean(axis=0), "top_k_mask": top_k_mask,
 }  # fmt: skip

@@ -62,13 +62,16 @@ def build(
     for entry in folds(plan, source, tensors):  # as they come: only a few folded tensors are in memory
         stored[entry.name] = data.add(entry.name, entry.array)
         folded.append(replace(entry, array=EMPTY))
+    for claim in plan.claims:
+        if claim.mirrors is not None and claim.absorbed:
+            stored[claim.absorbed] = stored[claim.mirrors.parameters["weight"]]
     graphs = {"model": source.load_graph()} | {name: stage.load_graph() for name, stage in stages.items()}
-    sites = {"model": {site.name: site for site in source.anatomy}}
+    sites = {"model": {site.key: site for site in source.anatomy}}
     sites |= {name: stage.anatomy.named_as(base.anatomy) for name, stage in stages.items()}
     check_stages(plan, {name: sites[name] for name in stages})
     starts: dict[str, Array] = {}
     for name, model in graphs.items():
-        staying = [c for c in plan.claims if not c.absorbed and (name not in stages or c.site.name in sites[name])]
+        staying = [c for c in plan.claims if not c.absorbed and (name not in stages or c.site.key in sites[name])]
         starts |= insert(model, [c for c in staying if "prepend" not in c.effects], sites[name], tensors)
         if plan.prepends:
             prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites[name], base)
@@ -103,7 +106,7 @@ def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:
         if mixing := sorted(claim.reads & SEQUENCE):
             raise fail("E208", f"{where} reads the whole sequence by '{mixing[0]}', and a token at a time is generated",
                        hint="`freeze_gates` makes gates constants")  # fmt: skip
-        if not any(claim.site.name in found for found in sites.values()):
+        if not any(claim.site.key in found for found in sites.values()):
             raise fail("E208", f"{where} has no place in the graphs that generation takes",
                        hint="compile without `generation`, and please report this: model and versions")  # fmt: skip
 

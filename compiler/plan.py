@@ -17,6 +17,7 @@ import numpy as np
 
 from peltc.compiler.affine import Affine, AffineInterpreter, NotAffine
 from peltc.compiler.anatomy import Anatomy, Site
+from peltc.compiler.tables import depends_on_id_alone, not_of_ids
 from peltc.spec.check import fits, site_shapes
 from peltc.spec.cost import Cost, cost_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
@@ -35,7 +36,7 @@ STAGE = {"input": 0, "weight": 1, "bias": 1, "delta": 2, "output": 2}
 """When definitions take effect, whatever their order in the file."""
 
 
-LEVELS = {"linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
+LEVELS = {"table": -1, "linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
 """What lies inside takes effect before what contains it, whatever the order in the file."""
 
 
@@ -68,6 +69,7 @@ class Claim:
         absorbed: the name of the weight that takes the claim in, or "".
         reason: why it is not absorbed; names the sub-expression.
         follows: the first of the sites that share this one's parameters, whose tensors and options it has; "" there.
+        mirrors: the table that the site's weight is the same tensor as, and stays: the claim changes it there.
     """
 
     attachment: str
@@ -84,6 +86,7 @@ class Claim:
     absorbed: str = ""
     reason: str = ""
     follows: str = ""
+    mirrors: Site | None = None
 
     def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
         """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
@@ -97,7 +100,7 @@ class Claim:
     @property
     def cost(self) -> Cost:
         """What the claim costs in the graph; nothing where a weight takes it in."""
-        if self.absorbed:
+        if self.absorbed or self.mirrors is not None:
             return Cost()
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         return cost_of(
@@ -169,10 +172,20 @@ class Plan:
         """What the user should know beside errors, one line each."""
         groups: dict[tuple[str, str], int] = {}
         for claim in self.claims:
-            if claim.follows:
+            if claim.follows and claim.mirrors is None:
                 groups[claim.attachment, claim.follows] = groups.get((claim.attachment, claim.follows), 1) + 1
-        return [f"'{name}' at {site} acts in {count} places, which share these parameters"
+        told = [f"'{name}' at {site} acts in {count} places, which share these parameters"
                 for (name, site), count in groups.items()]  # fmt: skip
+        mirrored = {(c.attachment, c.site.path) for c in self.claims if c.mirrors is not None}
+        for claim in self.claims:
+            if claim.site.ties and claim.mirrors is None:
+                changed = [path for path in claim.site.ties if (claim.attachment, path) in mirrored]
+                kept = [path for path in claim.site.ties if path not in changed]
+                told += [f"'{claim.attachment}' changes {claim.site.name} and, as the same tensor, {path}"
+                         for path in changed]  # fmt: skip
+                told += [f"'{claim.attachment}' changes {claim.site.name}; {path}, the same tensor in the checkpoint,"
+                         " keeps its values" for path in kept]  # fmt: skip
+        return told
 
     @property
     def cost(self) -> Cost:
@@ -249,7 +262,7 @@ class _Planner:
         chosen = self.sites(entry)
         if entry.layers == "all":  # the same modules under other names, within the layers that are meant
             named = {path for site in chosen for path in (site.path, *site.shared) if path}
-            chosen = [s for s in self.anatomy if s in chosen or s.path in named]
+            chosen = [s for s in self.anatomy if s in chosen or (s.path in named and s.takes(entry.method.site))]
         sites = self.leaders(entry, chosen)
         layers: list[tuple[str, int | None]] = list(
             sorted({(site.stack, site.layer) for site in sites if site.layer is not None})
@@ -269,7 +282,7 @@ class _Planner:
             constants |= {"role": roles.index(site.role), "roles": len(roles), "d_model": self.anatomy.width}
             place = (site.stack, site.layer)
             constants |= {"layer": layers.index(place) if place in layers else 0, "layers": max(len(layers), 1)}
-            if site.kind == "linear":
+            if entry.method.site == "linear":
                 constants |= {"max_in": widest["in"], "max_out": widest["out"]}
             claim = self.claim(entry, site, options, constants, mode)
             if claim is not None:
@@ -277,10 +290,35 @@ class _Planner:
         if found and not any(claim.effects for claim in found):
             self.find("E210", f"'{entry.name}' changes nothing at any of its {len(found)} sites", entry.place,
                       "options with which the method has an effect")  # fmt: skip
+        if entry.tied == "together":
+            return self.mirrored(entry, found)
         first = {path: claim for claim in found for path in claim.site.shared}
         followers = [replace(first[s.path], site=s, follows=first[s.path].site.name) for s in chosen
                      if s not in sites and s.path in first]  # fmt: skip
         return found + followers
+
+    def mirrored(self, entry: Attachment, claims: list[Claim]) -> list[Claim]:
+        """Claims at tables, and at whatever else is the same tensor, which follows the first of them."""
+        result: list[Claim] = []
+        followed: set[str] = set()
+        for claim in claims:
+            if claim.site.key in followed:
+                continue
+            same = [s for s in self.anatomy if s.kind in ("table", "linear") and s is not claim.site
+                    and s.path in claim.site.ties]  # fmt: skip
+            if claim.site.kind != "table" or not same:
+                self.find("E208", f"nothing is tied to {claim.site.name} in this model", _at(entry, "tied"),
+                          "a table that is the same tensor as a head", "leave out `tied`")  # fmt: skip
+                return []
+            if not depends_on_id_alone(claim):
+                self.find("E208", f"what '{entry.name}' makes of an id depends on the others in the sequence, so that"
+                          f" {same[0].name} cannot follow {claim.site.name}", _at(entry, "tied"),
+                          "a method whose rows are the same in every text", "leave out `tied`")  # fmt: skip
+                return []
+            result.append(claim)
+            result += [replace(claim, site=site, follows=claim.site.name, mirrors=claim.site) for site in same]
+            followed |= {site.key for site in same}
+        return result
 
     def leaders(self, entry: Attachment, sites: list[Site]) -> list[Site]:
         """Of sites that share their parameters the first: layers that are one module cannot be told apart in it, so a
@@ -308,11 +346,11 @@ class _Planner:
         listed = list(self.anatomy)
         for selector in entry.at:
             if entry.by_parameter:
-                hits = [s for s in listed if s.kind == kind and s.matches_parameter(selector)]
-                known = sorted({s.parameters["weight"] for s in listed if s.kind == kind and "weight" in s.parameters})
+                hits = [s for s in listed if s.takes(kind) and s.matches_parameter(selector)]
+                known = sorted({s.parameters["weight"] for s in listed if s.takes(kind) and "weight" in s.parameters})
             else:
-                hits = [s for s in listed if s.matches(selector) and s.kind == kind]
-                known = sorted({s.role for s in listed if s.kind == kind and s.path})
+                hits = [s for s in listed if s.matches(selector) and s.takes(kind)]
+                known = sorted({s.role for s in listed if s.takes(kind) and s.path})
             if not hits:
                 others = sorted({s.kind for s in listed if s.matches(selector)})
                 what = "parameter" if entry.by_parameter else "site"
@@ -492,6 +530,10 @@ class _Planner:
                     "E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: in '{expr.text}': {error}", place
                 )
                 return False
+        if claim.site.kind == "table" and (reason := not_of_ids(claim)):
+            self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", _at(entry),
+                      "a method that takes linear maps of its input, such as lora, or changes weights")  # fmt: skip
+            return False
         if claim.method.site == "attention" and not claim.site.sizes.get("heads"):
             self.find(
                 "E205", f"the heads of {claim.site.name} could not be told apart in this model's graph", _at(entry)
@@ -509,6 +551,17 @@ class _Planner:
             at.setdefault((claim.site.name, claim.site.kind), []).append(claim)
         entries = {entry.name: entry for entry in self.spec.attach}
         for (site, _), group in at.items():
+            if {c.mirrors is None for c in group} == {True, False}:
+                first, other = (next(c for c in group if (c.mirrors is None) is own) for own in (False, True))
+                self.find(
+                    "E208",
+                    f"{site} follows its table, which '{first.attachment}' changes, and '{other.attachment}' changes it"
+                    " besides",
+                    _at(entries[other.attachment]),
+                    "one of them",
+                    f"leave out `tied: together` in '{first.attachment}'",
+                )
+                continue
             for earlier, later in pairwise(group):
                 first, second = ({STAGE.get(e, 0) for e in claim.effects} for claim in (earlier, later))
                 entry = entries[later.attachment]
@@ -540,6 +593,8 @@ class _Planner:
         blocked: dict[str, list[Claim]] = {}
         decided: dict[int, Claim] = {}
         for claim in sorted(claims, key=lambda c: LEVELS[c.site.kind]):
+            if claim.mirrors is not None:
+                continue
             target, reason = self.absorber(claim)
             before = blocked.get(target, [])
             if target and before:
@@ -552,6 +607,12 @@ class _Planner:
                 weight = claim.site.values.get("linear") or claim.site.parameters.get("weight", "")
                 blocked.setdefault(weight, []).append(result)
             decided[id(claim)] = result
+        own = {(c.attachment, c.site.key): decided[id(c)] for c in claims if c.mirrors is None}
+        for claim in (c for c in claims if c.mirrors is not None):
+            assert claim.mirrors is not None
+            leader = own[claim.attachment, claim.mirrors.key]
+            weight = claim.site.parameters["weight"] if leader.absorbed else ""
+            decided[id(claim)] = replace(claim, absorbed=weight, reason=leader.reason)
         return [decided[id(claim)] for claim in claims]
 
     def absorber(self, claim: Claim) -> tuple[str, str]:
@@ -563,6 +624,10 @@ class _Planner:
             runtime = {"x", "y"} & claim.reads
             if {"delta", "output"} & set(claim.effects) or runtime:
                 return "", "a norm takes in changes of its gain and bias only"
+            return self.single(site.parameters["weight"], site) or ("", _SHARED)
+        if site.kind == "table" and not depends_on_id_alone(claim):
+            return "", "what it makes of an id depends on the others in the sequence"
+        if site.kind == "table":
             return self.single(site.parameters["weight"], site) or ("", _SHARED)
         if site.kind == "block":
             weight = site.values.get("linear", "")
@@ -589,7 +654,7 @@ class _Planner:
 
     def single(self, weight: str, site: Site) -> tuple[str, str] | None:
         """The weight, if the map at a site alone uses it, and those that are changed with it."""
-        kind = "norm" if site.kind == "norm" else "linear"
+        kind = site.kind if site.kind in ("norm", "table") else "linear"
         maps = {s.values.get("product", s.path): s for s in self.anatomy
                 if s.parameters.get("weight") == weight and s.kind == kind}  # fmt: skip
         return (weight, "") if len(maps) == 1 + len(site.shared) else None
@@ -664,6 +729,7 @@ def constants_of(site: Site) -> dict[str, Any]:
     """The sizes that formulas at a site may name."""
     constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k != "vocab"}
     constants["biased"] = "bias" in site.parameters
+    constants["table"] = site.kind == "table"
     constants["causal"] = site.stack == "decoder"
     return constants
 

@@ -13,7 +13,7 @@ import numpy as np
 from peltc.compiler.base import Base, missing_weights
 from peltc.compiler.numeric import NumericInterpreter
 from peltc.compiler.plan import Claim, Plan, make_plan
-from peltc.spec.diagnostics import fail
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place
 from peltc.spec.formula import Deferred, EvaluationError
 from peltc.spec.specification import Spec
 
@@ -42,17 +42,31 @@ def check_provided(plan: Plan, base: Base) -> None:
     left = {name: rows for name in base.parameters if base.lacks(name) and (rows := _left(plan, base, name))}
     if not left:
         return
-    name, rows = next(iter(left.items()))
-    parameter = base.parameters[name]
-    if len(left) == 1 and len(rows) < parameter.shape[0]:
-        site = next((s.path for s in base.anatomy if name in s.parameters.values() and s.path), "")
-        raise fail(
-            "E504",
-            f"{len(rows)} of the {parameter.shape[0]} rows of '{name}' are in no file: {rows[0]} to {rows[-1]}",
-            expected=f"modules that bring them, at '{site}'" if site else "a checkpoint that holds them",
-            hint="`method: rows` changes single rows, `replace` all; `tied: together` lets a tied head follow its table",
-        )
-    raise missing_weights(sorted(left), base.checkpoint, base.folder)
+    findings = [_short(base, name, rows) for name, rows in left.items() if base.lacks(name).start]
+    if absent := sorted(name for name in left if not base.lacks(name).start):
+        findings += missing_weights(absent, base.checkpoint, base.folder).diagnostics
+    raise PeltError(findings)
+
+
+def _short(base: Base, name: str, rows: list[int]) -> Diagnostic:
+    """The finding about rows of a table, or of a head, that nobody brings."""
+    held, wanted = base.lacks(name).start, base.parameters[name].shape[0]
+    site = next((s.path for s in base.anatomy if name in s.parameters.values() and s.path), "")
+    return Diagnostic(
+        "E504",
+        f"the checkpoint holds {held} of the {wanted} rows of '{name}', and no module brings {_ranges(rows)}",
+        Place(str(base.folder)),
+        f"modules that bring these rows, at '{site}'" if site else "a checkpoint that holds them",
+        "`method: rows` brings single rows, `replace` all of them; `tied: together` lets a tied head follow its table",
+    )
+
+
+def _ranges(rows: list[int]) -> str:
+    """Row numbers as a spec lists them: 3, 7-9."""
+    starts = [i for i, row in enumerate(rows) if not i or rows[i - 1] != row - 1]
+    parts = [rows[a:b] for a, b in zip(starts, [*starts[1:], len(rows)], strict=True)]
+    words = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts]
+    return ", ".join(words[:8] + (["..."] if words[8:] else []))
 
 
 def _left(plan: Plan, base: Base, name: str) -> list[int]:
@@ -67,7 +81,7 @@ def _left(plan: Plan, base: Base, name: str) -> list[int]:
 
 def _changed(claim: Claim, role: str, short: str, state: Array, base: Base) -> Array:
     """A parameter, as it is stored, after a claim."""
-    site, numeric = claim.site, NumericInterpreter()
+    site, numeric = claim.mirrors or claim.site, NumericInterpreter()
     turn = role == "weight" and site.transposed
     full = state.T if turn else state
     index = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])

@@ -14,24 +14,28 @@ from peltc.compiler.anatomy import Anatomy, Rows, Site
 from peltc.compiler.blocks import Block, find_blocks
 from peltc.compiler.cores import OPERANDS, find_cores
 from peltc.compiler.flow import Flow, Linear, Norm, last_size
+from peltc.compiler.lookups import Lookup, find_lookups, numbered
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 """The order in which the maps of a block are listed; others follow."""
 
 
-def survey_graph(model: ir.Model, parameters: Mapping[str, tuple[int, ...]]) -> Anatomy:
+def survey_graph(
+    model: ir.Model, parameters: Mapping[str, tuple[int, ...]], ties: Mapping[str, tuple[str, ...]] | None = None
+) -> Anatomy:
     """Find the sites of a graph.
 
     Args:
         model: the graph; its parameters are inputs.
         parameters: their shapes by name.
+        ties: other names of the same tensor, by parameter.
     """
-    return _Survey(Flow(model.graph, parameters)).anatomy()
+    return _Survey(Flow(model.graph, parameters), ties or {}).anatomy()
 
 
 class _Survey:
-    def __init__(self, flow: Flow):
-        self.flow = flow
+    def __init__(self, flow: Flow, ties: Mapping[str, tuple[str, ...]]):
+        self.flow, self.ties = flow, ties
         self.claimed: set[Linear] = set()
         self.claimed_norms: set[Norm] = set()
 
@@ -42,7 +46,7 @@ class _Survey:
             self.claimed.update(block.linears.values())
         sites = list(self.sites(blocks))
         width = (last_size(blocks[0].r) or 0) if blocks else 0
-        return Anatomy(tuple(_shared(sites)), width)
+        return Anatomy(tuple(_tied(_shared(sites), self.ties)), width)
 
     # sites
 
@@ -192,12 +196,8 @@ class _Survey:
             head = f"{stack}." if len(stacks) > 1 else ""
             start = layers[0][0].r
             behind = self.flow.ancestors(start)
-            tables = []
-            for node in self.flow.nodes:
-                if node.op_type == "Gather" and node.outputs[0] in behind:
-                    name, source = self.flow.parameter(node.inputs[0]), self.flow.origin(node.inputs[1])
-                    if name and source.is_graph_input() and (source.name or "").endswith("input_ids"):
-                        tables.append((name, node))
+            found = list(find_lookups(self.flow, behind))
+            tables = [(lookup.table, lookup.node) for lookup in found if lookup.role == "word"]
             last = layers[-1][-1].after  # a norm after the last layer is followed by reshapes to the input's length
             end, ender = ({"end": last.y.name or ""}, {"end": last.weight}) if last else ({}, {})
             for name, node in tables[:1]:
@@ -206,6 +206,8 @@ class _Survey:
                            {"vocab": vocab, "d": width, "in": vocab, "out": width},
                            {"x": node.inputs[1].name or "", "y": node.outputs[0].name or "", **end},  # type: ignore[union-attr]
                            {"y": name, **ender})  # fmt: skip
+            for number, lookup in numbered(found):
+                yield self.table_site(f"{head}embedding.{lookup.role}{number}", lookup)
             for norm in self.flow.norms:
                 if norm.y in behind and norm not in self.claimed_norms:
                     self.claimed_norms.add(norm)
@@ -215,6 +217,13 @@ class _Survey:
             yield Site(f"{head}embedding", "embedding", {"weight": tables[0][0]} if tables else {}, None,
                        {"d": width, "in": width, "out": width, **words},
                        {"y": start.name or "", **end}, {"y": self.embedding_module(start), **ender})  # fmt: skip
+
+    def table_site(self, path: str, lookup: Lookup) -> Site:
+        rows, width = self.flow.parameters[lookup.table]
+        y = lookup.node.outputs[0].name or ""
+        return Site(path, "table", {"weight": lookup.table}, None, {"in": rows, "out": width, "d": width},
+                    {"x": lookup.node.inputs[1].name or "", "y": y, "full": y, "product": y},  # type: ignore[union-attr]
+                    {"y": lookup.table}, transposed=True)  # fmt: skip
 
     def embedding_module(self, start: ir.Value) -> str:
         """The module whose output begins the stream: that which owns what leads there, and nothing else; or ''."""
@@ -272,3 +281,12 @@ def _shared(sites: Iterable[Site]) -> list[Site]:
         others = tuple(path for path in users[site.identity] if path != site.path)
         result.append(replace(site, shared=others) if others and site.kind != "embedding" else site)
     return result
+
+
+def _tied(sites: list[Site], ties: Mapping[str, tuple[str, ...]]) -> Iterator[Site]:
+    """Tell each table and each linear map which others are the same tensor in the model."""
+    owners = {site.parameters["weight"]: site.path for site in sites if site.kind in ("table", "linear")}
+    for site in sites:
+        others = ties.get(site.parameters.get("weight", ""), ()) if site.kind in ("table", "linear") else ()
+        paths = tuple(owners[name] for name in others if name in owners)
+        yield replace(site, ties=paths) if paths else site

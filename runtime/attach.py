@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from peltc.compiler.base import is_known, survey_model
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.choice import check_choice
 from peltc.compiler.export import is_pretrained, replica
+from peltc.compiler.numeric import Lookup
 from peltc.compiler.plan import LEVELS, Claim, Plan, make_plan
 from peltc.compiler.profile import pack
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
@@ -193,8 +195,8 @@ class Attached(nn.Module):
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         groups: dict[str, list[Claim]] = {}
         for claim in self.plan.claims:
-            if not claim.follows:  # modules that several sites share run for all of them
-                groups.setdefault(claim.site.name, []).append(claim)
+            if claim.mirrors is not None or not claim.follows:  # what several sites share runs for all of them
+                groups.setdefault(claim.site.key, []).append(claim)
         anchors = set()
         for claim in self.plan.claims:
             anchors |= {claim.site.anchors.get(role, "") for role in ("x", "r", "h") if role in claim.reads}
@@ -208,7 +210,8 @@ class Attached(nn.Module):
                 _check_reach(model, claims)
         ordered = sorted(groups.values(), key=lambda g: (LEVELS[g[0].site.kind], g[0].site.role == "layer"))
         for claims in ordered:
-            getattr(self, f"install_{claims[0].site.kind}")(model, claims[0].site, claims)
+            kind = claims[0].site.kind if claims[0].mirrors is None else "mirror"
+            getattr(self, f"install_{kind}")(model, claims[0].site, claims)
         self.handles.append(model.register_forward_hook(self.closing()))
         self.restore.append(partial(_forget_reruns, model))
 
@@ -241,7 +244,7 @@ class Attached(nn.Module):
 
     def closing(self) -> Callable[..., None]:
         """Every module must have taken part: a site that the forward pass goes around is an error, not a no-op."""
-        expected = {claim.site.name for claim in self.plan.claims if not claim.follows}
+        expected = {claim.site.key for claim in self.plan.claims if not claim.follows}
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.seen.clear()
@@ -261,8 +264,8 @@ class Attached(nn.Module):
 
     def enter(self, site: Site) -> None:
         """A site's modules take part; what their definitions draw, keys and values say, is drawn anew and once."""
-        self.fired.add(site.name)
-        self.drawn[site.name] = {}
+        self.fired.add(site.key)
+        self.drawn[site.key] = {}
 
     def scope(self, claim: Claim, interpreter: TorchInterpreter, **values: Any) -> dict[str, Any]:
         dtype = interpreter.like.dtype if interpreter.like is not None else torch.float32
@@ -294,7 +297,7 @@ class Attached(nn.Module):
     def evaluate(self, claim: Claim, effect: str, like: Tensor, **values: Any) -> Tensor:
         """A definition's value. Half-precision models compute their modules in float32, as they are trained."""
         wide = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
-        drawn = self.drawn.setdefault(claim.site.name, {}).setdefault(claim.attachment, {})
+        drawn = self.drawn.setdefault((claim.mirrors or claim.site).key, {}).setdefault(claim.attachment, {})
         interpreter = TorchInterpreter(self.training, wide, drawn)
         lifted = {
             k: v.to(wide.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()
@@ -376,6 +379,59 @@ class Attached(nn.Module):
         if index is not None:
             new = turned.index_copy(0, index.to(turned.device), new)
         parameters[role] = new.T if role == "weight" and site.transposed else new
+
+    def install_table(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        """What ids pick: of plain lookups it is changed itself, of others the whole table is."""
+        module = _owner(model, site.parameters["weight"])
+        late = [c for c in claims if {"delta", "output"} & set(c.effects)]
+        plain = late == claims and _looks_up(module, site)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            if self.muted:
+                return None
+            self.enter(site)
+            if plain:
+                return self.outputs(site, claims, output, x=Lookup(args[0], site.sizes["in"]))
+            leaf = _leaf(site, "weight")
+            rows = self.rows(claims, getattr(module, leaf))
+            before, self.muted = self.muted, True
+            try:
+                found: Tensor = functional_call(module, {leaf: rows}, args, kwargs)
+                return found
+            finally:
+                self.muted = before
+
+        self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def rows(self, claims: list[Claim], table: Tensor) -> Tensor:
+        """All rows of a table [V, D], as claims make them."""
+        for claim in claims:
+            if "weight" in claim.effects:
+                turned = table.T
+                table = self.evaluate(claim, "weight", turned, W=turned).T
+        for claim in claims:
+            if "bias" in claim.effects:
+                table = table + self.evaluate(claim, "bias", table[0], b=torch.zeros_like(table[0]))
+        return self.outputs(claims[0].site, claims, table, x=Lookup(None, len(table)))
+
+    def install_mirror(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        """A map, or another table, that has the rows of the table that it is the same tensor as."""
+        table = claims[0].mirrors
+        assert table is not None
+        own = [replace(claim, site=table) for claim in claims]
+        module, owner = _owner(model, site.parameters["weight"]), _owner(model, table.parameters["weight"])
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self.muted:
+                return None
+            rows = self.rows(own, getattr(owner, _leaf(table, "weight")))
+            before, self.muted = self.muted, True
+            try:
+                return functional_call(module, {_leaf(site, "weight"): rows}, args, kwargs)
+            finally:
+                self.muted = before
+
+        self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def install_norm(self, model: Any, site: Site, claims: list[Claim]) -> None:
         module = _owner(model, site.parameters["weight"])
@@ -642,6 +698,18 @@ def _maps(module: nn.Module, site: Site) -> bool:
         return False
     near = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
     return bool(found.shape == expected.shape and error <= near * size)
+
+
+def _looks_up(module: nn.Module, site: Site) -> bool:
+    """Whether a torch module gives the rows that ids pick, as they are, tried on a few."""
+    weight = getattr(module, _leaf(site, "weight")).detach()
+    ids = torch.arange(min(len(weight), 5), device=weight.device)[None]
+    try:
+        with torch.no_grad():
+            found = module.forward(ids)
+    except Exception:  # whatever it wants, it is no plain lookup
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, weight[ids])
 
 
 def _lists(model: nn.Module, site: Site) -> bool:

@@ -195,7 +195,7 @@ def _size(site: Any) -> str:
     if site.kind == "attention":
         kv = f" / {size['kv_heads']}" if size["kv_heads"] != size["heads"] else ""
         return f"{size['heads']}{kv} heads x {size['head_dim']}"
-    if "in" in size and site.kind in ("linear", "embedding"):
+    if "in" in size and site.kind in ("linear", "table", "embedding"):
         return f"{size['in']} -> {size['out']}"
     return str(size.get("d", ""))
 

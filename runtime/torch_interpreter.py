@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peltc.compiler.numeric import EPSILON, HIDDEN
+from peltc.compiler.numeric import EPSILON, HIDDEN, PASSING, Lookup, looked_up
 from peltc.spec.formula import FormulaError, Interpreter
 
 Tensor = torch.Tensor
@@ -32,11 +32,21 @@ class TorchInterpreter(Interpreter[Any]):
         self.drawn = {} if drawn is None else drawn
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        if any(isinstance(value, Lookup) for value in arguments.values()):
+            return self.lookup(name, arguments)
         if name in ("dropout", "choose", "top_k_mask", "eye", "zeros", "ones"):
             return getattr(self, name)(**arguments)
         if name not in _MEANING:
             raise FormulaError(f"'{name}' works on options and sizes, not on tensors")
         return _MEANING[name](**arguments)
+
+    def lookup(self, name: str, arguments: dict[str, Any]) -> Any:
+        """A function of one-hot vectors: ids pick rows of a matrix. Of such vectors, which are told by their ids,
+        dropout takes none away: rows have no parts of their own before a matrix gives them."""
+        if name in PASSING:
+            return arguments["x"]
+        found, bias = looked_up(name, arguments, lambda matrix, ids: F.embedding(ids, matrix))
+        return found if bias is None else found + bias
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p, self.training)
@@ -106,6 +116,14 @@ def _mean_seq(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
 
 
+def _indices(index: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(index, device=like.device)
+
+
+def _put(x: Tensor, values: Tensor, index: list[int], axis: int) -> Tensor:
+    return x.index_copy(axis, _indices(index, x), values)
+
+
 def _concat(tensors: list[Tensor], axis: int) -> Tensor:
     rank = max(t.dim() for t in tensors)
     lead = next(t.shape for t in tensors if t.dim() == rank)
@@ -131,5 +149,6 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "permute": lambda x, axes: x.permute(axes), "concat": _concat,
     "take": lambda x, index, axis: x.select(axis, index),
     "slice": lambda x, start, stop, axis: x.narrow(axis, start, stop - start),
-    "unsqueeze": lambda x, axis: x.unsqueeze(axis),
+    "unsqueeze": lambda x, axis: x.unsqueeze(axis), "put": _put,
+    "pick": lambda x, index, axis: x.index_select(axis, _indices(index, x)),
 }  # fmt: skip

@@ -45,7 +45,15 @@ def check_method(method: Method, options: dict[str, Any]) -> list[Diagnostic]:
 
 
 def _check(method: Method, options: dict[str, Any], sizes: dict[str, Any], width: Size | str) -> list[Diagnostic]:
-    constants = {**options, **sizes, "biased": True, "index": 0, "count": Dim.of("count"), "d_model": Dim.of(width)}
+    constants = {
+        **options,
+        **sizes,
+        "biased": True,
+        "table": False,
+        "index": 0,
+        "count": Dim.of("count"),
+        "d_model": Dim.of(width),
+    }
     constants |= {"layer": 0, "layers": Dim.of("layers"), "role": 0, "roles": Dim.of("roles"), "causal": False}
     values, expected = site_shapes(method.site, sizes, width=width)
     check = _Check(method)
@@ -152,7 +160,7 @@ def site_shapes(
     outputs: Any = sizes.get("out", sizes.get("d"))
     x = Shape((B, S, inputs), f"input of {label}", True)
     y = Shape((B, S, outputs), f"output of {label}", True)
-    weight = Shape((outputs, inputs) if kind == "linear" else (outputs,), f"weight of {label}")
+    weight = Shape((outputs, inputs) if kind in ("linear", "table") else (outputs,), f"weight of {label}")
     bias = Shape((outputs,), f"bias of {label}")
     values = {"x": x, "y": y, "mask": mask, "h": h}
     values |= {"r": Shape(y.dims, "residual stream", True)} if kind == "block" else {"W": weight, "b": bias}

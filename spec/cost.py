@@ -49,8 +49,13 @@ class Product(Shape):
     """What a map with a constant weight gives; a constant factor goes into that weight."""
 
 
+@dataclass(frozen=True)
+class OneHot(Shape):
+    """What a table reads: ids, which pick rows of a matrix and multiply nothing."""
+
+
 FREE = {"identity", "dropout", "detach"}
-LAYOUT = {"concat", "slice", "take", "reshape", "transpose", "permute", "unsqueeze"}
+LAYOUT = {"concat", "slice", "take", "pick", "put", "reshape", "transpose", "permute", "unsqueeze"}
 
 
 NODES = {"silu": 2, "attend": 5}
@@ -94,6 +99,8 @@ class CostInterpreter(ShapeInterpreter):
     @staticmethod
     def flops(name: str, arguments: Mapping[str, Any], running: list[Shape], result: Shape) -> int:
         """Operations per token of one call."""
+        if any(isinstance(v, OneHot) for v in running):
+            return per_token(result.dims) if arguments.get("bias") is not None else 0
         if name == "linear":
             bias = per_token(result.dims) if arguments["bias"] is not None else 0
             return 2 * per_token(arguments["weight"].dims) + bias
@@ -144,6 +151,8 @@ def cost_of(
     interpreter = CostInterpreter()
     values, expected = site_shapes(kind, sizes, width=width)
     values = {n: v if v.running else Given(v.dims, v.origin) for n, v in values.items()}
+    if kind == "table":
+        values["x"] = OneHot(values["x"].dims, values["x"].origin, True)
     scope: dict[str, Any] = {
         **values,
         **{n: Shape(s) for n, s in tensors.items()},

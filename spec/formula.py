@@ -91,7 +91,7 @@ STATIC: dict[str, Callable[..., Any]] = {
     "equal": operator.eq, "not_equal": operator.ne, "less": operator.lt, "less_equal": operator.le,
     "greater": operator.gt, "greater_equal": operator.ge, "not": operator.not_, "sqrt": lambda x: x**0.5,
     "and": lambda a, b: a and b, "or": lambda a, b: a or b, "min": min, "max": max,
-    "exp": math.exp, "log": math.log, "abs": abs, "floor": math.floor,
+    "exp": math.exp, "log": math.log, "abs": abs, "floor": math.floor, "length": len,
     "tanh": math.tanh, "sigmoid": lambda x: 0.5 * (1 + math.tanh(x / 2)),
 }  # fmt: skip
 """What operators and a few functions mean on values known while the formula is read: options and sizes."""
@@ -338,6 +338,8 @@ class Interpreter(Generic[V]):
                 if name not in scope:
                     raise FormulaError(f"unknown name '{name}'; in scope: {', '.join(sorted(scope))}")
                 value = scope[name]
+                if isinstance(value, tuple):  # an option that is a list itself
+                    return list(value)
                 return value() if isinstance(value, Deferred) else value
             case Items(elements=elements):
                 return [self.evaluate(e, scope) for e in elements]
@@ -380,7 +382,7 @@ class Deferred:
 
 def is_static(value: object) -> bool:
     """Whether a value is known without any tensor: an option, a size, or a list of such."""
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return all(map(is_static, value))
     return value is None or isinstance(value, (bool, int, float, str, Dim))
 
@@ -392,6 +394,8 @@ def static_call(name: str, values: list[Any]) -> Any:
         FormulaError: the operator does not apply, or the result is out of bounds.
     """
     numbers = [isinstance(value, (int, float, Dim)) for value in values]
+    if name == "length" and not isinstance(values[0], list):
+        raise FormulaError(f"expected a list, found {values[0]!r:.60}")
     if name not in _ANYTHING and not all(numbers):
         raise FormulaError(f"expected a number, found {values[numbers.index(False)]!r:.60}")
     if name not in _LOGIC and all(numbers) and any(isinstance(value, Dim) for value in values):
@@ -407,7 +411,7 @@ def static_call(name: str, values: list[Any]) -> Any:
 
 
 _LOGIC = {"and", "or", "not"}
-_ANYTHING = {"equal", "not_equal", *_LOGIC}
+_ANYTHING = {"equal", "not_equal", "length", *_LOGIC}
 _POLYNOMIAL = {"add", "subtract", "multiply", "negate", "floor_divide"}
 _INFIX = {
     "divide": "/", "floor_divide": "//", "modulo": "%", "power": "**", "add": "+", "subtract": "-", "multiply": "*",

@@ -26,13 +26,15 @@ EFFECTS: dict[str, tuple[str, ...]] = {
 
 _PLACE = ("index", "count", "layer", "layers", "role", "roles", "d_model", "causal")
 NAMES: dict[str, tuple[str, ...]] = {
-    "linear": ("x", "y", "W", "b", "h", "mask", "in", "out", "max_in", "max_out", "biased", *_PLACE),
+    "linear": ("x", "y", "W", "b", "h", "mask", "in", "out", "max_in", "max_out", "biased", "table", *_PLACE),
     "norm": ("x", "y", "W", "b", "d", "biased", *_PLACE),
     "block": ("x", "y", "r", "h", "mask", "in", "out", "d", *_PLACE),
     "attention": ("x", "q", "k", "v", "h", "mask", "heads", "kv_heads", "head_dim", *_PLACE),
     "embedding": ("d", *_PLACE),
 }
 """Names in scope by kind of site, besides options, parameters and `let:` bindings.
+
+`table` says that the map is one of ids: `x` is a one-hot vector, of which formulas take linear maps only.
 
 `index` of `count` numbers an attachment's sites, `layer` of `layers` their layers, `role` of `roles` what they are in
 one layer; `causal` says that the site's stack lets tokens see earlier ones alone."""
@@ -56,6 +58,11 @@ class Option:
     @property
     def default(self) -> Any:
         return self.schema.get("default")
+
+    @property
+    def listed(self) -> bool:
+        """Whether one value is a list of whole numbers; a list of other options gives one value per layer."""
+        return self.schema.get("type") == "array"
 
     @property
     def doc(self) -> str:
@@ -116,7 +123,7 @@ class Method:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        return {option.name: option.default for option in self.options}
+        return {option.name: tuple(option.default) if option.listed else option.default for option in self.options}
 
     def effect(self, name: str) -> Expr | None:
         return dict(self.effects).get(name)

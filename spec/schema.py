@@ -25,6 +25,12 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SELECTOR = {
     "anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "minItems": 1, "items": {"type": "string"}}]
 }
+_NUMBERS: dict[str, Any] = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": "^[0-9]{1,12}-[0-9]{1,12}$", "description": "a number or a range '4-7'"},
+    ]
+}
 _COMMON: dict[str, Any] = {
     "name": {
         "type": "string",
@@ -46,17 +52,17 @@ _COMMON: dict[str, Any] = {
             {
                 "type": "array",
                 "minItems": 1,
-                "items": {
-                    "anyOf": [
-                        {"type": "integer", "minimum": 0},
-                        {"type": "string", "pattern": "^[0-9]+-[0-9]+$", "description": "a number or a range '4-7'"},
-                    ]
-                },
+                "items": _NUMBERS,
             },
         ],
     },
     "expect": {"type": "integer", "minimum": 1, "description": "how many sites the selector must match"},
     "mode": {"enum": list(MODES), "description": "as deploy.mode, for this attachment"},
+    "tied": {
+        "enum": ["apart", "together"],
+        "description": "of a table: whether a head that is the same tensor keeps its values (apart, as where nothing is"
+        " said) or changes with it (together)",
+    },
     "after": {"type": "string", "description": "the attachment that takes effect before this one at shared sites"},
 }
 RESERVED = ("method", *_COMMON, *COMBINATORS)
@@ -84,11 +90,15 @@ def option_schema(option: Option) -> dict[str, Any]:
     one = _one(option.schema)
     described = {"description": option.doc} if option.doc else {}
     default = {"default": option.default} if option.default is not None else {}
+    if option.listed:
+        return {**described, **default, **one}
     return {**described, **default, "anyOf": [one, {"type": "array", "minItems": 1, "items": one}]}
 
 
 def _one(option: Mapping[str, Any]) -> dict[str, Any]:
     """What one value of an option must be."""
+    if option.get("type") == "array":
+        return {"type": "array", "minItems": 1, "items": _NUMBERS}
     return {k: v for k, v in option.items() if k not in ("doc", "default")}
 
 

@@ -310,6 +310,32 @@ def _take(x: Any, index: Any, axis: Any) -> Shape:
     return Shape((*x.dims[:place], *x.dims[place + 1 :]))
 
 
+def _indices(index: Any, shape: Shape, place: int) -> list[int]:
+    """Different indices along an axis."""
+    if not isinstance(index, list) or not index or not all(type(i) is int and i >= 0 for i in index):
+        raise FormulaError(f"expected a list of indices, found {index}")
+    if len({*index}) < len(index):
+        raise FormulaError("an index stands twice in the list")
+    size = shape.dims[place]
+    if isinstance(size, int) and max(index) >= size:
+        raise FormulaError(f"{shape} has no index {max(index)} along axis {place}")
+    return index
+
+
+def _pick(x: Any, index: Any, axis: Any) -> Shape:
+    x = _array(x)
+    place = axis_index(x, axis)
+    return Shape((*x.dims[:place], len(_indices(index, x, place)), *x.dims[place + 1 :]))
+
+
+def _put(x: Any, values: Any, index: Any, axis: Any) -> Shape:
+    x, values = _array(x), _array(values)
+    wanted = _pick(x, index, axis)
+    if not _equal(values.dims, wanted.dims):
+        raise FormulaError(f"put needs values {shape_text(wanted.dims)} for its x {x}, found {values}")
+    return Shape(x.dims, x.origin)
+
+
 def _slice(x: Any, start: Any, stop: Any, axis: Any) -> Shape:
     x = _array(x)
     place = axis_index(x, axis)
@@ -354,7 +380,7 @@ _RULES: dict[str, Callable[..., Shape]] = {
     "linear": _linear, "matmul": _matmul, "einsum": _einsum, "kron": _kron, "inverse": _inverse, "eye": _eye,
     "skew": _skew, "block_diagonal": _block_diagonal, "norm2": _reduce, "mean": _reduce, "sum": _reduce,
     "mean_seq": _mean_seq, "reshape": _reshape, "transpose": _transpose, "permute": _permute, "concat": _concat,
-    "take": _take, "slice": _slice, "unsqueeze": _unsqueeze, "choose": _choose,
+    "take": _take, "pick": _pick, "put": _put, "slice": _slice, "unsqueeze": _unsqueeze, "choose": _choose,
     "zeros": lambda shape: Shape(_sizes(shape)), "ones": lambda shape: Shape(_sizes(shape)),
     "top_k_mask": _top_k_mask, "layer_norm": _layer_norm, "attend": _attend,
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.method import Method, build, shipped
 from peltc.spec.recipe import recipes
 from peltc.spec.schema import RESERVED, check_defaults, spec_schema, validate
+
+MAX_LISTED = 1 << 20
+"""How many whole numbers an option may list."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Attachment:
         options: every option of the method, defaults filled in; a list gives one value per selected layer.
         expect: how many sites must match, or None.
         mode: emission mode, or None for the spec's.
+        tied: whether a head that is the same tensor as a table changes `together` with it, or stays as it is: `apart`.
         after: the attachment that takes effect before this one, or "".
         combined: the combinators that wrap the method, with their options; `method` is what came of it.
         recipe: the recipe that it is from, or "".
@@ -42,6 +46,7 @@ class Attachment:
     options: Mapping[str, Any] = field(default_factory=dict)
     expect: int | None = None
     mode: str | None = None
+    tied: str = "apart"
     after: str = ""
     combined: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: str = ""
@@ -51,7 +56,8 @@ class Attachment:
     def entry(self) -> dict[str, Any]:
         """What a spec would say about it, recipes expanded."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
-        said = {"expect": self.expect, "mode": self.mode, "after": self.after or None}
+        tied = None if self.tied == "apart" else self.tied
+        said = {"expect": self.expect, "mode": self.mode, "tied": tied, "after": self.after or None}
         defaults, mentioned = self.method.defaults, self.method.mentions()
         options = {key: v for key, v in self.options.items() if v != defaults[key] and key in mentioned}
         return {
@@ -60,7 +66,7 @@ class Attachment:
             "parameter" if self.by_parameter else "at": list(self.at),
             "layers": layers,
             **{key: value for key, value in said.items() if value is not None},
-            **options,
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in options.items()},
             **{name: dict(settings) for name, settings in self.combined.items()},
         }
 
@@ -90,13 +96,17 @@ class ModelChoice:
         return tuple(f"LABEL_{i}" for i in range(self.labels)) if isinstance(self.labels, int) else self.labels
 
 
+AS_IT_SAYS = ModelChoice()
+"""A model that is what its config says."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """The validated description of an adaptation; `places` says where the value of each of its keys stands."""
 
     name: str
     attach: tuple[Attachment, ...]
-    model: ModelChoice = ModelChoice()
+    model: ModelChoice = AS_IT_SAYS
     weights: str | None = None
     mode: str = "fold"
     precision: str = "checkpoint"
@@ -216,6 +226,9 @@ def _attachment(
     selector = entry.get("at", entry.get("parameter"))
     layers = entry.get("layers", "all")
     options = {**method.defaults, **{k: v for k, v in entry.items() if k not in RESERVED}}
+    for option in method.options:
+        if option.listed:
+            options[option.name] = numbers(options[option.name], places.get(option.name, place))
     method, combined = combine(method, options, entry, place, places, recipe)
     return Attachment(
         name=entry.get("name", method.name),
@@ -226,12 +239,31 @@ def _attachment(
         options=options,
         expect=entry.get("expect"),
         mode=entry.get("mode"),
+        tied=entry.get("tied", "apart"),
         after=entry.get("after", ""),
         combined=combined,
         recipe=recipe,
         place=place,
         places=places,
     )
+
+
+def numbers(said: Iterable[int | str], place: Place) -> tuple[int, ...]:
+    """Whole numbers, of a list of such and of ranges `a-b`, which hold both ends.
+
+    Raises:
+        PeltError: E114 a range that runs backwards, or more numbers than a table has rows.
+    """
+    found: list[int] = []
+    for item in said:
+        first, _, last = str(item).partition("-")
+        start, stop = int(first), int(last or first)
+        if stop < start or stop - start + len(found) >= MAX_LISTED:
+            raise fail(
+                "E114", f"{item} is out of range", place, f"a range 'a-b', a not above b, of at most {MAX_LISTED:,}"
+            )
+        found.extend(range(start, stop + 1))
+    return tuple(dict.fromkeys(found))
 
 
 def combine(

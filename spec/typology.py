@@ -340,7 +340,15 @@ class _Reading:
         self.method = method
         self.parameters = {p.name: p for p in method.parameters}
         sizes = {name: Dim.of(name) for name in NAMES[method.site] if name not in (*RUNTIME_NAMES, "W", "b")}
-        self.constants: dict[str, Any] = {**sizes, "biased": True, "index": 0, "layer": 0, "role": 0, **options}
+        self.constants: dict[str, Any] = {
+            **sizes,
+            "biased": True,
+            "table": False,
+            "index": 0,
+            "layer": 0,
+            "role": 0,
+            **options,
+        }
         interpreter = TypologyInterpreter(self.parameters)
         values: dict[str, Any] = {name: Flow(frozenset({name})) for name in RUNTIME_NAMES}
         values |= {"mask": Flow(), "W": Flow(), "b": Flow(), "norm": lambda z: z.through(Way.NORM)}

@@ -17,7 +17,7 @@ import numpy as np
 
 from peltc.compiler.affine import Affine, AffineInterpreter, Map
 from peltc.compiler.anatomy import Site
-from peltc.compiler.numeric import NumericInterpreter
+from peltc.compiler.numeric import Lookup, NumericInterpreter
 from peltc.compiler.plan import Claim
 from peltc.spec.formula import Deferred
 
@@ -63,6 +63,8 @@ def absorb(
     site = sites[0]
     if site.kind == "norm":
         return _norm(claims, site, read, tensors, dtype)
+    if site.kind == "table":
+        return _table(claims, site, read, tensors, dtype)
     weight, bias = site.parameters["weight"], site.parameters.get("bias")
     stored = read(weight)
     W = np.asarray(stored, np.float32)
@@ -181,6 +183,36 @@ def _norm(
             array = new.astype(dtype)
             folded.append(Folded(site.parameters[role], array, labels, _loss(array, new, old)))
     return folded
+
+
+def _table(
+    claims: list[Claim], site: Site, read: Read, tensors: Mapping[str, Array], dtype: np.dtype[Any]
+) -> list[Folded]:
+    """Claims on a table: whatever they make of an id is a row, so that all rows together are the new table."""
+    numeric = NumericInterpreter()
+    base = np.asarray(read(site.parameters["weight"]), np.float32)
+    rows, every = base, Lookup(None, len(base))
+    zeros = np.zeros(base.shape[1], np.float32)
+
+    def evaluate(claim: Claim, effect: str, **values: Any) -> Array:
+        adapter = {name: tensors[t.name] for name, t in claim.tensors.items()}
+        scope = claim.scope({**adapter, "W": rows.T, "b": zeros, **values}, numeric)
+        return np.asarray(numeric.evaluate(claim.effects[effect], scope), np.float32)
+
+    for claim in claims:
+        if "weight" in claim.effects:
+            rows = evaluate(claim, "weight").T
+    for claim in claims:
+        if "bias" in claim.effects:
+            rows = rows + evaluate(claim, "bias")
+    for claim in claims:
+        for effect in ("delta", "output"):
+            if effect in claim.effects:
+                found = evaluate(claim, effect, x=every, y=rows)
+                rows = rows + found if effect == "delta" else np.broadcast_to(found, rows.shape)
+    array = np.ascontiguousarray(rows).astype(dtype, copy=False)
+    labels = tuple(f"{c.attachment} at {c.site.name}" for c in claims)
+    return [Folded(site.parameters["weight"], array, labels, _loss(array, rows, base))]
 
 
 def _loss(stored: Array, exact: Array, base: Array) -> float:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from peltc.compiler.anatomy import Rows, Site
 from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
 from peltc.compiler.flow import last_size
-from peltc.compiler.numeric import NumericInterpreter
+from peltc.compiler.numeric import Lookup, NumericInterpreter
 from peltc.compiler.plan import LEVELS, Claim
 from peltc.spec.diagnostics import fail
 from peltc.spec.dims import Dim, simplify
@@ -37,7 +37,7 @@ def insert(
     """Write claims into a graph, in place.
 
     Args:
-        sites: the graph's own sites by name.
+        sites: the graph's own sites by key.
         tensors: the adapter's tensors by name.
 
     Returns:
@@ -47,10 +47,10 @@ def insert(
     inserter = _Inserter(model, tensors)
     groups: dict[str, list[Claim]] = {}
     for claim in claims:  # the plan was made on the graph of token ids, whose values have other names
-        groups.setdefault(claim.site.name, []).append(replace(claim, site=sites[claim.site.name]))
-    ordered = sorted(groups, key=lambda name: (LEVELS[sites[name].kind], sites[name].role == "layer"))
-    for name in ordered:
-        getattr(inserter, sites[name].kind)(sites[name], groups[name])
+        groups.setdefault(claim.site.key, []).append(replace(claim, site=sites[claim.site.key]))
+    ordered = sorted(groups, key=lambda key: (LEVELS[sites[key].kind], sites[key].role == "layer"))
+    for key in ordered:
+        getattr(inserter, sites[key].kind)(sites[key], groups[key])
     inserter.count_text()
     model.graph.sort()
     return inserter.starts
@@ -117,6 +117,9 @@ class _Inserter:
         """Inputs first, then weights and biases, then what is added to or made of the output."""
         product = self.values[site.values["product"]].producer()
         assert product is not None
+        if claims[0].mirrors is not None:
+            self.mirror(claims, product)
+            return
         site, claims = self.joined(site, claims)
         x = self.current(site.values["x"])
         start, apart = x, False
@@ -153,6 +156,40 @@ class _Inserter:
             self.outputs(site, claims, {"x": self.unflattened(x, site, claims[0])})
         else:
             self.outputs(site, claims, {})
+
+    def table(self, site: Site, claims: list[Claim]) -> None:
+        """The rows of a table, then what ids pick of it."""
+        product = self.values[site.values["product"]].producer()
+        assert product is not None
+        if claims[0].mirrors is not None:
+            self.mirror(claims, product)
+            return
+        for claim in claims:
+            if "weight" in claim.effects:
+                self.weight(site, claim, product)
+        ids = self.values[site.values["x"]]
+        self.outputs(site, claims, {"x": Lookup(ids, site.sizes["in"])})
+
+    def mirror(self, claims: list[Claim], product: ir.Node) -> None:
+        """Let a map, or another table, have all rows of the table that it is the same tensor as."""
+        table = claims[0].mirrors
+        assert table is not None
+        emitter = self.emitter(claims[0], self.values[table.parameters["weight"]])
+        rows = self.oriented(self.full_weight(table, emitter), emitter)
+        rows.shape = self.values[table.parameters["weight"]].shape
+        for claim in claims:
+            for effect in ("delta", "output"):
+                if effect in claim.effects:
+                    every = Lookup(None, table.sizes["in"])
+                    value, interpreter = self.evaluate(claim, effect, rows, x=every, y=rows)
+                    shape, rows = rows.shape, interpreter.value(
+                        interpreter.on_add(rows, value) if effect == "delta" else value)  # fmt: skip
+                    rows.shape = shape
+        if product.op_type == "Gather":
+            product.replace_input_with(0, rows)
+        else:
+            flat = product.op_type == "Gemm" and product.attributes.get_int("transB", 0) == 1
+            product.replace_input_with(1, rows if flat else self.oriented(rows, emitter))
 
     def joined(self, site: Site, claims: list[Claim]) -> tuple[Site, list[Claim]]:
         """The site with its own features, and no others, in one axis. The graph may part a fused map by heads before it
@@ -243,7 +280,8 @@ class _Inserter:
             new = _cast(new, parameter.dtype, wide.emitter)
         full = self.weights[site.parameters["weight"]] = _assemble(full, site.rows, new, self.extent(site), emitter)
         flat = product.op_type == "Gemm" and product.attributes.get_int("transB", 0) == 1
-        product.replace_input_with(1, full if flat else self.oriented(full, emitter))
+        place = 0 if site.kind == "table" else 1
+        product.replace_input_with(place, full if flat else self.oriented(full, emitter))
 
     def extent(self, site: Site) -> int:
         """The number of output features of the whole map."""

@@ -62,6 +62,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "lorahub-delta": [{"method": "lorahub", "at": QV, "modules": 3, "r": 2, "rule": "delta_linear"}],
     "mole": [{"method": "mole", "at": QV, "experts_count": 3, "r": 2}],
     "replace": [{"method": "replace", "at": ["feed_forward.up", "attention.query"]}],
+    "replace-table": [{"method": "replace", "at": "*embedding.word"}],
+    "lora-tables": [{"method": "lora", "at": "*embedding.*", "r": 2}],
+    "rows": [{"method": "rows", "at": "*embedding.word", "rows": [3, "10-12"]}],
     "gate-lora": [{"method": "lora", "at": QV, "r": 2, "gate": True}],
     "gate-lora-masked": [{"method": "lora", "at": QV, "r": 2, "gate": {"mask_padding": True, "replaces_scale": False}}],
     "gate-block-masked": [
@@ -140,7 +143,8 @@ SAMPLE = ("bert", "llama", "t5")
 """Families that every case runs on: an encoder, a decoder with grouped heads, both at once."""
 
 FOLDS = {
-    "lorahub", "lorahub-delta", "replace", "gate-constant", "experts-lora", "bank-lora", "generate-ia3",
+    "lorahub", "lorahub-delta", "replace", "replace-table", "lora-tables", "rows", "gate-constant", "experts-lora",
+    "bank-lora", "generate-ia3",
     "lora", "lora-everywhere", "lora-rank-stabilised", "dora", "adalora", "loha", "lokr", "lokr-full", "vera", "ia3",
     "norm_tuning", "oft", "oft-exact", "several-at-one-site", "own-affine", "bottleneck-linear",
     "linear_adapter", "bitfit",

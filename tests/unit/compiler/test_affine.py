@@ -121,7 +121,8 @@ NOT_AFFINE = [
     "slice({0}, 0, 1)", "take({0}, 0)", "unsqueeze({0})", "transpose({0})", "permute({0}, [0])", "{0} @ {1}",
     "linear(v7, {0})", "linear({0}, {1})", "einsum('i,ji->j', {0}, w77)", "reshape({0}, [7])", "kron({0}, {1})",
     "{0} * m34", "{0} + m34", "inverse({0})", "block_diagonal({0})", "skew({0}, 7)", "choose({0})",
-    "top_k_mask({0}, 1)", "layer_norm({0})", "attend({0}, {0}, {0})",
+    "pick({0}, [0])", "put({0}, {1}, [0])", "put(v7, {0}, [0])", "top_k_mask({0}, 1)",
+    "layer_norm({0})", "attend({0}, {0}, {0})",
 ]  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def test_every_function_of_tensors_is_tried() -> None:
                    "dropout", "activation"}  # fmt: skip
     refused = {name for name in FUNCTIONS for form in NOT_AFFINE if form.startswith(f"{name}(")}
     known = {"floor_divide", "modulo", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "and",
-             "or", "not", "min", "max", "floor", "eye", "zeros", "ones"}  # fmt: skip
+             "or", "not", "min", "max", "floor", "length", "eye", "zeros", "ones"}  # fmt: skip
     assert affine_ones | refused | known | {"power"} == set(FUNCTIONS)
 
 

@@ -269,7 +269,7 @@ def test_a_binding_is_no_function() -> None:
         Known().evaluate(parse("norm(1)"), {"norm": Deferred(lambda: 1)})
 
 
-SINGLE = {"not", "negate", "sqrt", "exp", "log", "abs", "floor", "tanh", "sigmoid"}
+SINGLE = {"length", "not", "negate", "sqrt", "exp", "log", "abs", "floor", "tanh", "sigmoid"}
 
 
 @given(st.integers(-9, 9), st.integers(-9, 9), st.sampled_from(sorted(set(STATIC) - SINGLE)))
@@ -290,6 +290,13 @@ def test_operators_are_pythons(a: int, b: int, name: str) -> None:
 
 
 # Sizes that are symbols.
+
+
+def test_lists_are_counted() -> None:
+    assert value("length([3, 5, 7])") == 3
+    assert value("length(rows)", rows=(1, 2)) == 2, "an option that is a list itself"
+    with pytest.raises(EvaluationError, match="expected a list"):
+        value("length(3)")
 
 
 def test_sizes_stay_polynomials() -> None:

@@ -74,6 +74,8 @@ RIGHT = {
     ],
     "take": [("take(A, 0)", (6,)), ("take(T, -1, axis=-2)", (2, 6)), ("take(x, 5, axis=-1)", (B, S))],
     "slice": [("slice(A, 1, 3)", (4, 2)), ("slice(A, 0, 4, axis=0)", (4, 6)), ("slice(M, 0, d)", (D, D))],
+    "pick": [("pick(A, [3, 0])", (2, 6)), ("pick(x, [5], axis=-1)", (B, S, 1))],
+    "put": [("put(A, pick(A, [0, 1]), [3, 2])", (4, 6)), ("put(A, ones([4, 1]), [5], axis=1)", (4, 6))],
     "unsqueeze": [("unsqueeze(mask)", (B, S, 1)), ("unsqueeze(v, 0)", (1, 6)), ("unsqueeze(v, axis=-2)", (1, 6))],
     "zeros": [("zeros([2, d])", (2, D)), ("zeros([])", ())],
     "ones": [("ones([3])", (3,))],
@@ -194,6 +196,20 @@ WRONG = {
         ("slice(A, 0.5, 2)", "expected a start"),
         ("slice(A, 0, w)", "expected a stop"),
     ],
+    "pick": [
+        ("pick(A, [4])", "no index 4"),
+        ("pick(A, [])", "expected a list of indices"),
+        ("pick(A, [1, 1])", "stands twice"),
+        ("pick(A, [-1])", "expected a list of indices"),
+        ("pick(A, 1)", "expected a list of indices"),
+        ("pick(A, [0], axis=2)", "has no axis 2"),
+    ],
+    "put": [
+        ("put(A, A, [0])", "put needs values [1, 6]"),
+        ("put(A, v, [0])", "put needs values [1, 6]"),
+        ("put(A, ones([1, 6]), [9])", "no index 9"),
+    ],
+    "length": [("length(A)", "not on tensors"), ("length('word')", "expected a list")],
     "unsqueeze": [("unsqueeze(v, 2)", "has no axis 2"), ("unsqueeze(v, 'a')", "has no axis a")],
     "zeros": [
         ("zeros(3)", "expected a list of sizes"),
@@ -271,7 +287,7 @@ def test_every_function_is_tried() -> None:
     """The tables name each function of the language, and a formula under a name calls it."""
     assert set(WRONG) == set(FUNCTIONS)
     known = {"floor_divide", "modulo", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal",
-             "and", "or", "not", "min", "max", "floor"}  # fmt: skip
+             "and", "or", "not", "min", "max", "floor", "length"}  # fmt: skip
     assert set(RIGHT) == set(FUNCTIONS) - known
     assert all(name in calls(parse(text)) for table in (RIGHT, WRONG) for name in table for text, _ in table[name])
 

@@ -1,0 +1,79 @@
+"""Tables that ids pick rows of, on the way to the first layer: of words, positions and types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from peltc.compiler.flow import LAYOUT, Flow
+
+ROLES = {"input_ids": "word", "token_type_ids": "type"}
+"""What the rows of a table stand for, by the input that picks them."""
+STEPS = {*LAYOUT, "Slice", "Expand", "Gather", "GatherND", "Concat"}
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """A table from which ids pick rows.
+
+    Attributes:
+        table: the parameter, [rows, width].
+        role: what a row stands for: word, position or type.
+        node: the picking.
+    """
+
+    table: str
+    role: str
+    node: ir.Node
+
+
+def find_lookups(flow: Flow, behind: Iterable[ir.Value]) -> Iterator[Lookup]:
+    """The tables whose rows are among some values, in the order of the graph.
+
+    What counts along the sequence picks positions. Ids that are an input, or are all zero, have their own meanings.
+    """
+    wanted = set(behind)
+    for node in flow.nodes:
+        if node.op_type != "Gather" or node.outputs[0] not in wanted or node.attributes.get_int("axis", 0):
+            continue
+        name = flow.parameter(node.inputs[0])
+        if name is None or len(flow.parameters[name]) != 2:
+            continue
+        source = flow.origin(node.inputs[1])
+        if source.is_graph_input():
+            role = next((r for word, r in ROLES.items() if (source.name or "").endswith(word)), "")
+        else:
+            role = "type" if _is_zero(source) else "position"
+        if role:
+            yield Lookup(name, role, node)
+
+
+def numbered(lookups: Iterable[Lookup]) -> Iterator[tuple[str, Lookup]]:
+    """Lookups of different tables, each with what tells it from those of its role: nothing, 2, 3, ..."""
+    seen: dict[str, list[str]] = {}
+    for lookup in lookups:
+        tables = seen.setdefault(lookup.role, [])
+        if lookup.table not in tables:
+            tables.append(lookup.table)
+            yield str(len(tables)) if len(tables) > 1 else "", lookup
+
+
+def _is_zero(value: ir.Value) -> bool:
+    """Whether ids are zeros, laid out as the input is."""
+    current: ir.Value | None = value
+    while current is not None:
+        if current.const_value is not None:
+            return not np.any(current.const_value.numpy())
+        node = current.producer()
+        if node is None:
+            return False
+        if node.op_type == "ConstantOfShape":
+            fill = node.attributes.get("value")
+            return fill is None or not np.any(fill.as_tensor().numpy())
+        if node.op_type not in STEPS:
+            return False
+        current = node.inputs[0]
+    return False
