@@ -30,10 +30,12 @@ class Lookup:
     Attributes:
         ids: integers of whichever interpreter; None for every id in order, so that x Wᵀ is Wᵀ itself.
         size: I, the number of rows of the table.
+        padding: an id that is not trained, as `nn.Embedding` has it.
     """
 
     ids: Any
     size: int
+    padding: int | None = None
 
 
 def looked_up(name: str, arguments: dict[str, Any], rows: Callable[[Any, Any], Any]) -> tuple[Any, Any]:

@@ -391,7 +391,8 @@ class Attached(nn.Module):
                 return None
             self.enter(site)
             if plain:
-                return self.outputs(site, claims, output, x=Lookup(args[0], site.sizes["in"]))
+                read = Lookup(args[0], site.sizes["in"], getattr(module, "padding_idx", None))
+                return self.outputs(site, claims, output, x=read)
             leaf = _leaf(site, "weight")
             rows = self.rows(claims, getattr(module, leaf))
             before, self.muted = self.muted, True

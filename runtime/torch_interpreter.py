@@ -45,7 +45,8 @@ class TorchInterpreter(Interpreter[Any]):
         dropout takes none away: rows have no parts of their own before a matrix gives them."""
         if name in PASSING:
             return arguments["x"]
-        found, bias = looked_up(name, arguments, lambda matrix, ids: F.embedding(ids, matrix))
+        padding = next((v.padding for v in arguments.values() if isinstance(v, Lookup)), None)
+        found, bias = looked_up(name, arguments, lambda matrix, ids: F.embedding(ids, matrix, padding))
         return found if bias is None else found + bias
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
