@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, rea
 from peltc.compiler.base import Base, is_known, module_base, open_base
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.export import GRAPHS, stages
+from peltc.compiler.identity import BaseRecord, public_name, stored_samples
+from peltc.compiler.mathematics import Mathematics, mathematics, whole_digest
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
+from peltc.compiler.provenance import DIGEST, check_file, from_files, other_mathematics, silent_about
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
-from peltc.spec.diagnostics import Place, fail
+from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.document import parse
 from peltc.spec.method import START
 from peltc.spec.specification import Spec, build_spec, load_spec
@@ -99,7 +102,7 @@ def _compile(
     spec: Spec,
     base_of: Callable[[str], Base],
     out: Path,
-    weights: str | Path | Mapping[str, Array] | None,
+    weights: Weights,
     mode: str | None,
     verify: bool,
     self_contained: bool,
@@ -146,6 +149,17 @@ def _compile(
     return manifest
 
 
+@dataclass(frozen=True)
+class Live:
+    """What a live model's attached modules hold and compute."""
+
+    tensors: Mapping[str, Array]
+    mathematics: Mathematics
+
+
+Weights = str | Path | Mapping[str, Array] | Live | None
+
+
 @contextmanager
 def opened(
     model: str | Path | Any,
@@ -154,9 +168,9 @@ def opened(
     architecture: str | None = None,
     precision: str = "checkpoint",
     talk: Talk = silent,
-) -> Iterator[tuple[Callable[[str], Base], dict[str, Array] | None]]:
-    """How to get a model's base by variant, and its attached modules' tensors. A torch model becomes a folder beside
-    the artifact for as long as it takes, whose files the artifact can link.
+) -> Iterator[tuple[Callable[[str], Base], Live | None]]:
+    """How to get a model's base by variant, and the modules that are attached to it. A torch model becomes a folder
+    beside the artifact for as long as it takes, whose files the artifact can link.
 
     Raises:
         PeltError: E506 example inputs for a model that has a folder.
@@ -169,7 +183,7 @@ def opened(
                                         talk=talk), None  # fmt: skip
         return
     attached = getattr(model, "pelt", None)
-    tensors = attached.tensors() if attached is not None else None
+    tensors = Live(attached.tensors(), attached.mathematics) if attached is not None else None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(None, ".model-", out.absolute().parent) as name:
         folder = Path(name)
@@ -187,20 +201,37 @@ def opened(
 
 
 def adapter_tensors(
-    plan: Plan, base: Base, weights: str | Path | Mapping[str, Array] | None, talk: Talk
+    plan: Plan, base: Base, weights: Weights, talk: Talk
 ) -> tuple[dict[str, Array], str, frozenset[str]]:
-    """The adapter's tensors, where they come from, and which stand in place of the spec's own sources."""
+    """The adapter's tensors, where they come from, and which stand in place of the spec's own sources.
+
+    Raises:
+        PeltError: what is wrong with the tensors; E408 they were trained with other mathematics than the plan's.
+    """
+    if isinstance(weights, Live):
+        own = mathematics(plan, frozenset(weights.tensors), from_files(plan))
+        if own.digest != weights.mathematics.digest:
+            raise PeltError(other_mathematics(plan, "the model with modules attached", weights.mathematics, own))
+        weights = weights.tensors
     if isinstance(weights, Mapping):
         return check_arrays(plan, weights), "arrays", overridden(plan, weights)
     spec = plan.spec
     if weights is None and spec.weights:
         weights = inside(spec.folder, spec.weights, spec.path)
     if weights is not None:
+        here = BaseRecord(base.architecture, public_name(str(base.folder)))
+        for sentence in check_file(plan, Path(weights), here, stored_samples(base)):
+            talk(f"warning: {sentence}")
         tensors = load_tensors(plan, Path(weights))
         return tensors, str(Path(weights).name), overridden(plan, read_header(Path(weights)))
     inside_model = {n.removeprefix(MODULES): t for n, t in base.checkpoint.tensors.items() if n.startswith(MODULES)}
     if inside_model:  # the model was saved with its modules attached
         talk("the modules' tensors are those in the checkpoint")
+        digest = inside_model.pop(DIGEST, None)
+        if digest is None:
+            talk(f"warning: {silent_about(base.folder)}")
+        elif np.asarray(digest.array()).tobytes().hex() != whole_digest(plan):
+            raise PeltError(other_mathematics(plan, f"what '{base.folder.name}' holds", None, None))
         arrays = {n.replace("/", "."): t.array() for n, t in inside_model.items()}
         return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
     if plan.tensors:
