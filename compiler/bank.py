@@ -53,8 +53,8 @@ def check_alike(files: list[Path]) -> None:
         if known.digest == like.digest:
             continue
         place, expected = Place(str(file)), "adapters of one spec"
-        whole = known.mathematics, like.mathematics
-        apart = list(differences(*whole)) if whole[0] is not None and whole[1] is not None else []
+        one, other = known.mathematics, like.mathematics
+        apart = list(differences(one, other)) if one is not None and other is not None else []
         for d in apart:
             message = f"the adapter was trained with {d.trained}, and '{first.name}' with {d.here}"
             findings.append(Diagnostic("E408", message, place, expected))

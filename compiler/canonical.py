@@ -73,9 +73,10 @@ class Settler:
         settled = {name: self.argument(value) for name, value in bound.items()
                    if name != DRAWS.get(expr.function) and value is not defaults[name]}  # fmt: skip
         values = list(settled.values())
-        if expr.function in STATIC and all(isinstance(value, Number | Text) for value in values):
+        static = [value.value for value in values if isinstance(value, Number | Text)]
+        if expr.function in STATIC and len(static) == len(values):
             try:
-                return _known(static_call(expr.function, [value.value for value in values]), expr)
+                return _known(static_call(expr.function, static), expr)
             except _ERRORS:
                 pass
         if expr.function == "activation" and isinstance(name := settled["name"], Text):  # tanh(x), by its own name

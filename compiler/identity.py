@@ -23,15 +23,25 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Sample:
-    """A few values of a parameter, evenly spread, in the type that it had; `size` is the number of all of them."""
+    """A few values of a parameter, evenly spread: their bytes, in the type that they had, which has this `code` in
+    safetensors files; `size` is the number of all values."""
 
+    code: str
     size: int
-    values: Array
+    data: bytes
+
+    @staticmethod
+    def of(size: int, values: Array) -> Sample:
+        """The sample that consists of these values."""
+        return Sample(_CODES[values.dtype], size, values.astype(values.dtype.newbyteorder("<")).tobytes())
+
+    @property
+    def values(self) -> Array:
+        return np.frombuffer(self.data, DTYPES[self.code])
 
     def to_json(self) -> list[Any]:
         """`[type, size, bytes in hexadecimal]`."""
-        little = self.values.astype(self.values.dtype.newbyteorder("<"))
-        return [_CODES[self.values.dtype], self.size, little.tobytes().hex()]
+        return [self.code, self.size, self.data.hex()]
 
     @staticmethod
     def from_json(data: Any) -> Sample:
@@ -43,19 +53,17 @@ class Sample:
         code, size, text = data
         if not isinstance(text, str) or not isinstance(size, int) or not 0 < size < 2**62:
             raise TypeError("no sample")
-        values = np.frombuffer(bytes.fromhex(text), DTYPES[code])
-        if not is_float(values.dtype) or len(values) != len(spread(size, ELEMENTS)):
+        sample = Sample(code, size, bytes.fromhex(text))
+        if not is_float(DTYPES[code]) or len(sample.values) != len(spread(size, ELEMENTS)):
             raise ValueError("no sample")
-        return Sample(size, values)
+        return sample
 
     def agrees(self, other: Sample) -> bool:
         """Whether the two can be one parameter, stored in one type or in two: roundings of the same values."""
+        if (self.size, self.code) == (other.size, other.code):
+            return self.data == other.data
         if self.size != other.size:
             return False
-        if self.values.dtype == other.values.dtype:
-            return np.array_equal(self.values.view(np.uint8), other.values.view(np.uint8)) or np.array_equal(
-                self.values, other.values
-            )
         a, b = self.values.astype(np.float64), other.values.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
             return bool((np.abs(a - b) <= (_spacing(self.values) + _spacing(other.values)) / 2).all())
@@ -163,7 +171,7 @@ def stored_samples(base: Base) -> Read:
         if tensor is None or not is_float(tensor.dtype):
             return None
         flat = tensor.array().reshape(-1)
-        return Sample(flat.size, np.array(flat[spread(flat.size, ELEMENTS)])) if flat.size else None
+        return Sample.of(flat.size, np.array(flat[spread(flat.size, ELEMENTS)])) if flat.size else None
 
     return read
 

@@ -15,11 +15,19 @@ from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, rea
 from peltc.compiler.base import Base, is_known, module_base, open_base
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.export import GRAPHS, stages
-from peltc.compiler.identity import BaseRecord, public_name, stored_samples
+from peltc.compiler.identity import BaseRecord, public_name, stored_record, stored_samples
 from peltc.compiler.mathematics import Mathematics, mathematics, whole_digest
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
-from peltc.compiler.provenance import DIGEST, check_file, from_files, other_mathematics, silent_about
+from peltc.compiler.provenance import (
+    DIGEST,
+    check_file,
+    from_files,
+    other_mathematics,
+    provenance,
+    read_provenance,
+    silent_about,
+)
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.document import parse
@@ -133,7 +141,7 @@ def _compile(
                          self_contained=self_contained)  # fmt: skip
         manifest["frozen_gates"] = gates
         write_manifest(folder, manifest)
-        save_adapter(folder, plan, tensors, own, self_contained)
+        save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))
         for entry in manifest["folded"]:
             if entry["warning"]:
                 talk(
@@ -200,6 +208,18 @@ def opened(
                                           talk=talk), tensors  # fmt: skip
 
 
+def weights_file(plan: Plan, weights: str | Path | None) -> Path | None:
+    """The file with the weights: the one given, or the spec's own.
+
+    Raises:
+        PeltError: E406 the spec's leads out of its folder.
+    """
+    spec = plan.spec
+    if weights is None and spec.weights:
+        return inside(spec.folder, spec.weights, spec.path)
+    return None if weights is None else Path(weights)
+
+
 def adapter_tensors(
     plan: Plan, base: Base, weights: Weights, talk: Talk
 ) -> tuple[dict[str, Array], str, frozenset[str]]:
@@ -215,15 +235,12 @@ def adapter_tensors(
         weights = weights.tensors
     if isinstance(weights, Mapping):
         return check_arrays(plan, weights), "arrays", overridden(plan, weights)
-    spec = plan.spec
-    if weights is None and spec.weights:
-        weights = inside(spec.folder, spec.weights, spec.path)
+    weights = weights_file(plan, weights)
     if weights is not None:
         here = BaseRecord(base.architecture, public_name(str(base.folder)))
-        for sentence in check_file(plan, Path(weights), here, stored_samples(base)):
+        for sentence in check_file(plan, weights, here, stored_samples(base)):
             talk(f"warning: {sentence}")
-        tensors = load_tensors(plan, Path(weights))
-        return tensors, str(Path(weights).name), overridden(plan, read_header(Path(weights)))
+        return load_tensors(plan, weights), weights.name, overridden(plan, read_header(weights))
     inside_model = {n.removeprefix(MODULES): t for n, t in base.checkpoint.tensors.items() if n.startswith(MODULES)}
     if inside_model:  # the model was saved with its modules attached
         talk("the modules' tensors are those in the checkpoint")
@@ -237,6 +254,20 @@ def adapter_tensors(
     if plan.tensors:
         talk("warning: no weights given; the modules have their start values")
     return start_tensors(plan, lambda name: base.stored(name).array()), "start values", frozenset()
+
+
+def kept_provenance(plan: Plan, base: Base, weights: Weights, own: frozenset[str]) -> dict[str, str]:
+    """What the adapter's file in the artifact says of how it was trained: nothing where nobody knows."""
+    held = frozenset(name for name, tensor in plan.tensors.items() if not tensor.source or name in own)
+    trained_on = None
+    if isinstance(weights, Live):
+        trained_on = stored_record(base)
+    elif not isinstance(weights, Mapping) and (file := weights_file(plan, weights)) is not None:
+        said = read_provenance(file)
+        trained_on = said.base if said is not None else None
+    if trained_on is None:
+        return {}
+    return provenance(mathematics(plan, held, from_files(plan)), trained_on).metadata()
 
 
 def sources(plan: Plan, own: frozenset[str]) -> list[str]:
@@ -260,13 +291,19 @@ def check_sources(plan: Plan, base: Base, own: frozenset[str]) -> None:
 
 
 def save_adapter(
-    folder: Path, plan: Plan, tensors: Mapping[str, Array], own: frozenset[str] = frozenset(), copy: bool = False
+    folder: Path,
+    plan: Plan,
+    tensors: Mapping[str, Array],
+    own: frozenset[str] = frozenset(),
+    copy: bool = False,
+    said: dict[str, str] | None = None,
 ) -> None:
-    """Keep the adapter's tensors in the artifact, and the files that the spec names: it can be verified again."""
+    """Keep the adapter's tensors in the artifact, with what is `said` of how they were trained, and the files that the
+    spec names: it can be verified again."""
     from safetensors.numpy import save
 
     kept = [name for name, t in plan.tensors.items() if not t.source or name in own]
-    (folder / ADAPTER).write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in kept}))
+    (folder / ADAPTER).write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in kept}, said or None))
     for name in sources(plan, own):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

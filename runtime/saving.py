@@ -21,6 +21,8 @@ MODULES = "pelt."
 THAWED = 16
 MAX_LABELS = 4096
 SHOWN = 4
+TRAINS = {"linear": "replace", "norm": "norm_tuning"}
+"""The methods that train a site's own parameters, by its kind."""
 
 
 def describe_base(model: Any) -> BaseRecord:
@@ -68,8 +70,8 @@ def live_samples(model: Any) -> Read:
         whole = parameter.detach().reshape(1) if parameter.dim() == 0 else parameter.detach()
         values = whole[tuple(torch.from_numpy(np.array(axis)).to(whole.device) for axis in places)].cpu()
         if values.dtype == torch.bfloat16:
-            return Sample(parameter.numel(), values.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-        return Sample(parameter.numel(), values.numpy())
+            return Sample.of(parameter.numel(), values.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+        return Sample.of(parameter.numel(), values.numpy())
 
     return read
 
@@ -104,7 +106,7 @@ def warn_of_lost(model: Any, plan: Plan, anatomy: Anatomy | None, level: int) ->
     names = [name for name, _ in lost(model, plan)]
     if not names:
         return
-    sites = {name: site for site in anatomy or () for name in site.parameters.values()}
+    sites = {name: site for site in anatomy or () if site.kind in TRAINS for name in site.parameters.values()}
     mends = dict.fromkeys(filter(None, (_mend(sites.get(name)) for name in names)))
     advice = [f"attach {mend}" for mend in list(mends)[:SHOWN]]
     advice.append("save the model itself as well (`model.save_pretrained`) and compile on that")
@@ -116,11 +118,10 @@ def warn_of_lost(model: Any, plan: Plan, anatomy: Anatomy | None, level: int) ->
 
 def _mend(site: Site | None) -> str:
     """The attachment that trains a site's own parameters."""
-    method = {"linear": "replace", "norm": "norm_tuning"}.get(site.kind, "") if site is not None else ""
-    if site is None or not method:
+    if site is None:
         return ""
     where = f"at: {site.path}" if site.path else f"parameter: {site.parameters['weight']}"
-    return f"`method: {method}, {where}` before training"
+    return f"`method: {TRAINS[site.kind]}, {where}` before training"
 
 
 def labels_of(model: Any, plan: Plan) -> tuple[str, ...]:
