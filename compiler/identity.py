@@ -14,6 +14,7 @@ import numpy as np
 from peltc.compiler.base import Base
 from peltc.compiler.checkpoint import DTYPES, is_float
 from peltc.compiler.mathematics import spread
+from peltc.spec.formula import shown
 
 PARAMETERS, ELEMENTS = 64, 4
 MAX_NAME = 200
@@ -70,8 +71,8 @@ class Sample:
 
 
 def _spacing(values: Array) -> Array:
-    """How far apart the numbers of a type lie there; its rounding is at most half of that."""
-    return np.abs(np.spacing(values).astype(np.float64))
+    """How far the next larger number of the type lies from each; what was rounded to it is at most half of that off."""
+    return np.spacing(np.abs(values)).astype(np.float64)
 
 
 Read = Callable[[str], Sample | None]
@@ -96,7 +97,7 @@ class BaseRecord:
     labels: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.architecture} '{self.name}'" if self.name else self.architecture
+        return shown(f"{self.architecture} '{self.name}'" if self.name else self.architecture)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -135,15 +136,15 @@ class BaseRecord:
         if other := _others(self.samples, read):
             found.append(
                 f"the modules were trained on another base: on {self}, and this is {here}, where {len(other)} of"
-                f" {len(self.samples)} parameters compared, first '{other[0]}', differ"
+                f" {len(self.samples)} parameters compared, first '{shown(other[0])}', differ"
             )
         elif self.architecture.rpartition(".")[2] != here.architecture.rpartition(".")[2]:
             found.append(f"the modules were trained on {self}, and this is {here}")
         if not found and (lost := _others(self.thawed, read)):
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             found.append(
-                f"'{lost[0]}'{more} of the base were trained along with the modules, and this base does not have what"
-                f" came of it: compile on the model that was trained"
+                f"'{shown(lost[0])}'{more} of the base were trained along with the modules, and this base does not have"
+                f" what came of it: compile on the model that was trained"
             )
         return found
 

@@ -93,7 +93,7 @@ def own(**changes: Any) -> dict[str, Any]:
 
 OTHER = {
     "alpha (7 %)": (of(LORA), of({**LORA, "alpha": 64}), "alpha 16 in 'lora'; the spec says alpha 64"),
-    "layer (1.1)": (of({**GENERATED, "layers": [0]}), of({**GENERATED, "layers": [1]}), r"layers\.0\.at.*layers\.1\.at"),
+    "layer (1.1)": (of({**GENERATED, "layers": [0]}), of({**GENERATED, "layers": [1]}), r"layers\.0\.a.*layers\.1\.a"),
     "sites (1.8)": (
         of({**GENERATED, "at": ["attention.query", "attention.value"]}),
         of({**GENERATED, "at": ["attention.key", "attention.output"]}),
