@@ -81,16 +81,19 @@ def attach(
     source = weights
     if source is None and spec.weights:
         source = inside(spec.folder, spec.weights, spec.path)
+    sentences: list[str] = []
     if isinstance(source, Mapping):
         values = check_arrays(plan, source)
+    elif source is None:
+        values = start_tensors(plan, read)
     else:
-        if source is not None:
-            for sentence in check_file(plan, Path(source), describe_base(model), live_samples(model)):
-                warnings.warn(sentence, stacklevel=2)
-        values = start_tensors(plan, read) if source is None else load_tensors(plan, Path(source))
+        sentences = check_file(plan, Path(source), describe_base(model), live_samples(model))
+        values = load_tensors(plan, Path(source))
     named = source if isinstance(source, Mapping) else () if source is None else read_header(Path(source))
     attach_plan(model, plan, values, overridden(plan, named))
     model.pelt.anatomy = anatomy
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=2)
     return model
 
 

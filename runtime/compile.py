@@ -238,9 +238,11 @@ def adapter_tensors(
     weights = weights_file(plan, weights)
     if weights is not None:
         here = BaseRecord(base.architecture, public_name(str(base.folder)))
-        for sentence in check_file(plan, weights, here, stored_samples(base)):
+        sentences = check_file(plan, weights, here, stored_samples(base))
+        tensors = load_tensors(plan, weights)
+        for sentence in sentences:
             talk(f"warning: {sentence}")
-        return load_tensors(plan, weights), weights.name, overridden(plan, read_header(weights))
+        return tensors, weights.name, overridden(plan, read_header(weights))
     inside_model = {n.removeprefix(MODULES): t for n, t in base.checkpoint.tensors.items() if n.startswith(MODULES)}
     if inside_model:  # the model was saved with its modules attached
         talk("the modules' tensors are those in the checkpoint")

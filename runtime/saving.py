@@ -4,7 +4,7 @@ what of it no file holds."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -15,14 +15,14 @@ from peltc.compiler.anatomy import Anatomy, Site
 from peltc.compiler.base import is_known
 from peltc.compiler.identity import ELEMENTS, BaseRecord, Read, Sample, pick, public_name
 from peltc.compiler.mathematics import spread
-from peltc.compiler.plan import Plan
+from peltc.compiler.plan import Plan, walk_resolved
+from peltc.spec.formula import Name
+from peltc.spec.method import shipped
 
 MODULES = "pelt."
 THAWED = 16
 MAX_LABELS = 4096
 SHOWN = 4
-TRAINS = {"linear": "replace", "norm": "norm_tuning"}
-"""The methods that train a site's own parameters, by its kind."""
 
 
 def describe_base(model: Any) -> BaseRecord:
@@ -106,8 +106,9 @@ def warn_of_lost(model: Any, plan: Plan, anatomy: Anatomy | None, level: int) ->
     names = [name for name, _ in lost(model, plan)]
     if not names:
         return
-    sites = {name: site for site in anatomy or () if site.kind in TRAINS for name in site.parameters.values()}
-    mends = dict.fromkeys(filter(None, (_mend(sites.get(name)) for name in names)))
+    methods = whole_methods()
+    sites = {name: site for site in anatomy or () if site.kind in methods for name in site.parameters.values()}
+    mends = dict.fromkeys(_mend(sites[name], methods) for name in names if name in sites)
     advice = [f"attach {mend}" for mend in list(mends)[:SHOWN]]
     advice.append("save the model itself as well (`model.save_pretrained`) and compile on that")
     shown = ", ".join(f"'{name}'" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
@@ -116,12 +117,21 @@ def warn_of_lost(model: Any, plan: Plan, anatomy: Anatomy | None, level: int) ->
                   f" {', or '.join(advice)}", stacklevel=level + 1)  # fmt: skip
 
 
-def _mend(site: Site | None) -> str:
+def whole_methods() -> dict[str, str]:
+    """By kind of site, the shipped method that trains the site's own weight: it starts there and takes its place."""
+    found: dict[str, str] = {}
+    for name, method in shipped().items():
+        own = {p.name for p in method.parameters if p.init == Name("W")}
+        weight = method.effect("weight")
+        if weight is not None and own & {n.id for n in walk_resolved(weight, method.defaults) if isinstance(n, Name)}:
+            found.setdefault(method.site, name)
+    return found
+
+
+def _mend(site: Site, methods: Mapping[str, str]) -> str:
     """The attachment that trains a site's own parameters."""
-    if site is None:
-        return ""
     where = f"at: {site.path}" if site.path else f"parameter: {site.parameters['weight']}"
-    return f"`method: {TRAINS[site.kind]}, {where}` before training"
+    return f"`method: {methods[site.kind]}, {where}` before training"
 
 
 def labels_of(model: Any, plan: Plan) -> tuple[str, ...]:
