@@ -67,7 +67,9 @@ def attach(
         The same model.
 
     Raises:
-        PeltError: whatever keeps the spec from fitting the model, as when compiling.
+        PeltError: whatever keeps the spec from fitting the model, as when compiling; E408 weights that were trained
+            with other mathematics than the spec's. Weights of another base, or that say nothing of how they were
+            trained, are warned of.
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)

@@ -258,6 +258,15 @@ def test_a_base_trained_in_half_precision_is_the_same(dtype: str, saved: Any, co
     assert compiled(of(LORA), file, model_folder("bert", other)) == [], "two roundings of one base"
 
 
+def test_modules_in_half_precision_are_of_the_same_bank(bert: Any, compiled: Any, tmp_path: Path) -> None:
+    """The seed says what a random bank is, not the rounded values of a model that was cast since."""
+    model = shaken(peltc.attach(copy.deepcopy(bert), of(LORA, BANK))).half()
+    model.save_adapter(tmp_path / "adapter.safetensors")
+    assert compiled(of(LORA, BANK), tmp_path / "adapter.safetensors") == []
+    assert compiled(of(LORA, BANK), None, model) == []
+    assert model.pelt.state_dict()[DIGEST].dtype == torch.uint8
+
+
 def test_a_little_more_than_rounding_is_told(saved: Any, compiled: Any) -> None:
     """Witness: one unit in the last place of the coarser type."""
     narrow = models.build("bert").to(torch.bfloat16)
