@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peltc.compiler.base import vocabulary_of
@@ -14,20 +14,29 @@ from peltc.spec.specification import ModelChoice, Spec
 HEAD, TABLE = "head", "embedding.word"
 
 
-def choice_of(spec: Spec, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> ModelChoice:
-    """What a spec says of the model, and what the tensors of its weights file show besides.
+@dataclass(frozen=True)
+class Told:
+    """What an adapter tells of the model: the shapes of its tensors by name, and what its head calls its classes."""
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+
+def choice_of(spec: Spec, known: Told, config: Mapping[str, Any]) -> ModelChoice:
+    """What a spec says of the model, and what an adapter tells besides.
 
     Args:
-        shapes: of the tensors in the weights file, by name.
         config: the config of the model's checkpoint.
     """
     choice = spec.model
-    found = _whole_maps(spec, shapes)
+    found = _whole_maps(spec, known.shapes)
     rows, vocabulary = found.get(HEAD, (None,))[0], found.get(TABLE, (None, None))[1]
     if choice.vocabulary is None and vocabulary is not None:
         choice = replace(choice, vocabulary=vocabulary)
     words = choice.vocabulary or vocabulary_of(config)
-    if choice.labels is None and rows is not None and rows != words and rows != _labels(config):
+    if choice.labels is None and rows is not None and len(known.labels) == rows:
+        choice = replace(choice, labels=known.labels)
+    elif choice.labels is None and rows is not None and rows != words and rows != _labels(config):
         choice = replace(choice, labels=rows)
     return choice
 

@@ -3,7 +3,8 @@
 A profile is a safetensors file. For each attachment that mixes a bank it holds `<attachment>.masks`, bytes
 [sites, masks, ⌈N/8⌉]: bit i of a row, counted from the lowest bit of the first byte, is 1 where module i takes part.
 Rows follow the model's layers, masks the method's order (A, then B). Whatever else is trained (norms, gates, a head)
-follows under its own name. The metadata say N, k, the normaliser, and which bank the masks are over.
+follows under its own name. The metadata say N, k, the normaliser, which bank the masks are over, and in a few digits
+what all of it computes.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.checkpoint import is_float, read_header, read_metadata
+from peltc.compiler.mathematics import whole_digest
 from peltc.compiler.plan import Plan
-from peltc.spec.combinators.bank import BANK_SUFFIX
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.specification import Attachment
 
 Array = np.ndarray[Any, Any]
 KEY, VERSION = "pelt.profile", 1
+DIGITS = 16
+"""Of the digest of the mathematics: a profile is small."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,30 @@ def pack(plan: Plan, tensors: Mapping[str, Array]) -> bytes:
         if name not in taken and not tensor.source:
             content[name] = np.ascontiguousarray(tensors[name], np.float32)
     notes = {name: masks.describe(tensors) for name, masks in found.items()}
-    return bytes(save(content, {KEY: json.dumps({"version": VERSION, "attachments": notes}, separators=(",", ":"))}))
+    said = {"version": VERSION, "mathematics": whole_digest(plan)[:DIGITS], "attachments": notes}
+    return bytes(save(content, {KEY: json.dumps(said, separators=(",", ":"))}))
 
 
 def is_profile(file: Path) -> bool:
     """Whether a safetensors file is a profile."""
     return KEY in read_metadata(file)
+
+
+def read_notes(file: Path) -> tuple[dict[str, Any], Any]:
+    """What a profile says of its attachments, and the digest of its mathematics; None where it has none.
+
+    Raises:
+        PeltError: E407 it says neither, or is of another version.
+    """
+    try:
+        said = json.loads(read_metadata(file)[KEY])
+        notes, version, digest = said["attachments"], said["version"], said.get("mathematics")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        notes, version, digest = None, None, None
+    if not isinstance(notes, dict) or version != VERSION:
+        raise fail("E407", "the profile's metadata are malformed, or of another version", Place(str(file)),
+                   f"what `save_profile` wrote, version {VERSION}")  # fmt: skip
+    return notes, digest
 
 
 def unpack(plan: Plan, file: Path, apart: Mapping[str, Array]) -> dict[str, Array]:
@@ -113,18 +134,11 @@ def unpack(plan: Plan, file: Path, apart: Mapping[str, Array]) -> dict[str, Arra
         apart: the tensors that no weights file holds, banks among them.
 
     Raises:
-        PeltError: E402, E403, E404 missing, left-over or misshapen tensors; E407 masks over another bank, or with
-            another number of ones.
+        PeltError: E402, E403, E404 missing, left-over or misshapen tensors; E407 masks over another bank, with
+            another number of ones, or of a spec that computes something else.
     """
     place, stored = Place(str(file)), read_header(file)
-    try:
-        said = json.loads(read_metadata(file)[KEY])
-        notes, version = said["attachments"], said["version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        notes, version = None, None
-    if not isinstance(notes, dict) or version != VERSION:
-        raise fail("E407", "the profile's metadata are malformed, or of another version", place,
-                   f"what `save_profile` wrote, version {VERSION}")  # fmt: skip
+    notes, digest = read_notes(file)
     found: dict[str, Array] = {}
     findings: list[Diagnostic] = []
     expected = dict(packed(plan))
@@ -150,6 +164,9 @@ def unpack(plan: Plan, file: Path, apart: Mapping[str, Array]) -> dict[str, Arra
             continue
         for row, values in zip(masks.names, ones, strict=True):
             found |= {mask: value.astype(np.float32) for mask, value in zip(row, values, strict=True)}
+    if not findings and digest is not None and digest != whole_digest(plan)[:DIGITS]:
+        message = "the profile was made with other formulas, options or sites than the spec's"
+        findings.append(Diagnostic("E407", message, place, "the spec that it was trained with"))
     known = {f"{name}.masks" for name in expected}
     rest = {name: t for name, t in plan.tensors.items() if not t.source and name not in found}
     for name, wanted_tensor in rest.items() if not findings else ():
@@ -165,25 +182,3 @@ def unpack(plan: Plan, file: Path, apart: Mapping[str, Array]) -> dict[str, Arra
     if findings:
         raise PeltError(findings)
     return found
-
-
-def stack_bank(files: list[Path]) -> dict[str, Array]:
-    """A bank's tensors from adapters of one spec: `<name>_bank` [N, ...] for each tensor.
-
-    Raises:
-        PeltError: E401 no safetensors file, E404 adapters whose tensors differ in name or shape.
-    """
-    headers = [read_header(file) for file in files]
-    for file, header in zip(files, headers, strict=True):
-        if is_profile(file) or not all(is_float(tensor.dtype) for tensor in header.values()):
-            raise fail("E404", "the file holds no adapter", Place(str(file)), "what `save_adapter` wrote")
-    first = {name: tensor.shape for name, tensor in headers[0].items()}
-    for file, header in zip(files, headers, strict=True):
-        if (own := {name: tensor.shape for name, tensor in header.items()}) != first:
-            odd = sorted(set(own.items()) ^ set(first.items()))[0][0]
-            raise fail("E404", f"the tensor '{odd}' differs from that of {files[0].name}", Place(str(file)),
-                       "adapters of one spec on one model")  # fmt: skip
-    return {
-        name + BANK_SUFFIX: np.stack([np.asarray(header[name].array(), np.float32) for header in headers])
-        for name in first
-    }

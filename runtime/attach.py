@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,18 +23,21 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from peltc.compiler.anatomy import Site
+from peltc.compiler.anatomy import Anatomy, Site
 from peltc.compiler.artifact import write_whole
 from peltc.compiler.base import is_known, survey_model
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.choice import check_choice
 from peltc.compiler.export import is_pretrained, replica
+from peltc.compiler.mathematics import Mathematics, mathematics, whole_digest
 from peltc.compiler.numeric import Lookup
 from peltc.compiler.plan import LEVELS, Claim, Plan, make_plan
 from peltc.compiler.profile import pack
+from peltc.compiler.provenance import DIGEST, check_file, provenance
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
+from peltc.runtime.saving import describe_base, digest_tensor, live_samples, record_base, warn_of_lost
 from peltc.runtime.torch_interpreter import TorchInterpreter
-from peltc.spec.diagnostics import fail
+from peltc.spec.diagnostics import Place, fail
 from peltc.spec.dims import Dim
 from peltc.spec.formula import Deferred
 from peltc.spec.specification import Spec, load_spec
@@ -66,7 +70,9 @@ def attach(
         The same model.
 
     Raises:
-        PeltError: whatever keeps the spec from fitting the model, as when compiling.
+        PeltError: whatever keeps the spec from fitting the model, as when compiling; E408 weights that were trained
+            with other mathematics than the spec's. Weights of another base, or that say nothing of how they were
+            trained, are warned of.
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
@@ -82,12 +88,20 @@ def attach(
     source = weights
     if source is None and spec.weights:
         source = inside(spec.folder, spec.weights, spec.path)
+    sentences: list[str] = []
     if isinstance(source, Mapping):
         values = check_arrays(plan, source)
+    elif source is None:
+        values = start_tensors(plan, read)
     else:
-        values = start_tensors(plan, read) if source is None else load_tensors(plan, Path(source))
+        sentences = check_file(plan, Path(source), describe_base(model), live_samples(model))
+        values = load_tensors(plan, Path(source))
     named = source if isinstance(source, Mapping) else () if source is None else read_header(Path(source))
-    return attach_plan(model, plan, values, overridden(plan, named))
+    attach_plan(model, plan, values, overridden(plan, named))
+    model.pelt.anatomy = anatomy
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=2)
+    return model
 
 
 def attach_plan(
@@ -109,7 +123,7 @@ def attach_plan(
     model.pelt = attached.train(model.training)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # code compiled before knows nothing of the modules
-    model.save_adapter, model.save_profile = attached.save, attached.save_profile
+    model.save_adapter, model.save_profile = partial(attached.save, model), partial(attached.save_profile, model)
     model.detach_adapter = lambda: attached.remove(model)
     return model
 
@@ -134,6 +148,10 @@ class Attached(nn.Module):
     ):
         super().__init__()
         self.plan, self.given = plan, given
+        self.anatomy: Anatomy | None = None
+        held = frozenset(name for name, tensor in plan.tensors.items() if not tensor.source or name in given)
+        self.mathematics: Mathematics = mathematics(plan, held, lambda tensor: values[tensor.name])
+        self.register_buffer(DIGEST, digest_tensor(whole_digest(plan)).to(device))
         for name, tensor in plan.tensors.items():
             data = torch.from_numpy(np.array(values[name], np.float32)).to(device)
             self.register_parameter(_key(name), nn.Parameter(data, requires_grad=not tensor.frozen))
@@ -155,18 +173,38 @@ class Attached(nn.Module):
         """A parameter by its name in the weights file."""
         return self.get_parameter(_key(name))
 
-    def save(self, path: str | Path) -> None:
-        """Write the adapter's tensors as safetensors, float32, names as the compiler expects them."""
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        """What the modules compute is known from the plan. A state of other modules is refused; one from before states
+        told of it is taken.
+
+        Raises:
+            PeltError: E415.
+        """
+        own, key = getattr(self, DIGEST), prefix + DIGEST
+        given = state_dict.get(key)
+        if given is not None and not torch.equal(given.to(own.device), own):
+            raise fail("E415", "the state is of modules with other formulas, options or sites than the attached ones",
+                       Place(self.plan.spec.path), "the spec that it was trained with")  # fmt: skip
+        state_dict[key] = own
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def save(self, model: Any, path: str | Path) -> None:
+        """Write the adapter's tensors as safetensors, float32, names as the compiler expects them, with what they were
+        trained as and on in the metadata. Parameters of the model that are trained and not in the file are told."""
         from safetensors.numpy import save
 
-        write_whole(Path(path), save(self.tensors()))
+        warn_of_lost(model, self.plan, self.anatomy, 2)
+        said = provenance(self.mathematics, record_base(model, self.plan))
+        write_whole(Path(path), save(self.tensors(), said.metadata()))
 
-    def save_profile(self, path: str | Path) -> None:
-        """Write what is this profile's own: hard masks over a bank as bits, and whatever else is trained.
+    def save_profile(self, model: Any, path: str | Path) -> None:
+        """Write what is this profile's own: hard masks over a bank as bits, and whatever else is trained. Parameters of
+        the model that are trained and not in the file are told.
 
         Raises:
             PeltError: E211 the spec has no hard mask over a bank.
         """
+        warn_of_lost(model, self.plan, self.anatomy, 2)
         every = {name: self.parameter(name).detach().float().cpu().numpy() for name in self.plan.tensors}
         write_whole(Path(path), pack(self.plan, every))
 

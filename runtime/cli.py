@@ -417,9 +417,12 @@ def bank(adapters: tuple[Path, ...], out: Path) -> None:
     from safetensors.numpy import save
 
     from peltc.compiler.artifact import write_whole
-    from peltc.compiler.profile import stack_bank
+    from peltc.compiler.bank import silent_files, stack_bank
 
     stacked = stack_bank(list(adapters))
+    if silent := silent_files(list(adapters)):
+        click.echo(f"warning: {len(silent)} of the adapters say nothing of how they were trained, first"
+                   f" '{silent[0].name}': that all are of one spec is taken on trust", err=True)  # fmt: skip
     write_whole(out, save(stacked))
     click.echo(f"{out}: {len(adapters)} adapters of {len(stacked)} tensors, {out.stat().st_size:,} bytes")
 

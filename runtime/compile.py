@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,24 @@ import numpy as np
 from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
 from peltc.compiler.base import Base, find_model, is_known, module_base, open_base, read_config
 from peltc.compiler.checkpoint import read_header
-from peltc.compiler.choice import check_choice, choice_of
+from peltc.compiler.choice import Told, check_choice, choice_of
 from peltc.compiler.export import GRAPHS, stages
+from peltc.compiler.identity import BaseRecord, public_name, stored_record, stored_samples
+from peltc.compiler.mathematics import Mathematics, mathematics, whole_digest
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan
+from peltc.compiler.provenance import (
+    DIGEST,
+    check_file,
+    from_files,
+    other_mathematics,
+    provenance,
+    read_provenance,
+    silent_about,
+)
 from peltc.compiler.provided import plan_on
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
-from peltc.spec.diagnostics import Place, fail
+from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.document import parse
 from peltc.spec.method import START
 from peltc.spec.specification import Spec, build_spec, load_spec
@@ -45,7 +56,7 @@ def plan_for(
         PeltError: what is wrong with the model or keeps the spec from fitting it.
     """
     folder = find_model(model)
-    choice = choice_of(spec, shapes_of(spec, None), read_config(folder))
+    choice = choice_of(spec, told(spec, None), read_config(folder))
     base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision, talk=talk)
     return plan_on(spec, base, mode), base
 
@@ -94,8 +105,8 @@ def compile(
     if generation is not None:
         spec = replace(spec, generation=generation)
     free(Path(out))  # before anything takes time
-    shapes = shapes_of(spec, weights)
-    with opened(model, Path(out), spec, shapes, inputs, architecture, talk) as (base_of, attached):
+    known = told(spec, weights)
+    with opened(model, Path(out), spec, known, inputs, architecture, talk) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
                         self_contained, talk)  # fmt: skip
 
@@ -104,7 +115,7 @@ def _compile(
     spec: Spec,
     base_of: Callable[[str], Base],
     out: Path,
-    weights: str | Path | Mapping[str, Array] | None,
+    weights: Weights,
     mode: str | None,
     verify: bool,
     self_contained: bool,
@@ -135,7 +146,7 @@ def _compile(
                          self_contained=self_contained)  # fmt: skip
         manifest["frozen_gates"] = gates
         write_manifest(folder, manifest)
-        save_adapter(folder, plan, tensors, own, self_contained)
+        save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))
         for entry in manifest["folded"]:
             if entry["warning"]:
                 talk(
@@ -151,21 +162,32 @@ def _compile(
     return manifest
 
 
+@dataclass(frozen=True)
+class Live:
+    """What a live model's attached modules hold and compute."""
+
+    tensors: Mapping[str, Array]
+    mathematics: Mathematics
+
+
+Weights = str | Path | Mapping[str, Array] | Live | None
+
+
 @contextmanager
 def opened(
     model: str | Path | Any,
     out: Path,
     spec: Spec,
-    shapes: Mapping[str, tuple[int, ...]],
+    known: Told,
     inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     talk: Talk = silent,
-) -> Iterator[tuple[Callable[[str], Base], dict[str, Array] | None]]:
-    """How to get a model's base by variant, and its attached modules' tensors. A torch model becomes a folder beside
-    the artifact for as long as it takes, whose files the artifact can link.
+) -> Iterator[tuple[Callable[[str], Base], Live | None]]:
+    """How to get a model's base by variant, and the modules that are attached to it. A torch model becomes a folder
+    beside the artifact for as long as it takes, whose files the artifact can link.
 
     Args:
-        shapes: of the tensors that modules bring, by name.
+        known: what the modules' tensors tell of the model.
 
     Raises:
         PeltError: E506 example inputs for a model that has a folder.
@@ -175,12 +197,12 @@ def opened(
             raise fail("E506", "example inputs are given for a model folder", expected="a torch module with them",
                        hint="the class of transformers says what it reads")  # fmt: skip
         found = find_model(model)
-        choice = choice_of(spec, shapes, read_config(found))
+        choice = choice_of(spec, known, read_config(found))
         yield lambda variant: open_base(found, architecture=architecture, choice=choice, precision=spec.precision,
                                         variant=variant, talk=talk), None  # fmt: skip
         return
     attached = getattr(model, "pelt", None)
-    tensors = attached.tensors() if attached is not None else None
+    tensors = Live(attached.tensors(), attached.mathematics) if attached is not None else None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(None, ".model-", out.absolute().parent) as name:
         folder = Path(name)
@@ -198,35 +220,82 @@ def opened(
                                           talk=talk), tensors  # fmt: skip
 
 
-def shapes_of(spec: Spec, weights: str | Path | Mapping[str, Array] | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that modules get, by name, as far as a file or arrays tell."""
+def told(spec: Spec, weights: str | Path | Mapping[str, Array] | None) -> Told:
+    """What the modules' tensors tell of the model, as far as a file or arrays are given."""
     if isinstance(weights, Mapping):
-        return {name: np.shape(array) for name, array in weights.items()}
+        return Told({name: np.shape(array) for name, array in weights.items()})
+    file = weights_file(spec, weights)
+    return Told() if file is None else told_by(file)
+
+
+def told_by(file: Path) -> Told:
+    """What an adapter's file tells of the model."""
+    said = read_provenance(file)
+    labels = said.base.labels if said is not None and said.base is not None else ()
+    return Told({name: tensor.shape for name, tensor in read_header(file).items()}, labels)
+
+
+def weights_file(spec: Spec, weights: str | Path | None) -> Path | None:
+    """The file with the weights: the one given, or the spec's own.
+
+    Raises:
+        PeltError: E406 the spec's leads out of its folder.
+    """
     if weights is None and spec.weights:
-        weights = inside(spec.folder, spec.weights, spec.path)
-    return {} if weights is None else {name: tensor.shape for name, tensor in read_header(Path(weights)).items()}
+        return inside(spec.folder, spec.weights, spec.path)
+    return None if weights is None else Path(weights)
 
 
 def adapter_tensors(
-    plan: Plan, base: Base, weights: str | Path | Mapping[str, Array] | None, talk: Talk
+    plan: Plan, base: Base, weights: Weights, talk: Talk
 ) -> tuple[dict[str, Array], str, frozenset[str]]:
-    """The adapter's tensors, where they come from, and which stand in place of the spec's own sources."""
+    """The adapter's tensors, where they come from, and which stand in place of the spec's own sources.
+
+    Raises:
+        PeltError: what is wrong with the tensors; E408 they were trained with other mathematics than the plan's.
+    """
+    if isinstance(weights, Live):
+        own = mathematics(plan, frozenset(weights.tensors), from_files(plan))
+        if own.digest != weights.mathematics.digest:
+            raise PeltError(other_mathematics(plan, "the model with modules attached", weights.mathematics, own))
+        weights = weights.tensors
     if isinstance(weights, Mapping):
         return check_arrays(plan, weights), "arrays", overridden(plan, weights)
-    spec = plan.spec
-    if weights is None and spec.weights:
-        weights = inside(spec.folder, spec.weights, spec.path)
+    weights = weights_file(plan.spec, weights)
     if weights is not None:
-        tensors = load_tensors(plan, Path(weights))
-        return tensors, str(Path(weights).name), overridden(plan, read_header(Path(weights)))
+        here = BaseRecord(base.architecture, public_name(str(base.folder)))
+        sentences = check_file(plan, weights, here, stored_samples(base))
+        tensors = load_tensors(plan, weights)
+        for sentence in sentences:
+            talk(f"warning: {sentence}")
+        return tensors, weights.name, overridden(plan, read_header(weights))
     inside_model = {n.removeprefix(MODULES): t for n, t in base.checkpoint.tensors.items() if n.startswith(MODULES)}
     if inside_model:  # the model was saved with its modules attached
         talk("the modules' tensors are those in the checkpoint")
+        digest = inside_model.pop(DIGEST, None)
+        if digest is None:
+            talk(f"warning: {silent_about(base.folder)}")
+        elif np.asarray(digest.array()).tobytes().hex() != whole_digest(plan):
+            raise PeltError(other_mathematics(plan, f"what '{base.folder.name}' holds", None, None))
         arrays = {n.replace("/", "."): t.array() for n, t in inside_model.items()}
         return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
     if plan.tensors:
         talk("warning: no weights given; the modules have their start values")
     return start_tensors(plan, base.whole), "start values", frozenset()
+
+
+def kept_provenance(plan: Plan, base: Base, weights: Weights, own: frozenset[str]) -> dict[str, str]:
+    """What the adapter's file in the artifact says of how it was trained: nothing where nobody knows."""
+    held = frozenset(name for name, tensor in plan.tensors.items() if not tensor.source or name in own)
+    trained_on = None
+    if isinstance(weights, Live):
+        trained_on = stored_record(base)
+    elif not isinstance(weights, Mapping) and (file := weights_file(plan.spec, weights)) is not None:
+        said = read_provenance(file)
+        trained_on = said.base if said is not None else None
+    if trained_on is None:
+        return {}
+    return provenance(mathematics(plan, held, from_files(plan)), trained_on).metadata()
 
 
 def sources(plan: Plan, own: frozenset[str]) -> list[str]:
@@ -250,13 +319,19 @@ def check_sources(plan: Plan, base: Base, own: frozenset[str]) -> None:
 
 
 def save_adapter(
-    folder: Path, plan: Plan, tensors: Mapping[str, Array], own: frozenset[str] = frozenset(), copy: bool = False
+    folder: Path,
+    plan: Plan,
+    tensors: Mapping[str, Array],
+    own: frozenset[str] = frozenset(),
+    copy: bool = False,
+    said: dict[str, str] | None = None,
 ) -> None:
-    """Keep the adapter's tensors in the artifact, and the files that the spec names: it can be verified again."""
+    """Keep the adapter's tensors in the artifact, with what is `said` of how they were trained, and the files that the
+    spec names: it can be verified again."""
     from safetensors.numpy import save
 
     kept = [name for name, t in plan.tensors.items() if not t.source or name in own]
-    (folder / ADAPTER).write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in kept}))
+    (folder / ADAPTER).write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in kept}, said or None))
     for name in sources(plan, own):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -286,8 +361,8 @@ def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = sile
         raise fail("E610", f"the artifact was compiled from a live torch module, {architecture}", Place(str(folder)),
                    "the module itself, which no folder holds", "in Python: peltc.verify(out, module)")  # fmt: skip
     inputs = examples(like) if like else None
-    shapes = {name: tensor.shape for name, tensor in read_header(folder / ADAPTER).items()}
-    with opened(folder if model is None else model, folder, spec, shapes, inputs, architecture, talk) as (base_of, _):
+    adapter = told_by(folder / ADAPTER)
+    with opened(folder if model is None else model, folder, spec, adapter, inputs, architecture, talk) as (base_of, _):
         base = base_of("ids")
         plan = plan_on(spec, base)
         if base.fingerprint != known["fingerprint"]:

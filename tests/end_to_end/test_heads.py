@@ -92,14 +92,17 @@ def test_a_head_comes_from_the_adapter(
     assert peltc.verify(tmp_path / "out", folder)["verification"]["worst"] <= TOLERANCE["float32"]
 
 
-def test_the_adapter_tells_how_many_labels_there_are(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_adapter_tells_its_labels(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = headless(model_folder("bert"), tmp_path / "base", "BertModel", "classifier")
     said = {"pelt": 1, "attach": [LORA, HEAD]}
-    model = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=5)
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        folder, num_labels=4, id2label=dict(enumerate(NAMES))
+    )
     peltc.attach(model, said)
     randomise(model).save_adapter(tmp_path / "adapter.safetensors")
     compile(said, folder, tmp_path / "out", tmp_path / "adapter.safetensors",
             architecture="BertForSequenceClassification")  # fmt: skip
+    assert list(json.loads((tmp_path / "out/config.json").read_text())["id2label"].values()) == NAMES
     same(Session(tmp_path / "out")(**inputs())["logits"], in_torch(model, inputs()))
 
 
