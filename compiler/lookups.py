@@ -38,7 +38,7 @@ def find_lookups(flow: Flow, behind: Iterable[ir.Value]) -> Iterator[Lookup]:
     """
     wanted = set(behind)
     for node in flow.nodes:
-        if node.op_type != "Gather" or node.outputs[0] not in wanted or node.attributes.get_int("axis", 0):
+        if node.op_type != "Gather" or node.outputs[0] not in wanted or node.attributes.get_int("axis", 0) != 0:
             continue
         name = flow.parameter(node.inputs[0])
         if name is None or len(flow.parameters[name]) != 2:

@@ -552,14 +552,14 @@ class _Planner:
         entries = {entry.name: entry for entry in self.spec.attach}
         for (site, _), group in at.items():
             if {c.mirrors is None for c in group} == {True, False}:
-                first, other = (next(c for c in group if (c.mirrors is None) is own) for own in (False, True))
+                follower, other = (next(c for c in group if (c.mirrors is None) is own) for own in (False, True))
                 self.find(
                     "E208",
-                    f"{site} follows its table, which '{first.attachment}' changes, and '{other.attachment}' changes it"
-                    " besides",
+                    f"{site} follows its table, which '{follower.attachment}' changes, and '{other.attachment}' changes"
+                    " it besides",
                     _at(entries[other.attachment]),
                     "one of them",
-                    f"leave out `tied: together` in '{first.attachment}'",
+                    f"leave out `tied: together` in '{follower.attachment}'",
                 )
                 continue
             for earlier, later in pairwise(group):

@@ -6,6 +6,7 @@ ones are no numbers, and whatever is made of them is none either.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,17 @@ def _ranges(rows: list[int]) -> str:
 
 def _left(plan: Plan, base: Base, name: str) -> list[int]:
     """The rows of a parameter that neither the checkpoint nor a module brings."""
-    state = base.array(name, np.nan).astype(np.float32)
+    state = _all(base, name)
     for claim in plan.claims:
         for role, short in (("weight", "W"), ("bias", "b")):
             if claim.site.parameters.get(role) == name and role in claim.effects:
                 state = _changed(claim, role, short, state, base)
     return np.flatnonzero(~np.isfinite(state.reshape(len(state), -1)).all(1)).tolist()
+
+
+def _all(base: Base, name: str) -> Array:
+    """A parameter's values; none where the checkpoint lacks them."""
+    return base.array(name, np.nan).astype(np.float32)
 
 
 def _changed(claim: Claim, role: str, short: str, state: Array, base: Base) -> Array:
@@ -86,8 +92,8 @@ def _changed(claim: Claim, role: str, short: str, state: Array, base: Base) -> A
     full = state.T if turn else state
     index = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])
     values: dict[str, Any] = {n: np.broadcast_to(SOME, t.shape) for n, t in claim.tensors.items()}
-    values |= {s: Deferred(lambda r=r: base.array(site.parameters[r], np.nan).astype(np.float32))
-               for r, s in (("weight", "W"), ("bias", "b")) if s != short and r in site.parameters}  # fmt: skip
+    values |= {s: Deferred(partial(_all, base, site.parameters[r])) for r, s in (("weight", "W"), ("bias", "b"))
+               if s != short and r in site.parameters}  # fmt: skip
     try:
         found = numeric.evaluate(claim.effects[role], claim.scope({**values, short: full[index]}, numeric))
     except EvaluationError:  # it reads what only runs

@@ -69,7 +69,9 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
             value.type = ir.TensorType(tensor.dtype)
             graph.register_initializer(value)
             continue
-        held = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        held = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         graph.register_initializer(held)
         whole = held
         if cast:
