@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from peltc.compiler.export import Exported
 
-FORMAT = 9
+FORMAT = 10
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
@@ -72,6 +72,7 @@ class Base:
         checkpoint: where the weights lie.
         anatomy: the sites.
         export: what `transformers` recorded about the export.
+        limits: what the graph can be given: see `limits.graph_limits`.
         graph_file: the graph; its parameters are inputs.
         converted: whether the weights had to be written out, and why.
         module: the live torch module, where the base is of one that `transformers` does not have.
@@ -88,6 +89,7 @@ class Base:
     checkpoint: Checkpoint
     anatomy: Anatomy
     export: Mapping[str, Any]
+    limits: Mapping[str, Any]
     graph_file: Path
     converted: str = ""
     module: Any = None
@@ -216,6 +218,7 @@ def _read(home: Path, **known: Any) -> Base:
         parameters={n: ParameterInfo(tuple(p["shape"]), p["stored"]) for n, p in record["parameters"].items()},
         anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
         export=record["export"],
+        limits=record["limits"],
         graph_file=home / "graph.onnx",
         **known,
     )
@@ -403,6 +406,7 @@ def _write(
     """Survey an exported graph, and write it, its anatomy and the record into a folder."""
     import onnx_ir as ir
 
+    from peltc.compiler.limits import graph_limits
     from peltc.compiler.survey import survey_graph
 
     anatomy = survey_graph(exported.model, exported.parameters)
@@ -413,6 +417,7 @@ def _write(
         "parameters": {name: asdict(info) for name, info in parameters.items()},
         "materialise": reason,
         "export": exported.metadata,
+        "limits": graph_limits(home / "graph.onnx", exported.parameters),
         "repeats": exported.repeats,
     }
     (home / "base.json").write_text(json.dumps(record), encoding="utf-8")
