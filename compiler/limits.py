@@ -146,7 +146,7 @@ class _Trial:
         if index.ndim == 0 or index.shape[-1] != length:
             return []
         inside = (index >= -self.rows) & (index < self.rows)
-        return [bool(row) for row in inside.reshape(-1, length).all(-1)]
+        return [bool(np.all(row)) for row in inside.reshape(-1, length)]
 
     def feed(self, value: ir.Value, length: int, masked: bool) -> Array:
         """One text per token [F, S], or zeros of what is no token [F, S, ...]."""
@@ -172,6 +172,6 @@ def artifact_limits(model: ir.Model, base: Base, plan: Plan, embeds: Base | None
     lengths: Mapping[str, Any] = copy.deepcopy(dict(base.limits["lengths"]))
     claims = [claim for claim in plan.claims if "prepend" in claim.effects]
     if embeds is not None and claims and claims[0].site.role != "embedding":
-        tokens = sum(int(claim.shape("prepend").dims[0]) for claim in claims)
+        tokens = sum(int(str(claim.shape("prepend").dims[0])) for claim in claims)
         lengths = {axis: {**limit, "most": limit["most"] - tokens} for axis, limit in embeds.limits["lengths"].items()}
     return {"values": values_below(model.graph), "lengths": lengths}

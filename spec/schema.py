@@ -57,7 +57,11 @@ _COMMON: dict[str, Any] = {
     },
     "expect": {"type": "integer", "minimum": 1, "description": "how many sites the selector must match"},
     "mode": {"enum": list(MODES), "description": "as deploy.mode, for this attachment"},
-    "after": {"type": "string", "description": "the attachment that takes effect before this one at shared sites"},
+    "after": {
+        **_SELECTOR,
+        "description": "the attachments that take effect before this one at shared sites: a name or a"
+        " list of names; those that these follow themselves need not be named",
+    },
 }
 RESERVED = ("method", *_COMMON, *COMBINATORS)
 """Keys of an attachment that are not options of its method."""

@@ -28,7 +28,7 @@ class Attachment:
         options: every option of the method, defaults filled in; a list gives one value per selected layer.
         expect: how many sites must match, or None.
         mode: emission mode, or None for the spec's.
-        after: the attachment that takes effect before this one, or "".
+        after: the attachments that take effect before this one at sites that they share.
         combined: the combinators that wrap the method, with their options; `method` is what came of it.
         recipe: the recipe that it is from, or "".
         place: where it stands; `places` where the value of each of its keys does.
@@ -42,7 +42,7 @@ class Attachment:
     options: Mapping[str, Any] = field(default_factory=dict)
     expect: int | None = None
     mode: str | None = None
-    after: str = ""
+    after: tuple[str, ...] = ()
     combined: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: str = ""
     place: Place = NOWHERE
@@ -51,7 +51,8 @@ class Attachment:
     def entry(self) -> dict[str, Any]:
         """What a spec would say about it, recipes expanded."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
-        said = {"expect": self.expect, "mode": self.mode, "after": self.after or None}
+        after = self.after[0] if len(self.after) == 1 else list(self.after)
+        said = {"expect": self.expect, "mode": self.mode, "after": after or None}
         defaults, mentioned = self.method.defaults, self.method.mentions()
         options = {key: v for key, v in self.options.items() if v != defaults[key] and key in mentioned}
         return {
@@ -193,18 +194,23 @@ def _attachment(
     return Attachment(
         name=entry.get("name", method.name),
         method=method,
-        at=(selector,) if isinstance(selector, str) else tuple(selector or ()),
+        at=_listed(selector),
         by_parameter="parameter" in entry and "at" not in entry,
         layers=tuple(layers) if isinstance(layers, list) else layers,
         options=options,
         expect=entry.get("expect"),
         mode=entry.get("mode"),
-        after=entry.get("after", ""),
+        after=_listed(entry.get("after")),
         combined=combined,
         recipe=recipe,
         place=place,
         places=places,
     )
+
+
+def _listed(said: Any) -> tuple[str, ...]:
+    """A name, a list of names, or nothing, as names."""
+    return (said,) if isinstance(said, str) else tuple(said or ())
 
 
 def combine(
@@ -252,11 +258,12 @@ def check_options(name: str, before: Method, after: Method, entry: Mapping[str, 
 def _check_names(document: Document, attach: tuple[Attachment, ...]) -> None:
     findings, seen = [], dict[str, int]()
     for i, entry in enumerate(attach):
-        if entry.after and entry.after not in seen:
-            place = entry.at_key("after")
-            message = f"no attachment '{entry.after}' stands before this one"
-            expected = one_of(list(seen)) if seen else "the name of an earlier attachment; this is the first"
-            findings.append(Diagnostic("E202", message, place, expected, nearest(entry.after, seen)))
+        for name in entry.after:
+            if name not in seen:
+                place = entry.at_key("after")
+                message = f"no attachment '{name}' stands before this one"
+                expected = one_of(list(seen)) if seen else "the name of an earlier attachment; this is the first"
+                findings.append(Diagnostic("E202", message, place, expected, nearest(name, seen)))
         if entry.name in seen:
             first = attach[seen[entry.name]].place.line
             findings.append(
