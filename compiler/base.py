@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from peltc.compiler.anatomy import Anatomy
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
 from peltc.spec.diagnostics import Place, fail, nearest
+from peltc.spec.foreign import refuse
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -110,8 +111,9 @@ def find_model(model: str | Path) -> Path:
     """The folder of a model: a local one, or a snapshot of a hub repository.
 
     Raises:
-        PeltError: E501 neither a folder nor to be had from the hub.
+        PeltError: E501 neither a folder nor to be had from the hub; E410 another library's adapter.
     """
+    refuse(model, "the model")
     folder = Path(model)
     if folder.is_dir():
         return folder.resolve()
@@ -121,7 +123,7 @@ def find_model(model: str | Path) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        folder = Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:
         detail = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise fail(
@@ -129,6 +131,8 @@ def find_model(model: str | Path) -> Path:
             f"'{model}' is neither a folder nor to be had from the hub: {detail}",
             expected="a model folder, or a hub id such as 'organisation/model'",
         ) from None
+    refuse(folder, "the model", Place(str(model)))
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -337,8 +341,10 @@ def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[A
         inputs: example inputs by name, for a module that `transformers` does not have.
 
     Raises:
-        PeltError: E505 the model cannot be exported; E506 what is wrong with the example inputs.
+        PeltError: E505 the model cannot be exported; E506 what is wrong with the example inputs; E410 a model with
+            another library's modules in it.
     """
+    refuse(model, "the model")
     if inputs or not is_known(model):
         from peltc.compiler.export import replica
 

@@ -21,6 +21,7 @@ from peltc.compiler.checkpoint import is_float, read_header, read_metadata
 from peltc.compiler.plan import Plan
 from peltc.spec.combinators.bank import BANK_SUFFIX
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.foreign import refuse
 from peltc.spec.specification import Attachment
 
 Array = np.ndarray[Any, Any]
@@ -171,8 +172,11 @@ def stack_bank(files: list[Path]) -> dict[str, Array]:
     """A bank's tensors from adapters of one spec: `<name>_bank` [N, ...] for each tensor.
 
     Raises:
-        PeltError: E401 no safetensors file, E404 adapters whose tensors differ in name or shape.
+        PeltError: E401 no safetensors file, E404 adapters whose tensors differ in name or shape, E410 another
+            library's adapter.
     """
+    for file in files:
+        refuse(file, "weights")
     headers = [read_header(file) for file in files]
     for file, header in zip(files, headers, strict=True):
         if is_profile(file) or not all(is_float(tensor.dtype) for tensor in header.values()):

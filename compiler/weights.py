@@ -15,6 +15,7 @@ from peltc.compiler.profile import is_profile, unpack
 from peltc.spec.check import site_shapes
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, nearest
 from peltc.spec.dims import shape_text
+from peltc.spec.foreign import refuse
 from peltc.spec.formula import Deferred, EvaluationError
 from peltc.spec.method import START, initialiser
 from peltc.spec.shapes import ShapeInterpreter
@@ -28,8 +29,9 @@ def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
 
     Raises:
         PeltError: E401 no safetensors file; E402 missing, E403 left-over, E404 misshapen tensors, all of them; E407
-            a profile of another bank.
+            a profile of another bank; E410 another library's adapter.
     """
+    refuse(file, "weights")
     place = Place(str(file))
     stored = read_header(file)
     if is_profile(file):
@@ -62,6 +64,7 @@ def sourced(plan: Plan, given: Container[str] = ()) -> dict[str, Array]:
             files.setdefault(tensor.source, []).append(tensor)
     for name, wanted in files.items():
         file = inside(plan.spec.folder, name, plan.spec.path, "bank.file")
+        refuse(file, "weights")
         stored = read_header(file)
         given = {t.name: (stored[t.name].shape, stored[t.name].dtype) for t in wanted if t.name in stored}
         check_these(wanted, given, Place(str(file)))
@@ -81,8 +84,9 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Arrays by tensor name, held against a plan; float32.
 
     Raises:
-        PeltError: E402, E403, E404.
+        PeltError: E402, E403, E404; E410 another library's tensors.
     """
+    refuse(arrays, "weights", Place("<arrays>"))
     check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
     apart = sourced(plan, arrays)
     full = {name: arrays[name] if name in arrays else apart[name] for name in plan.tensors}

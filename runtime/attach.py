@@ -32,6 +32,7 @@ from peltc.compiler.weights import check_arrays, inside, load_tensors, overridde
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import fail
 from peltc.spec.dims import Dim
+from peltc.spec.foreign import refuse
 from peltc.spec.formula import Deferred
 from peltc.spec.specification import Spec, load_spec
 
@@ -67,6 +68,10 @@ def attach(
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
+    source = weights
+    if source is None and spec.weights:
+        source = inside(spec.folder, spec.weights, spec.path)
+    refuse(source, "weights")  # before anything takes time
     anatomy, fingerprint = survey_model(model, inputs)
     plan = make_plan(spec, anatomy, fingerprint)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -74,9 +79,6 @@ def attach(
     def read(name: str) -> np.ndarray[Any, Any]:
         return np.asarray(parameters[name].detach().float().cpu().numpy())
 
-    source = weights
-    if source is None and spec.weights:
-        source = inside(spec.folder, spec.weights, spec.path)
     if isinstance(source, Mapping):
         values = check_arrays(plan, source)
     else:

@@ -91,7 +91,7 @@ def talking(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 _model = click.argument("model")
-_spec = click.argument("spec", type=click.Path(dir_okay=False))
+_spec = click.argument("spec", type=click.Path())
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 _quiet = click.option("--quiet", "-q", is_flag=True, help="Say warnings and errors only.")
 _architecture = click.option(

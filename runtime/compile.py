@@ -20,6 +20,7 @@ from peltc.compiler.plan import Plan, make_plan
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
+from peltc.spec.foreign import refuse
 from peltc.spec.method import START
 from peltc.spec.specification import Spec, build_spec, load_spec
 
@@ -90,6 +91,8 @@ def compile(
     if generation is not None:
         spec = replace(spec, generation=generation)
     free(Path(out))  # before anything takes time
+    refuse(weights if weights is not None or not spec.weights else inside(spec.folder, spec.weights, spec.path),
+           "weights")  # fmt: skip
     with opened(model, Path(out), inputs, architecture, spec.precision, talk) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
                         self_contained, talk)  # fmt: skip
@@ -159,7 +162,7 @@ def opened(
     the artifact for as long as it takes, whose files the artifact can link.
 
     Raises:
-        PeltError: E506 example inputs for a model that has a folder.
+        PeltError: E506 example inputs for a model that has a folder; E410 another library's adapter.
     """
     if isinstance(model, (str, Path)):
         if inputs:
@@ -168,6 +171,7 @@ def opened(
         yield lambda variant: open_base(model, architecture=architecture, precision=precision, variant=variant,
                                         talk=talk), None  # fmt: skip
         return
+    refuse(model, "the model")
     attached = getattr(model, "pelt", None)
     tensors = attached.tensors() if attached is not None else None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

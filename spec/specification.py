@@ -11,6 +11,7 @@ from typing import Any
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, nearest, one_of
 from peltc.spec.document import Document, dump, parse, read
+from peltc.spec.foreign import refuse
 from peltc.spec.method import Method, build, shipped
 from peltc.spec.recipe import recipes
 from peltc.spec.schema import RESERVED, check_defaults, spec_schema, validate
@@ -100,8 +101,10 @@ def load_spec(source: str | Path | Mapping[str, Any]) -> Spec:
         source: a YAML file's path, or the spec's content as a mapping.
 
     Raises:
-        PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas.
+        PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas; E410
+            another library's adapter.
     """
+    refuse(source, "a spec")
     return build_spec(parse(dump(dict(source)), "<spec>") if isinstance(source, Mapping) else read(source))
 
 
