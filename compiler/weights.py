@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.checkpoint import is_float, read_header
+from peltc.compiler.checkpoint import read_header
+from peltc.compiler.mismatch import mismatches, names
 from peltc.compiler.numeric import start_value
 from peltc.compiler.plan import Claim, Plan, Tensor
 from peltc.compiler.profile import is_profile, unpack
 from peltc.spec.check import site_shapes
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, nearest
-from peltc.spec.dims import shape_text
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.foreign import refuse
 from peltc.spec.formula import Deferred, EvaluationError
 from peltc.spec.method import START, initialiser
@@ -97,8 +97,9 @@ def finite(tensors: dict[str, Array], place: Place) -> dict[str, Array]:
     """The tensors, all of whose values are numbers."""
     bad = [name for name, array in tensors.items() if not np.isfinite(array).all()]
     if bad:
-        raise PeltError(Diagnostic("E404", f"the tensor '{name}' holds values that are no numbers", place,
-                                   "finite values") for name in bad)  # fmt: skip
+        what = f"the tensor {names(bad)} holds" if len(bad) == 1 else f"{len(bad)} tensors hold"
+        raise fail("E404", f"{what} values that are no numbers{'' if len(bad) == 1 else f': {names(bad)}'}", place,
+                   "finite values")  # fmt: skip
     return tensors
 
 
@@ -118,23 +119,9 @@ def check_these(
     """Hold names, shapes and types against what is wanted.
 
     Raises:
-        PeltError: E402 missing, E403 left over, E404 misshapen.
+        PeltError: E402 missing, E403 left over, E404 misshapen; one finding each.
     """
-    findings, known = [], {tensor.name: tensor for tensor in wanted}
-    for name, tensor in known.items():
-        if name not in given:
-            expected = shape_text(tensor.shape)
-            findings.append(
-                Diagnostic("E402", f"the tensor '{name}' is missing", place, expected, nearest(name, given))
-            )
-        elif given[name][0] != tensor.shape:
-            found = shape_text(given[name][0])
-            findings.append(Diagnostic("E404", f"the tensor '{name}' is {found}", place, shape_text(tensor.shape)))
-        elif not is_float(given[name][1]):
-            findings.append(Diagnostic("E404", f"the tensor '{name}' holds {given[name][1]}", place, "a float type"))
-    for name in left:
-        message, hint = f"no module of the spec takes the tensor '{name}'", nearest(name, known)
-        findings.append(Diagnostic("E403", message, place, hint=hint))
+    findings = mismatches({tensor.name: tensor.shape for tensor in wanted}, given, list(left), place)
     if findings:
         raise PeltError(findings)
 
