@@ -167,7 +167,9 @@ def check(spec: str, as_json: bool) -> None:
 def sites(model: str, svg: str | None, architecture: str | None, as_json: bool, quiet: bool) -> None:
     """Show where modules can attach in MODEL."""
     from peltc.compiler.base import open_base
+    from peltc.compiler.earlier import check_model
 
+    check_model(model)
     with talking(quiet) as talk:
         base = open_base(model, architecture=architecture, talk=talk)
     anatomy = base.anatomy

@@ -14,6 +14,7 @@ import numpy as np
 from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
 from peltc.compiler.base import Base, is_known, module_base, open_base
 from peltc.compiler.checkpoint import read_header
+from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export import GRAPHS, stages
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
@@ -41,8 +42,9 @@ def plan_for(
     """The plan of a spec on a model, and the model's base.
 
     Raises:
-        PeltError: what is wrong with the model or keeps the spec from fitting it.
+        PeltError: what is wrong with the model or keeps the spec from fitting it; E507 the model is an artifact.
     """
+    check_model(model)
     base = open_base(model, architecture=architecture, precision=spec.precision, talk=talk)
     return make_plan(spec, base.anatomy, base.fingerprint, mode), base
 
@@ -91,6 +93,7 @@ def compile(
     if generation is not None:
         spec = replace(spec, generation=generation)
     free(Path(out))  # before anything takes time
+    check_model(model, Path(out))
     refuse(weights if weights is not None or not spec.weights else inside(spec.folder, spec.weights, spec.path),
            "weights")  # fmt: skip
     with opened(model, Path(out), inputs, architecture, spec.precision, talk) as (base_of, attached):
@@ -114,6 +117,8 @@ def _compile(
     if base.converted:
         talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
     for line in plan.notes:
+        talk(line)
+    if line := replacing(out, spec, base):
         talk(line)
     tensors, source, own = adapter_tensors(plan, base, weights, talk)
     check_sources(plan, base, own)

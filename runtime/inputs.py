@@ -208,15 +208,15 @@ def count_tokens(feeds: Mapping[str, Array], shapes: Mapping[str, list[int | str
             if name.endswith("mask") and array.ndim == 2}  # fmt: skip
 
 
-def checked_prompt(options: Mapping[str, Any], kinds: Mapping[str, str], limits: Mapping[str, Any]) -> dict[str, Any]:
-    """What `generate` is given, the prompt held against what the graphs take.
+def checked_options(options: Mapping[str, Any], kinds: Mapping[str, str], limits: Mapping[str, Any]) -> dict[str, Any]:
+    """What `generate` is given, the text to continue held against what the graphs take.
 
     Args:
         options: of `generate`; `inputs` is its other name for the main input.
         kinds: ONNX Runtime's types of the inputs [B, S], by name.
 
     Returns:
-        The options, the prompt's as torch tensors.
+        The options, those inputs as torch tensors.
 
     Raises:
         PeltError: E606, E613 to E617, as for a session's own call.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.artifact import read_manifest
-from peltc.runtime.inputs import NO_LIMITS, check, checked_prompt, converted, shown, translating
+from peltc.runtime.inputs import NO_LIMITS, check, checked_options, converted, shown, translating
 from peltc.spec.diagnostics import Place, fail
 
 Array = np.ndarray[Any, Any]
@@ -132,7 +132,7 @@ class Session:
             PeltError: E611 the artifact was compiled without generation; E606, E612 to E617 as when called, the length
                 at the token that has no position any more.
         """
-        return self.generator.generate(**checked_prompt(options, self.generator.takes, self.limits))
+        return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
 
     def __call__(self, **inputs: Any) -> dict[str, Array]:
         """Run the model.
