@@ -162,12 +162,14 @@ def write_artifact(
     weights_from: str,
     exports: Mapping[str, Mapping[str, Any]],
     copy: bool,
+    limits: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write everything but the verification's figures; returns the manifest.
 
     Args:
         graphs: by name; each becomes `<name>.onnx`, and all of them share their data.
         exports: what `transformers` recorded about the export of each.
+        limits: what the graph without a cache can be given.
     """
     for name, model in graphs.items():
         data.take_from(model)
@@ -187,7 +189,7 @@ def write_artifact(
     }
     (folder / "export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     manifest = manifest_of(base, plan, folded, adapter, weights_from, linked, data.size)
-    manifest["graphs"] = list(graphs)
+    manifest["graphs"], manifest["limits"] = list(graphs), limits
     write_manifest(folder, manifest)
     return manifest
 

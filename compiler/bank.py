@@ -12,6 +12,7 @@ from peltc.compiler.profile import is_profile
 from peltc.compiler.provenance import differences, read_provenance
 from peltc.spec.combinators.bank import BANK_SUFFIX
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.foreign import refuse
 
 Array = np.ndarray[Any, Any]
 
@@ -21,8 +22,11 @@ def stack_bank(files: list[Path]) -> dict[str, Array]:
 
     Raises:
         PeltError: E401 no safetensors file, E404 adapters whose tensors differ in name or shape, E408 adapters that
-            were trained with different mathematics, E409 one whose provenance is malformed.
+            were trained with different mathematics, E409 one whose provenance is malformed, E410 another library's
+            adapter.
     """
+    for file in files:
+        refuse(file, "weights")
     headers = [read_header(file) for file in files]
     for file, header in zip(files, headers, strict=True):
         if is_profile(file) or not all(is_float(tensor.dtype) for tensor in header.values()):

@@ -29,6 +29,7 @@ import numpy as np
 from peltc.compiler.anatomy import Anatomy
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
 from peltc.spec.diagnostics import PeltError, Place, fail, nearest
+from peltc.spec.foreign import refuse
 from peltc.spec.specification import AS_IT_SAYS, ModelChoice
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from peltc.compiler.export import Exported
 
-FORMAT = 10
+FORMAT = 11
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
@@ -78,6 +79,7 @@ class Base:
         checkpoint: where the weights lie.
         anatomy: the sites.
         export: what `transformers` recorded about the export.
+        limits: what the graph can be given: see `limits.graph_limits`.
         graph_file: the graph; its parameters are inputs.
         converted: whether the weights had to be written out, and why.
         module: the live torch module, where the base is of one that `transformers` does not have.
@@ -95,6 +97,7 @@ class Base:
     checkpoint: Checkpoint
     anatomy: Anatomy
     export: Mapping[str, Any]
+    limits: Mapping[str, Any]
     graph_file: Path
     converted: str = ""
     module: Any = None
@@ -150,8 +153,9 @@ def find_model(model: str | Path) -> Path:
     """The folder of a model: a local one, or a snapshot of a hub repository.
 
     Raises:
-        PeltError: E501 neither a folder nor to be had from the hub.
+        PeltError: E501 neither a folder nor to be had from the hub; E410 another library's adapter.
     """
+    refuse(model, "the model")
     folder = Path(model)
     if folder.is_dir():
         return folder.resolve()
@@ -161,7 +165,7 @@ def find_model(model: str | Path) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        folder = Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:
         detail = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise fail(
@@ -169,6 +173,8 @@ def find_model(model: str | Path) -> Path:
             f"'{model}' is neither a folder nor to be had from the hub: {detail}",
             expected="a model folder, or a hub id such as 'organisation/model'",
         ) from None
+    refuse(folder, "the model", Place(str(model)))
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -287,6 +293,7 @@ def _read(home: Path, **known: Any) -> Base:
         parameters={n: ParameterInfo(tuple(p["shape"]), p["stored"]) for n, p in record["parameters"].items()},
         anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
         export=record["export"],
+        limits=record["limits"],
         graph_file=home / "graph.onnx",
         **known,
     )
@@ -405,8 +412,10 @@ def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[A
         inputs: example inputs by name, for a module that `transformers` does not have.
 
     Raises:
-        PeltError: E505 the model cannot be exported; E506 what is wrong with the example inputs.
+        PeltError: E505 the model cannot be exported; E506 what is wrong with the example inputs; E410 a model with
+            another library's modules in it.
     """
+    refuse(model, "the model")
     if inputs or not is_known(model):
         from peltc.compiler.export import replica
 
@@ -478,6 +487,7 @@ def _write(
     """Survey an exported graph, and write it, its anatomy and the record into a folder."""
     import onnx_ir as ir
 
+    from peltc.compiler.limits import graph_limits
     from peltc.compiler.survey import survey_graph
 
     anatomy = survey_graph(exported.model, exported.parameters, exported.ties)
@@ -488,6 +498,7 @@ def _write(
         "parameters": {name: asdict(info) for name, info in parameters.items()},
         "materialise": reason,
         "export": exported.metadata,
+        "limits": graph_limits(home / "graph.onnx", exported.parameters),
         "repeats": exported.repeats,
     }
     (home / "base.json").write_text(json.dumps(record), encoding="utf-8")

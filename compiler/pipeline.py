@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from peltc.compiler.anatomy import Site
 from peltc.compiler.artifact import CACHE, DataFile, digest, write_artifact
 from peltc.compiler.base import Base
+from peltc.compiler.limits import artifact_limits
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, absorb
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.insert import insert
@@ -89,7 +90,9 @@ def build(
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
     records = {"model": base.export} | {name: stage.export for name, stage in stages.items()}
-    return write_artifact(folder, graphs, data, source, plan, folded, adapter, weights_from, records, self_contained)
+    limits = artifact_limits(graphs["model"], base, plan, embeds)
+    return write_artifact(folder, graphs, data, source, plan, folded, adapter, weights_from, records, self_contained,
+                          limits)  # fmt: skip
 
 
 def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -17,6 +17,7 @@ import numpy as np
 
 from peltc.compiler.affine import Affine, AffineInterpreter, NotAffine
 from peltc.compiler.anatomy import Anatomy, Site
+from peltc.compiler.order import order_findings
 from peltc.compiler.tables import depends_on_id_alone, not_of_ids
 from peltc.spec.check import fits, site_shapes
 from peltc.spec.cost import Cost, cost_of
@@ -30,10 +31,6 @@ from peltc.spec.specification import Attachment, Spec
 
 IDENTITY = {"input": "x", "output": "y", "weight": "W", "bias": "b", "keys": "k", "values": "v"}
 """What each definition says when it changes nothing."""
-
-
-STAGE = {"input": 0, "weight": 1, "bias": 1, "delta": 2, "output": 2}
-"""When definitions take effect, whatever their order in the file."""
 
 
 LEVELS = {"table": -1, "linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
@@ -129,9 +126,13 @@ class Claim:
     @cached_property
     def reads(self) -> set[str]:
         """Runtime names that the effects read, `let:` bindings resolved, branches not taken left out."""
+        return self.read_by(self.effects.values())
+
+    def read_by(self, exprs: Iterable[Expr]) -> set[str]:
+        """Runtime names that expressions of the method read, as `reads`."""
         found: set[str] = set()
         bindings = dict(self.method.let)
-        pending, seen = list(self.effects.values()), set[str]()
+        pending, seen = list(exprs), set[str]()
         while pending:
             expr = resolve(pending.pop(), self.constants)
             for node in walk_resolved(expr, self.constants):
@@ -245,7 +246,8 @@ class _Planner:
 
     def plan(self) -> Plan:
         claims = [claim for entry in self.spec.attach for claim in self.claims(entry)]
-        self.check_order(claims)
+        self.findings.extend(order_findings(self.spec.attach, [c for c in claims if c.mirrors is None]))
+        self.check_mirrors(claims)
         self.check_prepends([claim for claim in claims if "prepend" in claim.effects])
         if (total := sum(math.prod(tensor.shape) for tensor in self.shared.values())) > MAX_TOTAL:
             self.find("E205", f"the modules have {total:,} values", self.spec.attach[0].place, f"at most {MAX_TOTAL:,}")
@@ -541,51 +543,22 @@ class _Planner:
             return False
         return True
 
-    # order, and who absorbs what
+    # tables that others follow, and who absorbs what
 
-    def check_order(self, claims: list[Claim]) -> None:
-        """Claims whose result depends on their order must say it, and as it can be kept: what a site reads is defined
-        first, then its parameters, then its output."""
-        at: dict[tuple[str, Any], list[Claim]] = {}
-        for claim in claims:
-            at.setdefault((claim.site.name, claim.site.kind), []).append(claim)
+    def check_mirrors(self, claims: list[Claim]) -> None:
+        """What follows a table has nothing of its own."""
         entries = {entry.name: entry for entry in self.spec.attach}
-        for (site, _), group in at.items():
-            if {c.mirrors is None for c in group} == {True, False}:
-                follower, other = (next(c for c in group if (c.mirrors is None) is own) for own in (False, True))
+        followers = {claim.site.key: claim for claim in claims if claim.mirrors is not None}
+        for claim in claims:
+            if claim.mirrors is None and (follower := followers.get(claim.site.key)):
                 self.find(
                     "E208",
-                    f"{site} follows its table, which '{follower.attachment}' changes, and '{other.attachment}' changes"
-                    " it besides",
-                    _at(entries[other.attachment]),
+                    f"{claim.site.name} follows its table, which '{follower.attachment}' changes, and"
+                    f" '{claim.attachment}' changes it besides",
+                    _at(entries[claim.attachment]),
                     "one of them",
                     f"leave out `tied: together` in '{follower.attachment}'",
                 )
-                continue
-            for earlier, later in pairwise(group):
-                first, second = ({STAGE.get(e, 0) for e in claim.effects} for claim in (earlier, later))
-                entry = entries[later.attachment]
-                if first and second and min(second) < max(first):
-                    self.find(
-                        "E206",
-                        f"'{later.attachment}' stands after '{earlier.attachment}' at {site}, and takes effect before"
-                        f" it",
-                        _at(entry),
-                        "the order of effect: input, weight and bias, then delta and output",
-                        f"put '{later.attachment}' before '{earlier.attachment}'",
-                    )
-                elif (
-                    not all(set(c.effects) <= {"delta"} for c in (earlier, later)) and entry.after != earlier.attachment
-                ):
-                    self.find(
-                        "E206",
-                        f"'{earlier.attachment}' and '{later.attachment}' meet at {site}, and the result depends on"
-                        f" their order",
-                        _at(entry),
-                        "an order",
-                        f"say `after: {earlier.attachment}` in '{later.attachment}' if that is meant"
-                        + (", the recipe's attachments written out" if entry.recipe else ""),
-                    )
 
     def decide(self, claims: list[Claim]) -> list[Claim]:
         """Which claims go into weights. At one weight, claims are absorbed up to the first that cannot be; later

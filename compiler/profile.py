@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.checkpoint import is_float, read_header, read_metadata
+from peltc.compiler.checkpoint import read_header, read_metadata
 from peltc.compiler.mathematics import whole_digest
+from peltc.compiler.mismatch import mismatches
 from peltc.compiler.plan import Plan
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.specification import Attachment
@@ -169,16 +170,9 @@ def unpack(plan: Plan, file: Path, apart: Mapping[str, Array]) -> dict[str, Arra
         findings.append(Diagnostic("E407", message, place, "the spec that it was trained with"))
     known = {f"{name}.masks" for name in expected}
     rest = {name: t for name, t in plan.tensors.items() if not t.source and name not in found}
-    for name, wanted_tensor in rest.items() if not findings else ():
-        entry = stored.get(name)
-        if entry is None or entry.shape != wanted_tensor.shape or not is_float(entry.dtype):
-            message = f"the tensor '{name}' is {'missing' if entry is None else list(entry.shape)}"
-            code = "E402" if entry is None else "E404"
-            findings.append(Diagnostic(code, message, place, str(list(wanted_tensor.shape))))
-        else:
-            found[name] = np.array(entry.array(), np.float32)
-    for name in sorted(set(stored) - known - set(plan.tensors)):
-        findings.append(Diagnostic("E403", f"no module of the spec takes the tensor '{name}'", place))
-    if findings:
-        raise PeltError(findings)
-    return found
+    left = sorted(set(stored) - known - set(plan.tensors))
+    given = {name: (entry.shape, entry.dtype) for name, entry in stored.items() if name not in known}
+    wrong = mismatches({name: t.shape for name, t in rest.items()} if not findings else {}, given, left, place)
+    if findings or wrong:
+        raise PeltError(findings + wrong)
+    return found | {name: np.array(stored[name].array(), np.float32) for name in rest}

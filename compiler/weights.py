@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.checkpoint import is_float, read_header
+from peltc.compiler.checkpoint import read_header
+from peltc.compiler.mismatch import mismatches, names
 from peltc.compiler.numeric import start_value
 from peltc.compiler.plan import Claim, Plan, Tensor
 from peltc.compiler.profile import is_profile, unpack
 from peltc.spec.check import site_shapes
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, nearest
-from peltc.spec.dims import shape_text
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.foreign import refuse
 from peltc.spec.formula import Deferred, EvaluationError
 from peltc.spec.method import START, initialiser
 from peltc.spec.shapes import ShapeInterpreter
@@ -28,8 +29,9 @@ def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
 
     Raises:
         PeltError: E401 no safetensors file; E402 missing, E403 left-over, E404 misshapen tensors, all of them; E407
-            a profile of another bank.
+            a profile of another bank; E410 another library's adapter.
     """
+    refuse(file, "weights")
     place = Place(str(file))
     stored = read_header(file)
     if is_profile(file):
@@ -62,6 +64,7 @@ def sourced(plan: Plan, given: Container[str] = ()) -> dict[str, Array]:
             files.setdefault(tensor.source, []).append(tensor)
     for name, wanted in files.items():
         file = inside(plan.spec.folder, name, plan.spec.path, "bank.file")
+        refuse(file, "weights")
         stored = read_header(file)
         given = {t.name: (stored[t.name].shape, stored[t.name].dtype) for t in wanted if t.name in stored}
         check_these(wanted, given, Place(str(file)))
@@ -81,8 +84,9 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Arrays by tensor name, held against a plan; float32.
 
     Raises:
-        PeltError: E402, E403, E404.
+        PeltError: E402, E403, E404; E410 another library's tensors.
     """
+    refuse(arrays, "weights", Place("<arrays>"))
     check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
     apart = sourced(plan, arrays)
     full = {name: arrays[name] if name in arrays else apart[name] for name in plan.tensors}
@@ -93,8 +97,9 @@ def finite(tensors: dict[str, Array], place: Place) -> dict[str, Array]:
     """The tensors, all of whose values are numbers."""
     bad = [name for name, array in tensors.items() if not np.isfinite(array).all()]
     if bad:
-        raise PeltError(Diagnostic("E404", f"the tensor '{name}' holds values that are no numbers", place,
-                                   "finite values") for name in bad)  # fmt: skip
+        what = f"the tensor {names(bad)} holds" if len(bad) == 1 else f"{len(bad)} tensors hold"
+        raise fail("E404", f"{what} values that are no numbers{'' if len(bad) == 1 else f': {names(bad)}'}", place,
+                   "finite values")  # fmt: skip
     return tensors
 
 
@@ -114,23 +119,9 @@ def check_these(
     """Hold names, shapes and types against what is wanted.
 
     Raises:
-        PeltError: E402 missing, E403 left over, E404 misshapen.
+        PeltError: E402 missing, E403 left over, E404 misshapen; one finding each.
     """
-    findings, known = [], {tensor.name: tensor for tensor in wanted}
-    for name, tensor in known.items():
-        if name not in given:
-            expected = shape_text(tensor.shape)
-            findings.append(
-                Diagnostic("E402", f"the tensor '{name}' is missing", place, expected, nearest(name, given))
-            )
-        elif given[name][0] != tensor.shape:
-            found = shape_text(given[name][0])
-            findings.append(Diagnostic("E404", f"the tensor '{name}' is {found}", place, shape_text(tensor.shape)))
-        elif not is_float(given[name][1]):
-            findings.append(Diagnostic("E404", f"the tensor '{name}' holds {given[name][1]}", place, "a float type"))
-    for name in left:
-        message, hint = f"no module of the spec takes the tensor '{name}'", nearest(name, known)
-        findings.append(Diagnostic("E403", message, place, hint=hint))
+    findings = mismatches({tensor.name: tensor.shape for tensor in wanted}, given, list(left), place)
     if findings:
         raise PeltError(findings)
 

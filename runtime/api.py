@@ -8,6 +8,7 @@ from typing import Any
 
 from peltc.compiler.anatomy import Anatomy
 from peltc.compiler.base import is_known, open_base, survey_model
+from peltc.compiler.earlier import check_model
 from peltc.compiler.plan import Plan, make_plan
 from peltc.spec.specification import Spec, load_spec
 
@@ -25,6 +26,7 @@ def survey(
     Raises:
         PeltError: E5xx what is wrong with the model, or why it cannot be exported.
     """
+    check_model(model)
     if isinstance(model, (str, Path)):
         return open_base(model, architecture=architecture).anatomy
     return _surveyed(model, inputs)[0]
@@ -44,6 +46,7 @@ def plan(
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
+    check_model(model)
     if isinstance(model, (str, Path)):
         from peltc.runtime.compile import plan_for
 

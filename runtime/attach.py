@@ -39,6 +39,7 @@ from peltc.runtime.saving import describe_base, digest_tensor, live_samples, rec
 from peltc.runtime.torch_interpreter import TorchInterpreter
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.dims import Dim
+from peltc.spec.foreign import refuse
 from peltc.spec.formula import Deferred
 from peltc.spec.specification import Spec, load_spec
 
@@ -78,6 +79,10 @@ def attach(
         spec = load_spec(spec)
     if is_known(model):
         check_choice(spec, type(model).__name__, model.config.to_dict())
+    source = weights
+    if source is None and spec.weights:
+        source = inside(spec.folder, spec.weights, spec.path)
+    refuse(source, "weights")  # before anything takes time
     anatomy, fingerprint = survey_model(model, inputs)
     plan = make_plan(spec, anatomy, fingerprint)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -85,9 +90,6 @@ def attach(
     def read(name: str) -> np.ndarray[Any, Any]:
         return np.asarray(parameters[name].detach().float().cpu().numpy())
 
-    source = weights
-    if source is None and spec.weights:
-        source = inside(spec.folder, spec.weights, spec.path)
     sentences: list[str] = []
     if isinstance(source, Mapping):
         values = check_arrays(plan, source)

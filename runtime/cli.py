@@ -91,7 +91,7 @@ def talking(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 _model = click.argument("model")
-_spec = click.argument("spec", type=click.Path(dir_okay=False))
+_spec = click.argument("spec", type=click.Path())
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 _quiet = click.option("--quiet", "-q", is_flag=True, help="Say warnings and errors only.")
 _architecture = click.option(
@@ -167,7 +167,9 @@ def check(spec: str, as_json: bool) -> None:
 def sites(model: str, svg: str | None, architecture: str | None, as_json: bool, quiet: bool) -> None:
     """Show where modules can attach in MODEL."""
     from peltc.compiler.base import open_base
+    from peltc.compiler.earlier import check_model
 
+    check_model(model)
     with talking(quiet) as talk:
         base = open_base(model, architecture=architecture, talk=talk)
     anatomy = base.anatomy

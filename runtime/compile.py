@@ -15,6 +15,7 @@ from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, rea
 from peltc.compiler.base import Base, find_model, is_known, module_base, open_base, read_config
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.choice import Told, check_choice, choice_of
+from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export import GRAPHS, stages
 from peltc.compiler.identity import BaseRecord, public_name, stored_record, stored_samples
 from peltc.compiler.mathematics import Mathematics, mathematics, whole_digest
@@ -33,6 +34,7 @@ from peltc.compiler.provided import plan_on
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.document import parse
+from peltc.spec.foreign import refuse
 from peltc.spec.method import START
 from peltc.spec.specification import Spec, build_spec, load_spec
 
@@ -53,8 +55,9 @@ def plan_for(
     """The plan of a spec on a model, and the model's base.
 
     Raises:
-        PeltError: what is wrong with the model or keeps the spec from fitting it.
+        PeltError: what is wrong with the model or keeps the spec from fitting it; E507 the model is an artifact.
     """
+    check_model(model)
     folder = find_model(model)
     choice = choice_of(spec, told(spec, None), read_config(folder))
     base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision, talk=talk)
@@ -105,6 +108,9 @@ def compile(
     if generation is not None:
         spec = replace(spec, generation=generation)
     free(Path(out))  # before anything takes time
+    check_model(model, Path(out))
+    refuse(weights if weights is not None or not spec.weights else inside(spec.folder, spec.weights, spec.path),
+           "weights")  # fmt: skip
     known = told(spec, weights)
     with opened(model, Path(out), spec, known, inputs, architecture, talk) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
@@ -127,6 +133,8 @@ def _compile(
     if base.converted:
         talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
     for line in plan.notes:
+        talk(line)
+    if line := replacing(out, spec, base):
         talk(line)
     tensors, source, own = adapter_tensors(plan, base, weights, talk)
     check_sources(plan, base, own)
@@ -190,7 +198,7 @@ def opened(
         known: what the modules' tensors tell of the model.
 
     Raises:
-        PeltError: E506 example inputs for a model that has a folder.
+        PeltError: E506 example inputs for a model that has a folder; E410 another library's adapter.
     """
     if isinstance(model, (str, Path)):
         if inputs:
@@ -201,6 +209,7 @@ def opened(
         yield lambda variant: open_base(found, architecture=architecture, choice=choice, precision=spec.precision,
                                         variant=variant, talk=talk), None  # fmt: skip
         return
+    refuse(model, "the model")
     attached = getattr(model, "pelt", None)
     tensors = Live(attached.tensors(), attached.mathematics) if attached is not None else None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

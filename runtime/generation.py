@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peltc.compiler.artifact import CACHE, read_manifest
+from peltc.runtime.inputs import NO_LIMITS, check_lengths, count_tokens, shown, translating
 from peltc.spec.diagnostics import Place, fail
 
 EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_values", "logits_to_keep"})
@@ -23,6 +24,7 @@ def generator(
     records: Mapping[str, Any],
     options: Any = None,
     starts: Mapping[str, Any] = MappingProxyType({}),
+    limits: Mapping[str, Any] = NO_LIMITS,
 ) -> Any:
     """A model of `transformers` that generates with graphs; it has no parameters of its own.
 
@@ -33,6 +35,7 @@ def generator(
         records: `transformers`' record of each graph's export.
         options: the model's generation config; without it that of the config.
         starts: what caches begin with [1, H, P, Dh], by the graph's inputs.
+        limits: what the model's tables allow, as the artifact's manifest records it.
     """
     import torch
     import transformers
@@ -44,7 +47,7 @@ def generator(
         model = made._from_config(config, dtype=torch.float32).eval()
     if options is not None:
         model.generation_config = options
-    model.use(sessions, records, starts)
+    model.use(sessions, records, starts, limits)
     return model
 
 
@@ -78,7 +81,8 @@ def open_generator(folder: Path, open_session: Callable[[str], Any]) -> Any:
         records = {name: ExportMetadata.from_dict(components[name]["metadata"]) for name in names}
         sessions = {name: open_session(f"{name}.onnx") for name in names}
         starts = load_file(folder / CACHE) if (folder / CACHE).is_file() else {}
-        return generator(config, manifest["base"]["architecture"], sessions, records, options, starts)
+        limits = manifest.get("limits") or NO_LIMITS
+        return generator(config, manifest["base"]["architecture"], sessions, records, options, starts, limits)
 
 
 def _as(base: Any) -> Any:
@@ -97,7 +101,13 @@ class _Generator:
     device = property(lambda self: self._place)
     dtype = property(lambda self: self._runners["decode"].dtype)
 
-    def use(self, sessions: Mapping[str, Any], records: Mapping[str, Any], starts: Mapping[str, Any]) -> None:
+    def use(
+        self,
+        sessions: Mapping[str, Any],
+        records: Mapping[str, Any],
+        starts: Mapping[str, Any],
+        limits: Mapping[str, Any],
+    ) -> None:
         """Take up the graphs."""
         from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
@@ -109,6 +119,13 @@ class _Generator:
         self._known = {leaf.partition(".")[0] for leaf in leaves} | EXTRA
         self._starts = {leaf.removeprefix("input."): start for leaf, start in starts.items()}
         self._encoder = Encoder(self._runners["encoder"]) if "encoder" in sessions else None
+        self._limits = limits
+
+    @property
+    def takes(self) -> dict[str, str]:
+        """The graphs' inputs of tokens and masks [B, S], by name: ONNX Runtime's names of their types."""
+        found = {leaf.removeprefix("input."): spec for inputs in self._inputs.values() for leaf, spec in inputs.items()}
+        return {name: spec.type for name, spec in found.items() if len(spec.shape) == 2 and "." not in name}
 
     def get_encoder(self, modality: str | None = None) -> Any:
         return self._encoder if self._encoder is not None else super().get_encoder(modality)  # type: ignore[misc]
@@ -118,6 +135,7 @@ class _Generator:
 
         Raises:
             TypeError: an input that the graph was not exported with.
+            PeltError: E616 the text has grown longer than the model's positions; E612 what ONNX Runtime says.
         """
         import torch
 
@@ -136,14 +154,19 @@ class _Generator:
         if isinstance(kept, int):
             kept = torch.arange(length - kept if kept else 0, length)
         given["logits_to_keep"] = kept
-        if self._encoder is None and "attention_mask" in known and "attention_mask" not in given:
-            given["attention_mask"] = torch.ones((batch, past + length), dtype=torch.long)
+        if "attention_mask" in known and "attention_mask" not in given:
+            seen = (batch, past + length)
+            if self._encoder is not None:
+                seen = given["encoder_outputs"].last_hidden_state.shape[:2]
+            given["attention_mask"] = torch.ones(seen, dtype=torch.long)
         leaves = {k: v for k, v in given.items() if k == "logits_to_keep" or k not in EXTRA}
         if past:
             leaves["past_key_values"] = cache
         else:
             leaves |= self._empty(batch, given.get("encoder_outputs"))
-        result = runner(**leaves)
+        self._check_length(past + length, given)
+        with translating(shown({name: given[name] for name in self.takes if name in given})):
+            result = runner(**leaves)
         _count_text(result["past_key_values"], self._starts)
         if self._encoder is not None:
             result = self._joined(result, leaves, cache if past else None)
@@ -152,6 +175,14 @@ class _Generator:
         if given.get("use_cache") is False:
             return type(result)(logits=result["logits"])
         return result
+
+    def _check_length(self, length: int, given: Mapping[str, Any]) -> None:
+        """Hold the text so far, that in the cache included, against the position table."""
+        name, axis = ("input_ids", "sequence") if self._encoder is None else ("decoder_input_ids", "target")
+        if axis in self._limits["lengths"]:
+            mask = given.get("attention_mask") if self._encoder is None else None
+            counted = {} if mask is None else count_tokens({"mask": mask}, {"mask": ["batch", axis]})
+            check_lengths({axis: (length, name)}, counted, {"lengths": {axis: self._limits["lengths"][axis]}})
 
     def _joined(self, result: Any, leaves: Any, cache: Any) -> Any:
         """The graph's outputs, with the keys and values of the cross-attention that the graph was given."""
@@ -210,7 +241,9 @@ class Encoder:
 
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        found = self.runner(input_ids=input_ids, attention_mask=attention_mask)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with translating(shown(given)):
+            found = self.runner(**given)
         states = BaseModelOutput(last_hidden_state=found.pop("last_hidden_state"))
         for name, value in found.items():
             states[name] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,10 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.artifact import read_manifest
+from peltc.runtime.inputs import NO_LIMITS, check, checked_options, converted, shown, translating
 from peltc.spec.diagnostics import Place, fail
 
 Array = np.ndarray[Any, Any]
-
-TYPES = {
-    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(float)": np.float32,
-    "tensor(float16)": np.float16, "tensor(double)": np.float64,
-}  # fmt: skip
-"""What inputs are given to ONNX Runtime as, which converts none itself."""
 
 
 def providers(wanted: Sequence[str] | None = None) -> list[str]:
@@ -68,7 +63,7 @@ class Session:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.options = ort.SessionOptions()
-        self.options.log_severity_level = 3
+        self.options.log_severity_level = 4  # what goes wrong is raised, and said once
         if threads is not None:
             self.options.intra_op_num_threads = threads
         if not spinning:
@@ -101,6 +96,12 @@ class Session:
         """What the model takes, by name."""
         return {i.name: i for i in self.inference.get_inputs()}
 
+    @property
+    def limits(self) -> Mapping[str, Any]:
+        """What the model's tables allow; nothing is known of it in artifacts of earlier versions."""
+        limits: Mapping[str, Any] = self.manifest.get("limits") or NO_LIMITS
+        return limits
+
     @cached_property
     def outputs(self) -> list[str]:
         """The names of what it gives."""
@@ -122,51 +123,59 @@ class Session:
 
         Args:
             options: `input_ids` [B, S] and `attention_mask` [B, S], padded on the left for a decoder alone, as torch
-                tensors or arrays; and whatever `generate` takes.
+                tensors, arrays or lists; and whatever `generate` takes.
 
         Returns:
             What `generate` returns: token ids [B, S], those of the prompt included for a decoder alone.
 
         Raises:
-            PeltError: E611 the artifact was compiled without generation.
+            PeltError: E611 the artifact was compiled without generation; E606, E612 to E617 as when called, the length
+                at the token that has no position any more.
         """
-        import torch
-
-        given = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-                 for name, value in options.items()}  # fmt: skip
-        return self.generator.generate(**given)
+        return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
 
     def __call__(self, **inputs: Any) -> dict[str, Array]:
         """Run the model.
 
         Args:
-            inputs: arrays [B, S] by input name, or torch tensors. A mask that is left out is all ones, token types
-                that are left out are all zeros.
+            inputs: arrays [B, S] by input name, torch tensors, or nested lists. A mask that is left out is all ones,
+                token types that are left out are all zeros. Whole numbers of any type become the graph's own; floats
+                are none, whatever their values.
 
         Raises:
-            PeltError: E606 an input that the model does not have, one that is missing, or one of the wrong rank.
+            PeltError: E606 an input that the model does not have, one that is missing, or one of the wrong rank; E613
+                inputs that share an axis and differ in it; E614 values that the input's type does not hold; E615 token
+                ids or types that the model's tables do not have; E616 a text that is longer than its positions; E617
+                no text, or an empty one; E612 what ONNX Runtime says besides.
         """
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise fail("E606", f"the model takes no input '{unknown[0]}'", expected=", ".join(self.inputs))
+        feeds = self._filled({name: converted(name, value, self.inputs[name].type)
+                              for name, value in inputs.items() if value is not None})  # fmt: skip
+        check(feeds, {name: self.inputs[name].shape for name in feeds}, self.limits)
+        with translating(shown(feeds), str(self.folder)):
+            results = self.inference.run(None, feeds)
+        return dict(zip(self.outputs, results, strict=True))
+
+    def _filled(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        """Every input in the graph's order, a mask and token types too where they are left out."""
         feeds = {}
         for name, spec in self.inputs.items():
-            value = inputs.get(name)
-            if value is None:
-                if name not in ("attention_mask", "token_type_ids") or inputs.get("input_ids") is None:
-                    raise fail("E606", f"the input '{name}' is missing", expected=", ".join(self.inputs))
-                value = np.full(np.shape(inputs["input_ids"]), int(name == "attention_mask"))
-            array = np.asarray(value, TYPES.get(spec.type))
-            if array.ndim != len(spec.shape):
-                raise fail("E606", f"the input '{name}' has the shape {list(array.shape)}", expected=str(spec.shape))
-            feeds[name] = array
-        return dict(zip(self.outputs, self.inference.run(None, feeds), strict=True))
+            if name in given:
+                feeds[name] = given[name]
+            elif name in ("attention_mask", "token_type_ids") and "input_ids" in given:
+                ones = np.full(given["input_ids"].shape, int(name == "attention_mask"))
+                feeds[name] = converted(name, ones, spec.type)
+            else:
+                raise fail("E606", f"the input '{name}' is missing", expected=", ".join(self.inputs))
+        return feeds
 
     def tokenize(self, text: str | Sequence[str]) -> dict[str, Array]:
         """Inputs from text, by the tokenizer in the artifact.
 
         Raises:
-            PeltError: E607 the artifact has no tokenizer.
+            PeltError: E607 the artifact has no tokenizer; E617 no text, or one without tokens.
         """
         file = self.folder / "tokenizer.json"
         if not file.is_file():
@@ -176,7 +185,12 @@ class Session:
 
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.enable_padding(length=None)
-        encoded = tokenizer.encode_batch([text] if isinstance(text, str) else list(text))
+        texts = [text] if isinstance(text, str) else list(text)
+        encoded = tokenizer.encode_batch(texts)
+        empty = [i for i, found in enumerate(encoded) if not any(found.attention_mask)]
+        if empty or not encoded:
+            which = f"text {empty[0]}, {texts[empty[0]][:60]!r}, has no tokens" if encoded else "there is no text"
+            raise fail("E617", which, expected="texts of at least one token")
         found = {
             "input_ids": np.array([e.ids for e in encoded], np.int64),
             "attention_mask": np.array([e.attention_mask for e in encoded], np.int64),

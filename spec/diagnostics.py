@@ -28,6 +28,11 @@ class Place:
 NOWHERE = Place()
 
 
+def printable(line: str) -> str:
+    """A line from somebody's file without the characters that would move a terminal's cursor or colours."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 @dataclass(frozen=True)
 class Diagnostic:
     """One finding.
@@ -54,8 +59,7 @@ class Diagnostic:
             lines.append(f"{indent}expected {self.expected}")
         if self.hint:
             lines.append(f"{indent}hint: {self.hint}")
-        text = "\n".join(lines)
-        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        return "\n".join(map(printable, "\n".join(lines).split("\n")))
 
     def to_dict(self) -> dict[str, object]:
         """The finding as plain data, for `--json`."""

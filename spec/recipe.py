@@ -60,11 +60,18 @@ class Recipe:
                 if key in entry:
                     filled[key], origins[key] = entry[key], key
             if "name" in entry:
+                if "after" in filled:
+                    filled["after"] = _prefixed(filled["after"], entry["name"])
                 filled["name"], origins["name"] = f"{entry['name']}_{filled.get('name', filled['method'])}", "name"
                 if isinstance(filled.get("generate"), dict) and filled["generate"].get("network"):
                     filled["generate"]["network"] = f"{entry['name']}_{filled['generate']['network']}"
             found.append((filled, origins))
         return found
+
+
+def _prefixed(names: str | list[str], prefix: str) -> str | list[str]:
+    """The names of a recipe's attachments, behind a prefix."""
+    return f"{prefix}_{names}" if isinstance(names, str) else [f"{prefix}_{name}" for name in names]
 
 
 def _holds(value: Any, options: Mapping[str, Any], interpreter: Interpreter[Any]) -> bool:

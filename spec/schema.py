@@ -63,7 +63,11 @@ _COMMON: dict[str, Any] = {
         "description": "of a table: whether a head that is the same tensor keeps its values (apart, as where nothing is"
         " said) or changes with it (together)",
     },
-    "after": {"type": "string", "description": "the attachment that takes effect before this one at shared sites"},
+    "after": {
+        **_SELECTOR,
+        "description": "the attachments that take effect before this one at shared sites: a name or a"
+        " list of names; those that these follow themselves need not be named",
+    },
 }
 RESERVED = ("method", *_COMMON, *COMBINATORS)
 """Keys of an attachment that are not options of its method."""

@@ -11,6 +11,7 @@ from typing import Any
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, nearest, one_of
 from peltc.spec.document import Document, dump, parse, read
+from peltc.spec.foreign import refuse
 from peltc.spec.method import Method, build, shipped
 from peltc.spec.recipe import recipes
 from peltc.spec.schema import RESERVED, check_defaults, spec_schema, validate
@@ -32,7 +33,7 @@ class Attachment:
         expect: how many sites must match, or None.
         mode: emission mode, or None for the spec's.
         tied: whether a head that is the same tensor as a table changes `together` with it, or stays as it is: `apart`.
-        after: the attachment that takes effect before this one, or "".
+        after: the attachments that take effect before this one at sites that they share.
         combined: the combinators that wrap the method, with their options; `method` is what came of it.
         recipe: the recipe that it is from, or "".
         place: where it stands; `places` where the value of each of its keys does.
@@ -47,7 +48,7 @@ class Attachment:
     expect: int | None = None
     mode: str | None = None
     tied: str = "apart"
-    after: str = ""
+    after: tuple[str, ...] = ()
     combined: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: str = ""
     place: Place = NOWHERE
@@ -57,7 +58,8 @@ class Attachment:
         """What a spec would say about it, recipes expanded."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         tied = None if self.tied == "apart" else self.tied
-        said = {"expect": self.expect, "mode": self.mode, "tied": tied, "after": self.after or None}
+        after = self.after[0] if len(self.after) == 1 else list(self.after)
+        said = {"expect": self.expect, "mode": self.mode, "tied": tied, "after": after or None}
         defaults, mentioned = self.method.defaults, self.method.mentions()
         options = {key: v for key, v in self.options.items() if v != defaults[key] and key in mentioned}
         return {
@@ -130,8 +132,10 @@ def load_spec(source: str | Path | Mapping[str, Any]) -> Spec:
         source: a YAML file's path, or the spec's content as a mapping.
 
     Raises:
-        PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas.
+        PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas; E410
+            another library's adapter.
     """
+    refuse(source, "a spec")
     return build_spec(parse(dump(dict(source)), "<spec>") if isinstance(source, Mapping) else read(source))
 
 
@@ -233,14 +237,14 @@ def _attachment(
     return Attachment(
         name=entry.get("name", method.name),
         method=method,
-        at=(selector,) if isinstance(selector, str) else tuple(selector or ()),
+        at=_listed(selector),
         by_parameter="parameter" in entry and "at" not in entry,
         layers=tuple(layers) if isinstance(layers, list) else layers,
         options=options,
         expect=entry.get("expect"),
         mode=entry.get("mode"),
         tied=entry.get("tied", "apart"),
-        after=entry.get("after", ""),
+        after=_listed(entry.get("after")),
         combined=combined,
         recipe=recipe,
         place=place,
@@ -264,6 +268,11 @@ def numbers(said: Iterable[int | str], place: Place) -> tuple[int, ...]:
             )
         found.extend(range(start, stop + 1))
     return tuple(dict.fromkeys(found))
+
+
+def _listed(said: Any) -> tuple[str, ...]:
+    """A name, a list of names, or nothing, as names."""
+    return (said,) if isinstance(said, str) else tuple(said or ())
 
 
 def combine(
@@ -311,11 +320,12 @@ def check_options(name: str, before: Method, after: Method, entry: Mapping[str, 
 def _check_names(document: Document, attach: tuple[Attachment, ...]) -> None:
     findings, seen = [], dict[str, int]()
     for i, entry in enumerate(attach):
-        if entry.after and entry.after not in seen:
-            place = entry.at_key("after")
-            message = f"no attachment '{entry.after}' stands before this one"
-            expected = one_of(list(seen)) if seen else "the name of an earlier attachment; this is the first"
-            findings.append(Diagnostic("E202", message, place, expected, nearest(entry.after, seen)))
+        for name in entry.after:
+            if name not in seen:
+                place = entry.at_key("after")
+                message = f"no attachment '{name}' stands before this one"
+                expected = one_of(list(seen)) if seen else "the name of an earlier attachment; this is the first"
+                findings.append(Diagnostic("E202", message, place, expected, nearest(name, seen)))
         if entry.name in seen:
             first = attach[seen[entry.name]].place.line
             findings.append(

@@ -207,6 +207,19 @@ FORMS = [
         "one of: lora",
         "mean 'lora'?",
     ),
+    case(
+        "after_list_unknown",
+        LORA + "  - {method: dora, at: attention.key, after: [lora, dorra]}\n",
+        "E202",
+        "spec.yaml:5:39  attach[1].after",
+        "no attachment 'dorra' stands before this one",
+    ),
+    case(
+        "after_number",
+        LORA + "  - {method: dora, at: attention.key, after: 3}\n",
+        "E112",
+        "spec.yaml:5:46  attach[1].after",
+    ),
     case("after_itself", LORA + "    after: lora\n", "E202", "spec.yaml:5:12  attach[0].after", "this is the first"),
     case("method_shipped", method("x").replace("mine", "lora"), "E201", "spec.yaml:6:3  methods.lora", "shipped"),
     case("method_renamed", method("x", method="other"), "E201", "spec.yaml:12:13  methods.mine.method", "'other'"),
@@ -481,6 +494,17 @@ FIT = [
         QUERY,
         "depends on their order",
         "hint: say `after: dora` in 'lora' if that is meant",
+    ),
+    case(
+        "no_order_of_two",
+        HEAD
+        + "  - {method: lora, at: attention.query}\n  - {method: vera, at: attention.query, r: 4}\n"
+        + "  - {method: ia3, at: attention.query, after: vera}\n",
+        "E206",
+        "spec.yaml:5:",
+        "'lora' and 'ia3' meet at",
+        QUERY,
+        "hint: say `after: [vera, lora]` in 'ia3' if that is meant",
     ),
     case(
         "order_of_effect",

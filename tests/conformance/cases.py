@@ -52,7 +52,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "several-at-one-site": [
         {"method": "lora", "at": QV, "r": 2},
         {"method": "lora", "name": "second", "at": "attention.query", "r": 3},
-        {"method": "ia3", "at": "attention.query", "after": "second"},
+        {"method": "ia3", "at": "attention.query", "after": ["lora", "second"]},
         {"method": "ia3", "name": "values", "at": "attention.value", "after": "lora"},
     ],
     "bottleneck-inner-norm": [{"method": "bottleneck", "at": BLOCK, "size": 6, "inner_norm": "affine"}],

@@ -32,7 +32,7 @@ def test_defaults() -> None:
     )  # fmt: skip
     (entry,) = found.attach
     assert (entry.name, entry.at, entry.layers, entry.expect, entry.mode, entry.after, entry.by_parameter) == (
-        "lora", ("attention.query",), "all", None, None, "", False,
+        "lora", ("attention.query",), "all", None, None, (), False,
     )  # fmt: skip
     assert entry.options == {"r": 8, "alpha": 16, "rank_stabilised": False, "dropout": 0}
 
@@ -62,7 +62,7 @@ deploy: {mode: static, precision: float16}
         "static",
     )
     assert first.options["r"] == [4, 8] and first.options["alpha"] == 16
-    assert (second.by_parameter, second.at, second.layers, second.after) == (True, ("**.q",), "last 2", "first")
+    assert (second.by_parameter, second.at, second.layers, second.after) == (True, ("**.q",), "last 2", ("first",))
 
 
 def test_places() -> None:
