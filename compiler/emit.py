@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.numeric import EPSILON, HIDDEN, PASSING, Lookup, NumericInterpreter, looked_up
+from peltc.compiler.numeric import EPSILON, HIDDEN, PASSING, NumericInterpreter, OneHot, looked_up
 from peltc.spec.formula import FormulaError, is_static
 
 Array = np.ndarray[Any, Any]
@@ -134,7 +134,7 @@ class OnnxInterpreter(NumericInterpreter):
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         values = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
-        if any(isinstance(v, Lookup) and v.ids is not None for v in values):
+        if any(isinstance(v, OneHot) and v.ids is not None for v in values):
             return self.on_lookup(name, arguments)
         if not any(isinstance(v, (ir.Value, Product)) for v in values):
             return super().call(name, arguments)

@@ -17,21 +17,21 @@ STEPS = {*LAYOUT, "Slice", "Expand", "Gather", "GatherND", "Concat"}
 
 
 @dataclass(frozen=True, eq=False)
-class Lookup:
+class Table:
     """A table from which ids pick rows.
 
     Attributes:
-        table: the parameter, [rows, width].
+        name: the parameter, [rows, width].
         role: what a row stands for: word, position or type.
         node: the picking.
     """
 
-    table: str
+    name: str
     role: str
     node: ir.Node
 
 
-def find_lookups(flow: Flow, behind: Iterable[ir.Value]) -> Iterator[Lookup]:
+def find_tables(flow: Flow, behind: Iterable[ir.Value]) -> Iterator[Table]:
     """The tables whose rows are among some values, in the order of the graph.
 
     What counts along the sequence picks positions. Ids that are an input, or are all zero, have their own meanings.
@@ -45,17 +45,17 @@ def find_lookups(flow: Flow, behind: Iterable[ir.Value]) -> Iterator[Lookup]:
             continue
         role = _role(node.inputs[1])
         if role:
-            yield Lookup(name, role, node)
+            yield Table(name, role, node)
 
 
-def numbered(lookups: Iterable[Lookup]) -> Iterator[tuple[str, Lookup]]:
-    """Lookups of different tables, each with what tells it from those of its role: nothing, 2, 3, ..."""
+def numbered(tables: Iterable[Table]) -> Iterator[tuple[str, Table]]:
+    """Different tables, each with what tells it from those of its role: nothing, 2, 3, ..."""
     seen: dict[str, list[str]] = {}
-    for lookup in lookups:
-        tables = seen.setdefault(lookup.role, [])
-        if lookup.table not in tables:
-            tables.append(lookup.table)
-            yield str(len(tables)) if len(tables) > 1 else "", lookup
+    for table in tables:
+        names = seen.setdefault(table.role, [])
+        if table.name not in names:
+            names.append(table.name)
+            yield str(len(names)) if len(names) > 1 else "", table
 
 
 def _role(ids: ir.Value | None) -> str:

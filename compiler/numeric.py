@@ -24,7 +24,7 @@ HIDDEN = -1e4
 
 
 @dataclass(frozen=True, eq=False)
-class Lookup:
+class OneHot:
     """One-hot vectors [..., I], told by their ids [...], as what a table reads: x Wᵀ is a choice of W's columns.
 
     Attributes:
@@ -48,9 +48,9 @@ def looked_up(name: str, arguments: dict[str, Any], rows: Callable[[Any, Any], A
         FormulaError: the function would need the vectors themselves.
     """
     x, matrix = arguments.get("x", arguments.get("a")), arguments.get("b")
-    if name == "linear" and isinstance(x, Lookup):
+    if name == "linear" and isinstance(x, OneHot):
         matrix = arguments["weight"].swapaxes(-1, -2)
-    if name not in ("linear", "matmul") or not isinstance(x, Lookup) or isinstance(matrix, Lookup):
+    if name not in ("linear", "matmul") or not isinstance(x, OneHot) or isinstance(matrix, OneHot):
         raise FormulaError(f"'{name}' cannot take the input of a table, whose ids pick rows of matrices and no more")
     return matrix if x.ids is None else rows(matrix, x.ids), arguments.get("bias")
 
@@ -63,7 +63,7 @@ class NumericInterpreter(Interpreter[Any]):
     """Evaluates formulas over numpy arrays, in float32 or better."""
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
-        if any(isinstance(value, Lookup) for value in arguments.values()):
+        if any(isinstance(value, OneHot) for value in arguments.values()):
             if name in PASSING:
                 return arguments["x"]
             found, bias = looked_up(name, arguments, lambda matrix, ids: matrix[ids])

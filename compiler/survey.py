@@ -14,7 +14,7 @@ from peltc.compiler.anatomy import Anatomy, Rows, Site
 from peltc.compiler.blocks import Block, find_blocks
 from peltc.compiler.cores import OPERANDS, find_cores
 from peltc.compiler.flow import Flow, Linear, Norm, last_size
-from peltc.compiler.lookups import Lookup, find_lookups, numbered
+from peltc.compiler.lookups import Table, find_tables, numbered
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 """The order in which the maps of a block are listed; others follow."""
@@ -196,8 +196,8 @@ class _Survey:
             head = f"{stack}." if len(stacks) > 1 else ""
             start = layers[0][0].r
             behind = self.flow.ancestors(start)
-            found = list(find_lookups(self.flow, behind))
-            tables = [(lookup.table, lookup.node) for lookup in found if lookup.role == "word"]
+            found = list(find_tables(self.flow, behind))
+            tables = [(table.name, table.node) for table in found if table.role == "word"]
             last = layers[-1][-1].after  # a norm after the last layer is followed by reshapes to the input's length
             end, ender = ({"end": last.y.name or ""}, {"end": last.weight}) if last else ({}, {})
             for name, node in tables[:1]:
@@ -206,8 +206,8 @@ class _Survey:
                            {"vocab": vocab, "d": width, "in": vocab, "out": width},
                            {"x": node.inputs[1].name or "", "y": node.outputs[0].name or "", **end},  # type: ignore[union-attr]
                            {"y": name, **ender})  # fmt: skip
-            for number, lookup in numbered(found):
-                yield self.table_site(f"{head}embedding.{lookup.role}{number}", lookup)
+            for number, table in numbered(found):
+                yield self.table_site(f"{head}embedding.{table.role}{number}", table)
             for norm in self.flow.norms:
                 if norm.y in behind and norm not in self.claimed_norms:
                     self.claimed_norms.add(norm)
@@ -218,12 +218,12 @@ class _Survey:
                        {"d": width, "in": width, "out": width, **words},
                        {"y": start.name or "", **end}, {"y": self.embedding_module(start), **ender})  # fmt: skip
 
-    def table_site(self, path: str, lookup: Lookup) -> Site:
-        rows, width = self.flow.parameters[lookup.table]
-        y = lookup.node.outputs[0].name or ""
-        return Site(path, "table", {"weight": lookup.table}, None, {"in": rows, "out": width, "d": width},
-                    {"x": lookup.node.inputs[1].name or "", "y": y, "full": y, "product": y},  # type: ignore[union-attr]
-                    {"y": lookup.table}, transposed=True)  # fmt: skip
+    def table_site(self, path: str, table: Table) -> Site:
+        rows, width = self.flow.parameters[table.name]
+        y = table.node.outputs[0].name or ""
+        return Site(path, "table", {"weight": table.name}, None, {"in": rows, "out": width, "d": width},
+                    {"x": table.node.inputs[1].name or "", "y": y, "full": y, "product": y},  # type: ignore[union-attr]
+                    {"y": table.name}, transposed=True)  # fmt: skip
 
     def embedding_module(self, start: ir.Value) -> str:
         """The module whose output begins the stream: that which owns what leads there, and nothing else; or ''."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peltc.compiler.numeric import Lookup, NumericInterpreter
+from peltc.compiler.numeric import NumericInterpreter, OneHot
 from peltc.spec.formula import EvaluationError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _tried(claim: Claim, shape: tuple[int, ...]) -> list[Array]:
 
     values: dict[str, Any] = {name: some(*tensor.shape) for name, tensor in sorted(claim.tensors.items())}
     ids = (np.arange(TRIED) % sizes["in"]).reshape(shape)
-    values |= {"x": Lookup(ids, sizes["in"]), "W": some(sizes["out"], sizes["in"]), "b": np.zeros(sizes["out"])}
+    values |= {"x": OneHot(ids, sizes["in"]), "W": some(sizes["out"], sizes["in"]), "b": np.zeros(sizes["out"])}
     values["y"] = random.uniform(0.2, 0.8, (TRIED, sizes["out"])).astype(np.float32).reshape(*shape, -1)
     scope = claim.scope(values, numeric)
     found = [numeric.evaluate(claim.effects[e], scope) for e in ("delta", "output") if e in claim.effects]

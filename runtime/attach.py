@@ -30,7 +30,7 @@ from peltc.compiler.checkpoint import read_header
 from peltc.compiler.choice import check_choice
 from peltc.compiler.export import is_pretrained, replica
 from peltc.compiler.mathematics import Mathematics, mathematics, whole_digest
-from peltc.compiler.numeric import Lookup
+from peltc.compiler.numeric import OneHot
 from peltc.compiler.plan import LEVELS, Claim, Plan, make_plan
 from peltc.compiler.profile import pack
 from peltc.compiler.provenance import DIGEST, check_file, provenance
@@ -431,7 +431,7 @@ class Attached(nn.Module):
                 return None
             self.enter(site)
             if plain:
-                read = Lookup(args[0], site.sizes["in"], getattr(module, "padding_idx", None))
+                read = OneHot(args[0], site.sizes["in"], getattr(module, "padding_idx", None))
                 return self.outputs(site, claims, output, x=read)
             leaf = _leaf(site, "weight")
             rows = self.rows(claims, getattr(module, leaf))
@@ -453,7 +453,7 @@ class Attached(nn.Module):
         for claim in claims:
             if "bias" in claim.effects:
                 table = table + self.evaluate(claim, "bias", table[0], b=torch.zeros_like(table[0]))
-        return self.outputs(claims[0].site, claims, table, x=Lookup(None, len(table)))
+        return self.outputs(claims[0].site, claims, table, x=OneHot(None, len(table)))
 
     def install_mirror(self, model: Any, site: Site, claims: list[Claim]) -> None:
         """A map, or another table, that has the rows of the table that it is the same tensor as."""

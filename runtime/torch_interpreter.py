@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peltc.compiler.numeric import EPSILON, HIDDEN, PASSING, Lookup, looked_up
+from peltc.compiler.numeric import EPSILON, HIDDEN, PASSING, OneHot, looked_up
 from peltc.spec.formula import FormulaError, Interpreter
 
 Tensor = torch.Tensor
@@ -32,7 +32,7 @@ class TorchInterpreter(Interpreter[Any]):
         self.drawn = {} if drawn is None else drawn
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
-        if any(isinstance(value, Lookup) for value in arguments.values()):
+        if any(isinstance(value, OneHot) for value in arguments.values()):
             return self.lookup(name, arguments)
         if name in ("dropout", "choose", "top_k_mask", "eye", "zeros", "ones"):
             return getattr(self, name)(**arguments)
@@ -45,7 +45,7 @@ class TorchInterpreter(Interpreter[Any]):
         dropout takes none away: rows have no parts of their own before a matrix gives them."""
         if name in PASSING:
             return arguments["x"]
-        padding = next((v.padding for v in arguments.values() if isinstance(v, Lookup)), None)
+        padding = next((v.padding for v in arguments.values() if isinstance(v, OneHot)), None)
         found, bias = looked_up(name, arguments, lambda matrix, ids: F.embedding(ids, matrix, padding))
         return found if bias is None else found + bias
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from peltc.compiler.affine import Affine, AffineInterpreter, Map
 from peltc.compiler.anatomy import Site
-from peltc.compiler.numeric import Lookup, NumericInterpreter
+from peltc.compiler.numeric import NumericInterpreter, OneHot
 from peltc.compiler.plan import Claim
 from peltc.spec.formula import Deferred
 
@@ -191,7 +191,7 @@ def _table(
     """Claims on a table: whatever they make of an id is a row, so that all rows together are the new table."""
     numeric = NumericInterpreter()
     base = np.asarray(read(site.parameters["weight"]), np.float32)
-    rows, every = base, Lookup(None, len(base))
+    rows, every = base, OneHot(None, len(base))
     zeros = np.zeros(base.shape[1], np.float32)
 
     def evaluate(claim: Claim, effect: str, **values: Any) -> Array:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from peltc.compiler.anatomy import Rows, Site
 from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
 from peltc.compiler.flow import last_size
-from peltc.compiler.numeric import Lookup, NumericInterpreter
+from peltc.compiler.numeric import NumericInterpreter, OneHot
 from peltc.compiler.plan import LEVELS, Claim
 from peltc.spec.diagnostics import fail
 from peltc.spec.dims import Dim, simplify
@@ -168,7 +168,7 @@ class _Inserter:
             if "weight" in claim.effects:
                 self.weight(site, claim, product)
         ids = self.values[site.values["x"]]
-        self.outputs(site, claims, {"x": Lookup(ids, site.sizes["in"])})
+        self.outputs(site, claims, {"x": OneHot(ids, site.sizes["in"])})
 
     def mirror(self, claims: list[Claim], product: ir.Node) -> None:
         """Let a map, or another table, have all rows of the table that it is the same tensor as."""
@@ -180,7 +180,7 @@ class _Inserter:
         for claim in claims:
             for effect in ("delta", "output"):
                 if effect in claim.effects:
-                    every = Lookup(None, table.sizes["in"])
+                    every = OneHot(None, table.sizes["in"])
                     value, interpreter = self.evaluate(claim, effect, rows, x=every, y=rows)
                     shape, rows = rows.shape, interpreter.value(
                         interpreter.on_add(rows, value) if effect == "delta" else value)  # fmt: skip
