@@ -58,7 +58,8 @@ def _short(base: Base, name: str, rows: list[int]) -> Diagnostic:
         f"the checkpoint holds {held} of the {wanted} rows of '{name}', and no module brings {_ranges(rows)}",
         Place(str(base.folder)),
         f"modules that bring these rows, at '{site}'" if site else "a checkpoint that holds them",
-        "`method: rows` brings single rows, `replace` all of them; `tied: together` lets a tied head follow its table",
+        "`method: trainable_tokens` brings single rows, `replace` all of them; `tied: together` lets a tied head follow"
+        " its table",
     )
 
 

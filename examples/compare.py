@@ -384,7 +384,7 @@ def by_method(records: Sequence[Record], size: int) -> dict[str, list[float]]:
 
 
 def sizes(records: Sequence[Record], base: Path) -> Iterator[tuple[str, ...]]:
-    """What a task takes, by method: rows of a table."""
+    """What a task takes, by method: trainable_tokens of a table."""
 
     def deployed(*entries: Mapping[str, Any]) -> int:
         return peltc.plan({"pelt": 1, "attach": [*entries, HEAD], "deploy": {"mode": "static"}}, base).cost.stored

@@ -64,7 +64,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "replace": [{"method": "replace", "at": ["feed_forward.up", "attention.query"]}],
     "replace-table": [{"method": "replace", "at": "*embedding.word"}],
     "lora-tables": [{"method": "lora", "at": "*embedding.*", "r": 2}],
-    "rows": [{"method": "rows", "at": "*embedding.word", "rows": [3, "10-12"]}],
+    "rows": [{"method": "trainable_tokens", "at": "*embedding.word", "rows": [3, "10-12"]}],
     "gate-lora": [{"method": "lora", "at": QV, "r": 2, "gate": True}],
     "gate-lora-masked": [{"method": "lora", "at": QV, "r": 2, "gate": {"mask_padding": True, "replaces_scale": False}}],
     "gate-block-masked": [

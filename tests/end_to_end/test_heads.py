@@ -169,9 +169,9 @@ def grown(folder: Path, rows: int, tied: bool, tensors: dict[str, np.ndarray]) -
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(rows)
     with torch.no_grad():
-        model.get_input_embeddings().weight[100:] = torch.from_numpy(tensors["rows.embedding.word.values"])
+        model.get_input_embeddings().weight[100:] = torch.from_numpy(tensors["trainable_tokens.embedding.word.values"])
         if not tied:
-            model.get_output_embeddings().weight[100:] = torch.from_numpy(tensors["rows.head.values"])
+            model.get_output_embeddings().weight[100:] = torch.from_numpy(tensors["trainable_tokens.head.values"])
     return model.eval()
 
 
@@ -180,7 +180,7 @@ def grown(folder: Path, rows: int, tied: bool, tensors: dict[str, np.ndarray]) -
 @pytest.mark.parametrize("rows", [107, 112], ids=["seven", "padded to 16"])
 def test_added_tokens(rows: int, tied: bool, mode: str, shared: Path, tmp_path: Path) -> None:
     folder = models.save("llama", shared / f"models/llama-{tied}", tie_word_embeddings=tied)
-    entry: dict[str, Any] = {"method": "rows", "at": "embedding.word", "rows": [f"100-{rows - 1}"]}
+    entry: dict[str, Any] = {"method": "trainable_tokens", "at": "embedding.word", "rows": [f"100-{rows - 1}"]}
     entry |= {"tied": "together"} if tied else {"at": ["embedding.word", "head"]}
     spec = load_spec({"pelt": 1, "model": {"vocabulary": rows}, "attach": [entry],
                       "deploy": {"mode": mode, "generation": True}})  # fmt: skip
@@ -205,7 +205,8 @@ def test_rows_trained_in_torch_are_those_compiled(shared: Path, tmp_path: Path) 
     """From `resize_token_embeddings` and training to an artifact over the checkpoint as it was."""
     folder = models.save("llama", shared / "models/llama-True", tie_word_embeddings=True)
     said = {"pelt": 1, "model": {"vocabulary": 107}, "attach": [
-        LORA, {"method": "rows", "at": "embedding.word", "rows": ["100-106"], "tied": "together"}]}  # fmt: skip
+        LORA,
+        {"method": "trainable_tokens", "at": "embedding.word", "rows": ["100-106"], "tied": "together"}]}  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(107)
     peltc.attach(model, said)
@@ -227,7 +228,7 @@ def test_rows_trained_in_torch_are_those_compiled(shared: Path, tmp_path: Path) 
 
 def test_rows_that_nobody_brings_are_named(shared: Path) -> None:
     folder = models.save("llama", shared / "models/llama-True", tie_word_embeddings=True)
-    entry = {"method": "rows", "at": "embedding.word", "rows": ["100-102", "104-106"]}
+    entry = {"method": "trainable_tokens", "at": "embedding.word", "rows": ["100-102", "104-106"]}
     with pytest.raises(PeltError) as caught:
         plan_for(load_spec({"pelt": 1, "model": {"vocabulary": 107}, "attach": [entry]}), folder)
     first, second = sorted(caught.value.diagnostics, key=str)

@@ -172,7 +172,7 @@ def test_what_cannot_follow(
 
 @pytest.mark.parametrize(("rows", "code"), [([5, 5], ""), (["7-3"], "E114"), ([100], "E310"), (["1-9999999"], "E114")])
 def test_rows_are_numbers_and_ranges(rows: list[Any], code: str, model_folder: Callable[..., Path]) -> None:
-    entry = {"method": "rows", "at": "embedding.word", "rows": rows}
+    entry = {"method": "trainable_tokens", "at": "embedding.word", "rows": rows}
     if not code:
         assert planned(model_folder("bert"), entry).claims[0].options["rows"] == (5,)
         return

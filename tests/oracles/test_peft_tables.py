@@ -68,7 +68,7 @@ def test_lora_gradients(toys: Any, close: Callable[..., float]) -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_trainable_tokens(name: str, mode: str, toys: Any, close: Callable[..., float], tmp_path: Path) -> None:
     """PEFT lets a tied head follow the table; without `tied: together` it does not here."""
-    entry: dict[str, Any] = {"method": "rows", "at": "embedding.word", "rows": ROWS}
+    entry: dict[str, Any] = {"method": "trainable_tokens", "at": "embedding.word", "rows": ROWS}
     entry |= {"tied": "together"} if name == "gpt2" else {}
     spec, weights = toys.spec(entry), toys.weights(name, toys.plan(name, entry))
     config = peft.TrainableTokensConfig(token_indices=ROWS, target_modules=[WORDS[name]])
@@ -76,7 +76,7 @@ def test_trainable_tokens(name: str, mode: str, toys: Any, close: Callable[..., 
     layers = [m for m in theirs.modules() if isinstance(m, peft.tuners.trainable_tokens.layer.TrainableTokensLayer)]
     deltas = [p for layer in layers for p in layer.trainable_tokens_delta.values()]
     for delta in deltas:
-        delta.data = torch.from_numpy(weights["rows.embedding.word.values"])
+        delta.data = torch.from_numpy(weights["trainable_tokens.embedding.word.values"])
     inputs = toys.inputs(name)
     inputs["input_ids"][0, :3] = torch.tensor(ROWS)
     expected = toys.answer(theirs, inputs)

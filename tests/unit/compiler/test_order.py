@@ -128,7 +128,7 @@ def test_every_stack_can_be_written(
 def test_the_hint_can_be_followed(anatomy: Anatomy) -> None:
     """A third that meets two says both, unless one of the two follows the other."""
     first, second = entry("a", "dora", "linear"), entry("b", "ia3", "linear", "a")
-    with pytest.raises(PeltError, match=r"a and b and c meet at .*\\n.*\n.*say `after: b` in 'c'"):
+    with pytest.raises(PeltError, match=r"'a' and 'b' and 'c' meet at .*\n.*\n.*say `after: b` in 'c'"):
         planned(anatomy, [first, second, entry("c", "linear_adapter", "linear", ())])
     apart = [entry("a", "lora", "linear"), entry("b", "lokr", "linear")]
     with pytest.raises(PeltError, match=r"'a' and 'b' and 'c' meet at .*\n.*\n.*say `after: \[a, b\]` in 'c'"):
