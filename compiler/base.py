@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peltc.compiler.anatomy import Anatomy
+from peltc.compiler.cache import BUILDING, cache_folder, tidy_cache, writable
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
+from peltc.compiler.integrity import digesting
+from peltc.compiler.staging import staging
 from peltc.spec.diagnostics import Place, fail, nearest
 
 if TYPE_CHECKING:
@@ -41,12 +43,6 @@ ALIASES = "tied.json"
 IR_VERSION = 10
 
 Talk = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """`$PELTC_CACHE`, or `peltc` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PELTC_CACHE") or Path(home) / "peltc")
 
 
 @dataclass(frozen=True)
@@ -182,6 +178,7 @@ def open_base(
             "a key 'architectures'",
             "give the class of transformers by --architecture",
         )
+    tidy_cache()
     checkpoint, converted = _checkpoint(folder, talk)
     stored = str(checkpoint.float_dtype)
     computed = {"checkpoint": "float32" if stored in ("bfloat16", "float64") else stored}.get(precision, precision)
@@ -353,12 +350,12 @@ def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[A
         from peltc.compiler.export import export_like
         from peltc.compiler.survey import survey_graph
 
+        writable(file.parent)
         exported = export_like(model)
         anatomy = survey_graph(exported.model, exported.parameters)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_suffix(f".{os.getpid()}")
-        staging.write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
-        staging.replace(file)
+        written = file.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
+        written.replace(file)
     return Anatomy.from_json(json.loads(file.read_text(encoding="utf-8"))), key
 
 
@@ -376,25 +373,21 @@ def _build(
     from peltc.compiler.export import export_graph
 
     what = {"ids": "its graph", "embeds": "its graph on embedded tokens"}.get(variant, f"its {variant} graph")
-    talk(f"no base of {architecture} in the cache: exporting {what} once")
-    exported = export_graph(folder, config, architecture, precision, variant)
-    talk(exported.repeats)
-    parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint)
-    reason = ""
-    if unresolved:
-        reason = f"{len(unresolved)} parameters are renamed or merged in the checkpoint, first '{unresolved[0]}'"
-        parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
-    home.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
-    try:
-        _write(exported, parameters, architecture, reason, staging)
+    with staging(writable(home.parent), BUILDING) as built, digesting(checkpoint.files):
+        talk(f"no base of {architecture} in the cache: exporting {what} once")
+        exported = export_graph(folder, config, architecture, precision, variant)
+        talk(exported.repeats)
+        parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint)
+        reason = ""
+        if unresolved:
+            reason = f"{len(unresolved)} parameters are renamed or merged in the checkpoint, first '{unresolved[0]}'"
+            parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
+        _write(exported, parameters, architecture, reason, built)
         try:
-            staging.rename(home)
+            built.rename(home)
         except OSError:
             if not (home / "base.json").is_file():  # another process was first otherwise
                 raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write(
@@ -460,6 +453,7 @@ def _checkpoint(folder: Path, talk: Talk) -> tuple[Checkpoint, str]:
     if not home.is_dir():
         import torch
 
+        writable(home.parent)
         talk(f"{why}: converting it to safetensors once")
         tensors: dict[str, Any] = {}
         for file in sorted(pickled):
@@ -487,6 +481,7 @@ def _materialise(
     if not home.is_dir():
         import transformers
 
+        writable(home.parent)
         talk(f"{reason}: writing the model's own tensors once")
         cls = getattr(transformers, architecture)
         model, report = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
@@ -516,14 +511,10 @@ def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) ->
 
 def _save(tensors: Mapping[str, Any], home: Path, aliases: Mapping[str, str] | None = None) -> None:
     """Write tensors into a new folder; `aliases` are other names of tied ones."""
-    home.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
-    try:
-        write_tensors(tensors, staging / "model.safetensors")
-        (staging / ALIASES).write_text(json.dumps(dict(aliases or {})), encoding="utf-8")
-        staging.rename(home)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staging(writable(home.parent), BUILDING) as folder:
+        write_tensors(tensors, folder / "model.safetensors")
+        (folder / ALIASES).write_text(json.dumps(dict(aliases or {})), encoding="utf-8")
+        folder.rename(home)
 
 
 def write_tensors(tensors: Mapping[str, Any], file: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,12 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
+from peltc.compiler.artifact import (
+    CACHE,
+    COMPANIONS,
+    MANIFEST,
+    MODEL,
+    free,
+    link,
+    read_manifest,
+    staged,
+    tidy,
+    write_manifest,
+)  # fmt: skip
 from peltc.compiler.base import Base, is_known, module_base, open_base
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.export import GRAPHS, stages
+from peltc.compiler.integrity import check_record, check_unchanged
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
+from peltc.compiler.staging import staging
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
@@ -89,7 +101,7 @@ def compile(
         spec = load_spec(spec)
     if generation is not None:
         spec = replace(spec, generation=generation)
-    free(Path(out))  # before anything takes time
+    tidy(free(Path(out)))  # before anything takes time
     with opened(model, Path(out), inputs, architecture, spec.precision, talk) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
                         self_contained, talk)  # fmt: skip
@@ -143,6 +155,8 @@ def _compile(
             talk("verifying against PyTorch")
             manifest["verification"] = verify_folder(folder, plan, base, tensors, str(out))
             write_manifest(folder, manifest)
+        for each in (base, *((embeds,) if embeds else ()), *staged_bases.values()):
+            check_unchanged(each.checkpoint.stamps)
     return manifest
 
 
@@ -171,8 +185,7 @@ def opened(
     attached = getattr(model, "pelt", None)
     tensors = attached.tensors() if attached is not None else None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(None, ".model-", out.absolute().parent) as name:
-        folder = Path(name)
+    with staging(out.absolute().parent, MODEL) as folder:
         if is_known(model) and not inputs:
             state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
             model.save_pretrained(folder, state_dict=state)
@@ -258,6 +271,7 @@ def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = sile
 
     folder = Path(out)
     manifest = read_manifest(folder)
+    check_record(folder / MANIFEST, manifest)
     spec = build_spec(parse(manifest["spec"], f"{folder / MANIFEST}"), manifest["spec"])
     known = manifest["base"]
     like, architecture = known.get("inputs"), known["architecture"]
