@@ -31,6 +31,8 @@ CHUNK = 1 << 24
 SETTLED = 2_000_000_000
 """Nanoseconds after which a file that changes once more surely gets another time stamp, on every file system."""
 
+MEND = "restore the base's file, or compile again"
+
 
 class Stamp(NamedTuple):
     """What changes when a file is written to or replaced; each by itself may stay as it was."""
@@ -125,7 +127,7 @@ def digesting(files: Iterable[Path]) -> Iterator[None]:
 def changed(file: Path) -> PeltError:
     """The error for a file that somebody else writes to while it is compiled."""
     return fail("E622", "the file changed while it was read", Place(str(file)), "a base that nobody writes to",
-                "compile again when it is whole")  # fmt: skip
+                "try again when it is whole")  # fmt: skip
 
 
 def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
@@ -168,7 +170,9 @@ def check_record(manifest_file: Path, manifest: dict[str, Any]) -> None:
                 if not found:
                     moved[entry["file"]] = digest, now
         except OSError as error:
-            found = error.strerror or str(error)
+            message = f"cannot read the base's file in the artifact: {error.strerror or error}"
+            findings.append(Diagnostic("E621", message, Place(str(file)), f"a file of {entry['bytes']:,} bytes", MEND))
+            continue
         if found:
             findings.append(_other(file, entry, found))
     if findings:
@@ -208,7 +212,7 @@ def _other(file: Path, entry: Mapping[str, Any], found: str) -> Diagnostic:
         + f"; found: {found}",
         Place(str(file)),
         f"{entry['bytes']:,} bytes{digest}",
-        "restore the base's file, or compile again" + (", with --self-contained for a copy of one's own" * linked),
+        MEND + (", with --self-contained for a copy of one's own" * linked),
     )
 
 

@@ -1,6 +1,6 @@
 """Folders that are built beside their place and moved there whole; and those that killed processes left, swept away.
 
-    <parent>/<prefix>xxxxxxxx/   ours: `lock`, which the process that builds here holds locked for as long as it lives
+    <parent>/<prefix>xxxxxxxx/   ours: `peltc.lock`, which the process that builds here holds locked while it lives
                       content/   what is built; it is moved out of here when it is whole
                       old/       what stood in its place, where the file system cannot exchange two folders in one step
 
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-LOCK, CONTENT, OLD = "lock", "content", "old"
+LOCK, CONTENT, OLD = "peltc.lock", "content", "old"
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 
 def run(arguments: Sequence[str], name: str = "pelt") -> int:
     """Run a command line; returns the exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # who starts us with a signal ignored wants it so
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(list(arguments), prog_name=name, standalone_mode=False)
         return 0
