@@ -226,6 +226,7 @@ def manifest_of(
             "stored": str(base.checkpoint.float_dtype),
             "converted": base.converted or None,
             "inputs": base.inputs,
+            "text_only": base.text_only,
             "files": linked,
         },
         "weights": {"from": weights_from, "trained": decided["trained"], "tensors": {

@@ -13,6 +13,7 @@ does not have is never cached: its code may change, so that only the exported gr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from peltc.compiler.anatomy import Anatomy
 from peltc.compiler.cache import BUILDING, cache_folder, tidy_cache, writable
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
 from peltc.compiler.integrity import digesting
+from peltc.compiler.refusals import beyond_text, check_reads, check_stored, check_text, model_class, towers
 from peltc.compiler.staging import staging
 from peltc.spec.diagnostics import Place, fail, nearest
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
     from peltc.compiler.export import Exported
 
-FORMAT = 9
+FORMAT = 10
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
@@ -72,6 +74,7 @@ class Base:
         converted: whether the weights had to be written out, and why.
         module: the live torch module, where the base is of one that `transformers` does not have.
         inputs: what the examples were like from which it was exported, by input name; see `describe_inputs`.
+        text_only: whether the model reads more than text, and its text alone was asked for.
     """
 
     folder: Path
@@ -88,6 +91,7 @@ class Base:
     converted: str = ""
     module: Any = None
     inputs: Mapping[str, Mapping[str, Any]] | None = None
+    text_only: bool = False
 
     def stored(self, name: str) -> StoredTensor:
         """Where a parameter's values lie."""
@@ -151,6 +155,7 @@ def open_base(
     architecture: str | None = None,
     precision: str = "checkpoint",
     variant: str = "ids",
+    text_only: bool = False,
     talk: Talk = lambda line: None,
 ) -> Base:
     """The base of a model, from the cache or built now.
@@ -161,6 +166,7 @@ def open_base(
         precision: `checkpoint` keeps the stored type (bfloat16 is computed in float32), or a float type's name.
         variant: `ids`, `embeds` for a graph that reads embedded tokens, `decode` or `encoder` for those that generation
             takes. These share the parameters of `ids`, which alone says where all of them lie.
+        text_only: compile a model that reads more than text through its text alone.
         talk: told what takes time.
 
     Raises:
@@ -168,8 +174,10 @@ def open_base(
     """
     folder = find_model(model)
     config = read_config(folder)
+    check_stored(config, folder)
     named = config.get("architectures") or []
-    architecture = architecture or (str(named[0]) if isinstance(named, list) and named else None)
+    own = str(named[0]) if isinstance(named, list) and named else None
+    architecture, chosen = architecture or own, architecture not in (None, own)
     if architecture is None:
         raise fail(
             "E502",
@@ -188,8 +196,9 @@ def open_base(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     home = cache_folder() / "bases" / key
     if not (home / "base.json").is_file():
-        _build(folder, config, architecture, computed, variant, checkpoint, home, talk)
+        _build(folder, config, architecture, chosen, computed, variant, checkpoint, home, text_only, talk)
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
+    check_text(architecture, *record["beyond"], text_only, Place(str(folder)))
     if record["materialise"] and variant in ("ids", "embeds"):
         checkpoint, converted = _materialise(folder, architecture, checkpoint, record["materialise"], talk)
     stable_text = json.dumps(stable, sort_keys=True)
@@ -203,6 +212,7 @@ def open_base(
         fingerprint=hashlib.sha256((architecture + stable_text + checkpoint.fingerprint).encode()).hexdigest(),
         checkpoint=checkpoint,
         converted=converted,
+        text_only=bool(record["beyond"][0]),
     )
 
 
@@ -233,6 +243,7 @@ def module_base(
     *,
     precision: str = "checkpoint",
     variant: str = "ids",
+    text_only: bool = False,
     talk: Talk = lambda line: None,
 ) -> Base:
     """The base of a live torch module that `transformers` does not have, built in a folder.
@@ -245,6 +256,7 @@ def module_base(
         precision: `checkpoint` keeps the type of the parameters (float32 where it is another than float32 and
             float16, or where they are of several), or a float type's name.
         variant: `ids`, or `embeds` for a graph that reads embedded tokens.
+        text_only: as for `open_base`.
         talk: told what takes time.
 
     Raises:
@@ -257,6 +269,8 @@ def module_base(
     if precision == "checkpoint":
         computed = next(iter(stored)) if stored in ({"float32"}, {"float16"}) else "float32"
     architecture = f"{type(module).__module__}.{type(module).__qualname__}"
+    beyond = [] if inputs else beyond_text(type(module))
+    check_text(architecture, beyond, towers(getattr(module, "config", None)), text_only, None)
     talk(f"exporting the graph of {architecture}")
     exported = _export_module(replica(module, computed), inputs, variant)
     talk(exported.repeats)
@@ -284,6 +298,7 @@ def module_base(
         checkpoint=checkpoint,
         module=module,
         inputs=describe_inputs(inputs, anatomy) if inputs else {},
+        text_only=bool(beyond),
     )
 
 
@@ -299,6 +314,8 @@ def _export_module(module: Any, inputs: Mapping[str, Any] | None, variant: str =
         raise fail("E505", f"{type(module).__name__} cannot be exported with embedded tokens as its input",
                    expected="a model of transformers whose forward takes 'inputs_embeds'",
                    hint="tokens before the sequence (`prepend`) need it; prefixes in the attention do not")  # fmt: skip
+    if not inputs and is_pretrained(module):
+        check_reads(type(module))
     if variant == "embeds" or (not inputs and is_pretrained(module)):
         return export_model(module, variant)
     return export_model(module, inputs=check_inputs(module, inputs))
@@ -350,6 +367,7 @@ def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[A
         from peltc.compiler.export import export_like
         from peltc.compiler.survey import survey_graph
 
+        check_reads(type(model))
         writable(file.parent)
         exported = export_like(model)
         anatomy = survey_graph(exported.model, exported.parameters)
@@ -363,26 +381,35 @@ def _build(
     folder: Path,
     config: Mapping[str, Any],
     architecture: str,
+    chosen: bool,
     precision: str,
     variant: str,
     checkpoint: Checkpoint,
     home: Path,
+    text_only: bool,
     talk: Talk,
 ) -> None:
     """Export, clean, survey, and move the result into the cache in one step."""
-    from peltc.compiler.export import export_graph
+    from peltc.compiler.export import export_graph, parse_config
 
+    cls = model_class(architecture, config, folder, chosen)
+    check_reads(cls, Place(str(folder)))
+    beyond, parts = beyond_text(cls), []
+    if beyond:
+        with contextlib.suppress(Exception):  # what is wrong with the config is told when the model is built
+            parts = towers(parse_config(config))
+    check_text(architecture, beyond, parts, text_only, Place(str(folder)))
     what = {"ids": "its graph", "embeds": "its graph on embedded tokens"}.get(variant, f"its {variant} graph")
     with staging(writable(home.parent), BUILDING) as built, digesting(checkpoint.files):
         talk(f"no base of {architecture} in the cache: exporting {what} once")
-        exported = export_graph(folder, config, architecture, precision, variant)
+        exported = export_graph(folder, config, cls, precision, variant)
         talk(exported.repeats)
         parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint)
         reason = ""
         if unresolved:
             reason = f"{len(unresolved)} parameters are renamed or merged in the checkpoint, first '{unresolved[0]}'"
             parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
-        _write(exported, parameters, architecture, reason, built)
+        _write(exported, parameters, architecture, reason, built, (beyond, parts))
         try:
             built.rename(home)
         except OSError:
@@ -391,9 +418,19 @@ def _build(
 
 
 def _write(
-    exported: Exported, parameters: Mapping[str, ParameterInfo], architecture: str, reason: str, home: Path
+    exported: Exported,
+    parameters: Mapping[str, ParameterInfo],
+    architecture: str,
+    reason: str,
+    home: Path,
+    beyond: tuple[list[str], list[str]] = ([], []),
 ) -> Anatomy:
-    """Survey an exported graph, and write it, its anatomy and the record into a folder."""
+    """Survey an exported graph, and write it, its anatomy and the record into a folder.
+
+    Args:
+        reason: why the checkpoint's tensors are not the graph's parameters, or empty.
+        beyond: inputs that the graph does not have since they are no text, and the parts of the config that read them.
+    """
     import onnx_ir as ir
 
     from peltc.compiler.survey import survey_graph
@@ -405,6 +442,7 @@ def _write(
         "architecture": architecture,
         "parameters": {name: asdict(info) for name, info in parameters.items()},
         "materialise": reason,
+        "beyond": beyond,
         "export": exported.metadata,
         "repeats": exported.repeats,
     }

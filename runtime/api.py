@@ -13,7 +13,11 @@ from peltc.spec.specification import Spec, load_spec
 
 
 def survey(
-    model: str | Path | Any, *, inputs: Mapping[str, Any] | None = None, architecture: str | None = None
+    model: str | Path | Any,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    text_only: bool = False,
 ) -> Anatomy:
     """The sites of a model.
 
@@ -21,12 +25,13 @@ def survey(
         model: a model folder, a hub id, a torch model of `transformers`, or any other torch module.
         inputs: example inputs by name for a module that `transformers` does not have; see `peltc.compile`.
         architecture: a class of `transformers` in place of the config's, for folders and hub ids.
+        text_only: for folders and hub ids of models that read more than text; see `peltc.compile`.
 
     Raises:
         PeltError: E5xx what is wrong with the model, or why it cannot be exported.
     """
     if isinstance(model, (str, Path)):
-        return open_base(model, architecture=architecture).anatomy
+        return open_base(model, architecture=architecture, text_only=text_only).anatomy
     return _surveyed(model, inputs)[0]
 
 
@@ -36,6 +41,7 @@ def plan(
     *,
     inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
+    text_only: bool = False,
 ) -> Plan:
     """Every decision about a spec on a model, before anything is written.
 
@@ -45,7 +51,7 @@ def plan(
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     if isinstance(model, (str, Path)):
-        base = open_base(model, architecture=architecture, precision=spec.precision)
+        base = open_base(model, architecture=architecture, precision=spec.precision, text_only=text_only)
         return make_plan(spec, base.anatomy, base.fingerprint)
     anatomy, fingerprint = _surveyed(model, inputs)
     return make_plan(spec, anatomy, fingerprint)

@@ -28,6 +28,7 @@ from peltc.compiler.export import GRAPHS, stages
 from peltc.compiler.integrity import check_record, check_unchanged
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan, make_plan
+from peltc.compiler.refusals import check_live
 from peltc.compiler.staging import staging
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.spec.diagnostics import Place, fail
@@ -47,14 +48,20 @@ def silent(line: str) -> None:
 
 
 def plan_for(
-    spec: Spec, model: str | Path, *, architecture: str | None = None, mode: str | None = None, talk: Talk = silent
+    spec: Spec,
+    model: str | Path,
+    *,
+    architecture: str | None = None,
+    mode: str | None = None,
+    text_only: bool = False,
+    talk: Talk = silent,
 ) -> tuple[Plan, Base]:
     """The plan of a spec on a model, and the model's base.
 
     Raises:
         PeltError: what is wrong with the model or keeps the spec from fitting it.
     """
-    base = open_base(model, architecture=architecture, precision=spec.precision, talk=talk)
+    base = open_base(model, architecture=architecture, precision=spec.precision, text_only=text_only, talk=talk)
     return make_plan(spec, base.anatomy, base.fingerprint, mode), base
 
 
@@ -70,6 +77,7 @@ def compile(
     generation: bool | None = None,
     verify: bool = True,
     self_contained: bool = False,
+    text_only: bool = False,
     talk: Talk = silent,
 ) -> dict[str, Any]:
     """Compile a spec on a model into an artifact.
@@ -88,6 +96,7 @@ def compile(
         generation: add the graphs that `Session.generate` runs, in place of what the spec says.
         verify: hold the artifact against PyTorch before it takes its place.
         self_contained: copy the checkpoint into the artifact rather than link it.
+        text_only: compile a model that reads more than text through its text alone, which is refused otherwise.
         talk: told, line by line, what happens and what to know.
 
     Returns:
@@ -102,7 +111,7 @@ def compile(
     if generation is not None:
         spec = replace(spec, generation=generation)
     tidy(free(Path(out)))  # before anything takes time
-    with opened(model, Path(out), inputs, architecture, spec.precision, talk) as (base_of, attached):
+    with opened(model, Path(out), inputs, architecture, spec.precision, talk, text_only) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
                         self_contained, talk)  # fmt: skip
 
@@ -168,20 +177,22 @@ def opened(
     architecture: str | None = None,
     precision: str = "checkpoint",
     talk: Talk = silent,
+    text_only: bool = False,
 ) -> Iterator[tuple[Callable[[str], Base], dict[str, Array] | None]]:
     """How to get a model's base by variant, and its attached modules' tensors. A torch model becomes a folder beside
     the artifact for as long as it takes, whose files the artifact can link.
 
     Raises:
-        PeltError: E506 example inputs for a model that has a folder.
+        PeltError: E506 example inputs for a model that has a folder; E508 a quantised torch model.
     """
     if isinstance(model, (str, Path)):
         if inputs:
             raise fail("E506", "example inputs are given for a model folder", expected="a torch module with them",
                        hint="the class of transformers says what it reads")  # fmt: skip
         yield lambda variant: open_base(model, architecture=architecture, precision=precision, variant=variant,
-                                        talk=talk), None  # fmt: skip
+                                        text_only=text_only, talk=talk), None  # fmt: skip
         return
+    check_live(model)
     attached = getattr(model, "pelt", None)
     tensors = attached.tensors() if attached is not None else None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -190,13 +201,13 @@ def opened(
             state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
             model.save_pretrained(folder, state_dict=state)
             yield lambda variant: open_base(folder, architecture=architecture, precision=precision, variant=variant,
-                                            talk=talk), tensors  # fmt: skip
+                                            text_only=text_only, talk=talk), tensors  # fmt: skip
             return
         from peltc.runtime.attach import bare
 
         module = bare(model)
         yield lambda variant: module_base(module, inputs, folder, precision=precision, variant=variant,
-                                          talk=talk), tensors  # fmt: skip
+                                          text_only=text_only, talk=talk), tensors  # fmt: skip
 
 
 def adapter_tensors(
@@ -279,7 +290,8 @@ def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = sile
         raise fail("E610", f"the artifact was compiled from a live torch module, {architecture}", Place(str(folder)),
                    "the module itself, which no folder holds", "in Python: peltc.verify(out, module)")  # fmt: skip
     inputs = examples(like) if like else None
-    with opened(folder if model is None else model, folder, inputs, architecture, spec.precision, talk) as (base_of, _):
+    place, text_only = folder if model is None else model, bool(known.get("text_only"))
+    with opened(place, folder, inputs, architecture, spec.precision, talk, text_only) as (base_of, _):
         base = base_of("ids")
         plan = make_plan(spec, base.anatomy, base.fingerprint)
         if base.fingerprint != known["fingerprint"]:

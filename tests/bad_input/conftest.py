@@ -101,6 +101,7 @@ def own_cache(
     base = open_base(model)
     folder = tmp_path_factory.mktemp("own-cache")
     shutil.copytree(base.graph_file.parent, folder / "bases" / base.graph_file.parent.name)
+    (folder / "weights").mkdir()  # no entry yet
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PELTC_CACHE", str(folder))
         for file in base.checkpoint.files:
