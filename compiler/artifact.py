@@ -7,8 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,11 +19,15 @@ import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.base import Base
+from peltc.compiler.integrity import check_unchanged, digest_file, stamp
 from peltc.compiler.passes.absorb import MAX_LOSS, Folded
 from peltc.compiler.plan import Plan
+from peltc.compiler.staging import OLD, staging, sweep
 from peltc.spec.diagnostics import Place, fail
 
 MANIFEST = "pelt.json"
+MODEL = ".model-"
+"""What the names of the folders start with in which live torch modules lie for as long as a compilation takes."""
 CACHE = "cache.safetensors"
 """What the caches of keys and values begin with, by the graph's inputs."""
 ALIGNMENT = 64
@@ -44,19 +48,20 @@ def staged(out: Path) -> Iterator[Path]:
         PeltError: E601 `out` is something else than an artifact, E602 the disk is full or not writable.
     """
     out = free(out)
-    folder: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(None, f".{out.name}-", out.parent))
-        folder.chmod(0o755)
-        yield folder
-        _exchange(folder, out)
+        with staging(out.parent, f".{out.name}-") as folder:
+            yield folder
+            _exchange(folder, out)
     except OSError as error:
         raise fail("E602", f"cannot write the artifact: {error.strerror or error}", Place(str(out)),
                    "a folder that can be written, on a disk with room") from error  # fmt: skip
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy(out: Path) -> None:
+    """Remove what killed compilations left beside an output path."""
+    for prefix in (f".{out.name}-", MODEL):
+        sweep(out.parent, prefix, out)
 
 
 def free(out: Path) -> Path:
@@ -85,22 +90,30 @@ def _exchange(new: Path, out: Path) -> None:
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if hasattr(libc, "renameat2") and libc.renameat2(here, os.fsencode(new), here, os.fsencode(out), swap) == 0:
         return
-    aside = new.with_name(new.name + "-old")  # file systems without the exchange: two renames
+    aside = new.with_name(OLD)  # file systems without the exchange: two renames
     out.rename(aside)
     try:
         new.rename(out)
     except OSError:
         aside.rename(out)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def link_files(base: Base, folder: Path, copy: bool) -> list[dict[str, Any]]:
     """Bring the checkpoint's files into the folder, by hard link where possible.
 
     All of them, so that the folder is a model folder too and can be verified by itself.
+
+    Raises:
+        PeltError: E622 a file that changed since it was read first.
     """
-    return [link(file, folder / file.name, copy) for file in base.checkpoint.files]
+    files = []
+    for file in base.checkpoint.files:
+        entry = link(file, folder / file.name, copy)
+        found, sha256 = digest_file(file.resolve())
+        check_unchanged({file: base.checkpoint.stamps.get(file, found)})
+        files.append({**entry, **stamp(folder / file.name).to_json(), "sha256": sha256})
+    return files
 
 
 def link(file: Path, target: Path, copy: bool) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def write_artifact(
     for name in COMPANIONS:
         if (base.folder / name).is_file() and not (name.endswith(".index.json") and base.converted):
             shutil.copyfile(base.folder / name, folder / name)
-    if base.chosen:
+    if base.changed:
         (folder / "config.json").write_text(json.dumps(base.config, indent=1) + "\n", encoding="utf-8")
     record = {
         "schema_version": 1,
@@ -217,6 +230,7 @@ def manifest_of(
             "stored": str(base.checkpoint.float_dtype),
             "converted": base.converted or None,
             "inputs": base.inputs,
+            "text_only": base.text_only,
             "files": linked,
         },
         "weights": {"from": weights_from, "trained": decided["trained"], "tensors": {
@@ -234,12 +248,12 @@ def manifest_of(
 
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    staging = file.with_name(f".{file.name}.new")
+    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        staging.write_bytes(content)
-        staging.replace(file)
+        new.write_bytes(content)
+        new.replace(file)
     finally:
-        staging.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -13,10 +13,10 @@ does not have is never cached: its code may change, so that only the exported gr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +27,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peltc.compiler.anatomy import Anatomy
+from peltc.compiler.cache import BUILDING, cache_folder, tidy_cache, writable
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
+from peltc.compiler.integrity import digesting
+from peltc.compiler.refusals import beyond_text, check_reads, check_stored, check_text, model_class, towers
+from peltc.compiler.staging import staging
 from peltc.spec.diagnostics import PeltError, Place, fail, nearest
 from peltc.spec.foreign import refuse
 from peltc.spec.specification import AS_IT_SAYS, ModelChoice
@@ -46,12 +50,6 @@ IR_VERSION = 10
 
 Talk = Callable[[str], None]
 Array = np.ndarray[Any, Any]
-
-
-def cache_folder() -> Path:
-    """`$PELTC_CACHE`, or `peltc` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PELTC_CACHE") or Path(home) / "peltc")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,8 @@ class Base:
         converted: whether the weights had to be written out, and why.
         module: the live torch module, where the base is of one that `transformers` does not have.
         inputs: what the examples were like from which it was exported, by input name; see `describe_inputs`.
-        chosen: whether the config says something else than that in the folder.
+        changed: whether the config says something else than that in the folder.
+        text_only: whether the model reads more than text, and its text alone was asked for.
     """
 
     folder: Path
@@ -102,7 +101,8 @@ class Base:
     converted: str = ""
     module: Any = None
     inputs: Mapping[str, Mapping[str, Any]] | None = None
-    chosen: bool = False
+    changed: bool = False
+    text_only: bool = False
 
     def stored(self, name: str) -> StoredTensor:
         """Where a parameter's values lie; see `lacks`.
@@ -204,6 +204,7 @@ def open_base(
     choice: ModelChoice = AS_IT_SAYS,
     precision: str = "checkpoint",
     variant: str = "ids",
+    text_only: bool = False,
     talk: Talk = lambda line: None,
 ) -> Base:
     """The base of a model, from the cache or built now.
@@ -217,6 +218,7 @@ def open_base(
         precision: `checkpoint` keeps the stored type (bfloat16 is computed in float32), or a float type's name.
         variant: `ids`, `embeds` for a graph that reads embedded tokens, `decode` or `encoder` for those that generation
             takes. These share the parameters of `ids`, which alone says where all of them lie.
+        text_only: compile a model that reads more than text through its text alone.
         talk: told what takes time.
 
     Raises:
@@ -224,8 +226,11 @@ def open_base(
     """
     folder = find_model(model)
     config = read_config(folder)
+    check_stored(config, folder)
     named = config.get("architectures") or []
-    architecture = architecture or choice.architecture or (str(named[0]) if isinstance(named, list) and named else None)
+    own = str(named[0]) if isinstance(named, list) and named else None
+    wanted = architecture or choice.architecture or None
+    architecture, chosen = wanted or own, wanted not in (None, own)
     if architecture is None:
         raise fail(
             "E502",
@@ -234,7 +239,8 @@ def open_base(
             "a key 'architectures'",
             "give the class of transformers by --architecture",
         )
-    own, config = config, chosen_config(config, architecture, choice)
+    before, config = config, chosen_config(config, architecture, choice)
+    tidy_cache()
     checkpoint, converted = _checkpoint(folder, talk)
     stored = str(checkpoint.float_dtype)
     computed = {"checkpoint": "float32" if stored in ("bfloat16", "float64") else stored}.get(precision, precision)
@@ -244,8 +250,9 @@ def open_base(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     home = cache_folder() / "bases" / key
     if not (home / "base.json").is_file():
-        _build(folder, config, architecture, computed, variant, checkpoint, home, talk)
+        _build(folder, config, architecture, chosen, computed, variant, checkpoint, home, text_only, talk)
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
+    check_text(architecture, *record["beyond"], text_only, Place(str(folder)))
     if record["materialise"] and variant in ("ids", "embeds"):
         checkpoint, converted = _materialise(folder, architecture, checkpoint, record["materialise"], talk)
     stable_text = json.dumps(stable, sort_keys=True)
@@ -259,7 +266,8 @@ def open_base(
         fingerprint=hashlib.sha256((architecture + stable_text + checkpoint.fingerprint).encode()).hexdigest(),
         checkpoint=checkpoint,
         converted=converted,
-        chosen=config != own,
+        changed=config != before,
+        text_only=bool(record["beyond"][0]),
     )
 
 
@@ -314,6 +322,7 @@ def module_base(
     *,
     precision: str = "checkpoint",
     variant: str = "ids",
+    text_only: bool = False,
     talk: Talk = lambda line: None,
 ) -> Base:
     """The base of a live torch module that `transformers` does not have, built in a folder.
@@ -326,6 +335,7 @@ def module_base(
         precision: `checkpoint` keeps the type of the parameters (float32 where it is another than float32 and
             float16, or where they are of several), or a float type's name.
         variant: `ids`, or `embeds` for a graph that reads embedded tokens.
+        text_only: as for `open_base`.
         talk: told what takes time.
 
     Raises:
@@ -338,6 +348,8 @@ def module_base(
     if precision == "checkpoint":
         computed = next(iter(stored)) if stored in ({"float32"}, {"float16"}) else "float32"
     architecture = f"{type(module).__module__}.{type(module).__qualname__}"
+    beyond = [] if inputs else beyond_text(type(module))
+    check_text(architecture, beyond, towers(getattr(module, "config", None)), text_only, None)
     talk(f"exporting the graph of {architecture}")
     exported = _export_module(replica(module, computed), inputs, variant)
     talk(exported.repeats)
@@ -365,6 +377,7 @@ def module_base(
         checkpoint=checkpoint,
         module=module,
         inputs=describe_inputs(inputs, anatomy) if inputs else {},
+        text_only=bool(beyond),
     )
 
 
@@ -380,6 +393,8 @@ def _export_module(module: Any, inputs: Mapping[str, Any] | None, variant: str =
         raise fail("E505", f"{type(module).__name__} cannot be exported with embedded tokens as its input",
                    expected="a model of transformers whose forward takes 'inputs_embeds'",
                    hint="tokens before the sequence (`prepend`) need it; prefixes in the attention do not")  # fmt: skip
+    if not inputs and is_pretrained(module):
+        check_reads(type(module))
     if variant == "embeds" or (not inputs and is_pretrained(module)):
         return export_model(module, variant)
     return export_model(module, inputs=check_inputs(module, inputs))
@@ -433,12 +448,13 @@ def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[A
         from peltc.compiler.export import export_like
         from peltc.compiler.survey import survey_graph
 
+        check_reads(type(model))
+        writable(file.parent)
         exported = export_like(model)
         anatomy = survey_graph(exported.model, exported.parameters, exported.ties)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_suffix(f".{os.getpid()}")
-        staging.write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
-        staging.replace(file)
+        written = file.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
+        written.replace(file)
     return Anatomy.from_json(json.loads(file.read_text(encoding="utf-8"))), key
 
 
@@ -446,45 +462,60 @@ def _build(
     folder: Path,
     config: Mapping[str, Any],
     architecture: str,
+    chosen: bool,
     precision: str,
     variant: str,
     checkpoint: Checkpoint,
     home: Path,
+    text_only: bool,
     talk: Talk,
 ) -> None:
     """Export, clean, survey, and move the result into the cache in one step."""
-    from peltc.compiler.export import export_graph
+    from peltc.compiler.export import export_graph, parse_config
 
+    cls = model_class(architecture, config, folder, chosen)
+    check_reads(cls, Place(str(folder)))
+    beyond, parts = beyond_text(cls), []
+    if beyond:
+        with contextlib.suppress(Exception):  # what is wrong with the config is told when the model is built
+            parts = towers(parse_config(config))
+    check_text(architecture, beyond, parts, text_only, Place(str(folder)))
     what = {"ids": "its graph", "embeds": "its graph on embedded tokens"}.get(variant, f"its {variant} graph")
-    talk(f"no base of {architecture} in the cache: exporting {what} once")
-    exported = export_graph(folder, config, architecture, precision, variant)
-    talk(exported.repeats)
-    rows = vocabulary_of(config)
-    parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint, rows)
-    reason = ""
-    if unresolved:
-        absent = absent_parameters(folder, config, architecture, rows)
-        if renamed := [name for name in unresolved if name not in absent]:
-            reason = f"{len(renamed)} parameters are renamed or merged in the checkpoint, first '{renamed[0]}'"
-            parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
-        parameters |= {name: ParameterInfo(exported.parameters[name], "") for name in unresolved if name in absent}
-    home.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
-    try:
-        _write(exported, parameters, architecture, reason, staging)
+    with staging(writable(home.parent), BUILDING) as built, digesting(checkpoint.files):
+        talk(f"no base of {architecture} in the cache: exporting {what} once")
+        exported = export_graph(folder, config, cls, precision, variant)
+        talk(exported.repeats)
+        rows = vocabulary_of(config)
+        parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint, rows)
+        reason = ""
+        if unresolved:
+            absent = absent_parameters(folder, config, architecture, rows)
+            if renamed := [name for name in unresolved if name not in absent]:
+                reason = f"{len(renamed)} parameters are renamed or merged in the checkpoint, first '{renamed[0]}'"
+                parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
+            parameters |= {name: ParameterInfo(exported.parameters[name], "") for name in unresolved if name in absent}
+        _write(exported, parameters, architecture, reason, built, (beyond, parts))
         try:
-            staging.rename(home)
+            built.rename(home)
         except OSError:
             if not (home / "base.json").is_file():  # another process was first otherwise
                 raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write(
-    exported: Exported, parameters: Mapping[str, ParameterInfo], architecture: str, reason: str, home: Path
+    exported: Exported,
+    parameters: Mapping[str, ParameterInfo],
+    architecture: str,
+    reason: str,
+    home: Path,
+    beyond: tuple[list[str], list[str]] = ([], []),
 ) -> Anatomy:
-    """Survey an exported graph, and write it, its anatomy and the record into a folder."""
+    """Survey an exported graph, and write it, its anatomy and the record into a folder.
+
+    Args:
+        reason: why the checkpoint's tensors are not the graph's parameters, or empty.
+        beyond: inputs that the graph does not have since they are no text, and the parts of the config that read them.
+    """
     import onnx_ir as ir
 
     from peltc.compiler.limits import graph_limits
@@ -497,6 +528,7 @@ def _write(
         "architecture": architecture,
         "parameters": {name: asdict(info) for name, info in parameters.items()},
         "materialise": reason,
+        "beyond": beyond,
         "export": exported.metadata,
         "limits": graph_limits(home / "graph.onnx", exported.parameters),
         "repeats": exported.repeats,
@@ -586,6 +618,7 @@ def _checkpoint(folder: Path, talk: Talk) -> tuple[Checkpoint, str]:
     if not home.is_dir():
         import torch
 
+        writable(home.parent)
         talk(f"{why}: converting it to safetensors once")
         tensors: dict[str, Any] = {}
         for file in sorted(pickled):
@@ -613,6 +646,7 @@ def _materialise(
     if not home.is_dir():
         import transformers
 
+        writable(home.parent)
         talk(f"{reason}: writing the model's own tensors once")
         cls = getattr(transformers, architecture)
         model, report = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
@@ -643,14 +677,10 @@ def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) ->
 
 def _save(tensors: Mapping[str, Any], home: Path, aliases: Mapping[str, str] | None = None) -> None:
     """Write tensors into a new folder; `aliases` are other names of tied ones."""
-    home.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(None, ".building-", home.parent))
-    try:
-        write_tensors(tensors, staging / "model.safetensors")
-        (staging / ALIASES).write_text(json.dumps(dict(aliases or {})), encoding="utf-8")
-        staging.rename(home)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staging(writable(home.parent), BUILDING) as folder:
+        write_tensors(tensors, folder / "model.safetensors")
+        (folder / ALIASES).write_text(json.dumps(dict(aliases or {})), encoding="utf-8")
+        folder.rename(home)
 
 
 def write_tensors(tensors: Mapping[str, Any], file: Path) -> None:

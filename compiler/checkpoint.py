@@ -3,11 +3,12 @@ before somebody asks for its array."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from peltc.compiler.integrity import Stamp, stamp
 from peltc.spec.diagnostics import Place, fail
 
 MAX_HEADER = 100 * 1024 * 1024
@@ -108,6 +110,8 @@ class Checkpoint:
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    """What the files were like before anything of them was read."""
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -155,7 +159,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        return Checkpoint(folder, read_header(single, "E503"))
+        stamps = _stamps([single])
+        return Checkpoint(folder, read_header(single, "E503"), stamps)
     if not index.is_file():
         raise fail(
             "E503",
@@ -169,6 +174,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise fail("E503", "the index of the shards is malformed", Place(str(index)), "a 'weight_map'") from None
     tensors: dict[str, StoredTensor] = {}
+    stamps = _stamps(folder / shard for shard in sorted(shards) if "\0" not in shard)
     for shard in sorted(shards):
         if Path(shard).name != shard or "\0" in shard:
             raise fail("E503", f"the shard '{shard}' lies outside the model folder", Place(str(index)), "a file name")
@@ -177,7 +183,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise fail(
             "E503", f"the shards lack {len(missing)} tensors of the index, first '{missing[0]}'", Place(str(index))
         )
-    return Checkpoint(folder, tensors)
+    return Checkpoint(folder, tensors, stamps)
+
+
+def _stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
+    """The stamps of those files that are there."""
+    found = {}
+    for file in files:
+        with contextlib.suppress(OSError):
+            found[file] = stamp(file)
+    return found
 
 
 def spellings(name: str, stem: str) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peltc.compiler import repeat
+from peltc.compiler.refusals import unfit
 from peltc.spec.diagnostics import Place, fail, nearest
 
 GRAPHS = ("decode", "encoder")
@@ -54,35 +55,31 @@ class Exported:
     repeats: str = ""
 
 
-def export_graph(folder: Path, config: Mapping[str, Any], architecture: str, precision: str, variant: str) -> Exported:
+def export_graph(folder: Path, config: Mapping[str, Any], cls: Any, precision: str, variant: str) -> Exported:
     """Export a model's graph; no weight is read.
 
+    Args:
+        cls: a model class of `transformers`.
+
     Raises:
-        PeltError: E502 an unknown architecture or config, E505 what the exporter cannot export.
+        PeltError: E502 the config does not describe such a model, E512 nor should it, for the class is another type's;
+            E505 what the exporter cannot export.
     """
     import torch
-    import transformers
     from accelerate import init_empty_weights
 
-    cls = getattr(transformers, str(architecture), None)
-    if cls is None or not hasattr(cls, "_from_config"):
-        known = [n for n in dir(transformers) if n.endswith(("Model", "LM", "Classification", "Generation"))]
-        raise fail(
-            "E502",
-            f"transformers has no architecture '{architecture}'",
-            Place(str(folder / "config.json"), key="architectures"),
-            "a model class of transformers",
-            nearest(architecture, known),
-        )
     with quiet():
+        parsed: Any = None
         try:
             parsed = parse_config(config)
             with init_empty_weights(include_buffers=False):
                 model = unbacked(cls._from_config(parsed, dtype=getattr(torch, precision)).eval())
         except Exception as error:
+            if parsed is not None and not isinstance(parsed, cls.config_class or object):
+                raise unfit(cls, parsed.model_type, folder) from None
             raise fail(
                 "E502",
-                f"the config does not describe a {architecture}: {type(error).__name__}: {_first_line(error)}",
+                f"the config does not describe a {cls.__name__}: {type(error).__name__}: {_first_line(error)}",
                 Place(str(folder / "config.json")),
             ) from error
         if variant in GRAPHS:

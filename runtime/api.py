@@ -14,7 +14,11 @@ from peltc.spec.specification import Spec, load_spec
 
 
 def survey(
-    model: str | Path | Any, *, inputs: Mapping[str, Any] | None = None, architecture: str | None = None
+    model: str | Path | Any,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    text_only: bool = False,
 ) -> Anatomy:
     """The sites of a model.
 
@@ -22,13 +26,14 @@ def survey(
         model: a model folder, a hub id, a torch model of `transformers`, or any other torch module.
         inputs: example inputs by name for a module that `transformers` does not have; see `peltc.compile`.
         architecture: a class of `transformers` in place of the config's, for folders and hub ids.
+        text_only: for folders and hub ids of models that read more than text; see `peltc.compile`.
 
     Raises:
         PeltError: E5xx what is wrong with the model, or why it cannot be exported.
     """
     check_model(model)
     if isinstance(model, (str, Path)):
-        return open_base(model, architecture=architecture).anatomy
+        return open_base(model, architecture=architecture, text_only=text_only).anatomy
     return _surveyed(model, inputs)[0]
 
 
@@ -38,6 +43,7 @@ def plan(
     *,
     inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
+    text_only: bool = False,
 ) -> Plan:
     """Every decision about a spec on a model, before anything is written.
 
@@ -50,7 +56,7 @@ def plan(
     if isinstance(model, (str, Path)):
         from peltc.runtime.compile import plan_for
 
-        return plan_for(spec, model, architecture=architecture)[0]
+        return plan_for(spec, model, architecture=architecture, text_only=text_only)[0]
     anatomy, fingerprint = _surveyed(model, inputs)
     return make_plan(spec, anatomy, fingerprint)
 

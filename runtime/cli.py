@@ -26,7 +26,8 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 
 def run(arguments: Sequence[str], name: str = "pelt") -> int:
     """Run a command line; returns the exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # who starts us with a signal ignored wants it so
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(list(arguments), prog_name=name, standalone_mode=False)
         return 0
@@ -97,6 +98,9 @@ _quiet = click.option("--quiet", "-q", is_flag=True, help="Say warnings and erro
 _architecture = click.option(
     "--architecture", metavar="CLASS", help="A class of transformers, in place of the config's."
 )
+_text_only = click.option(
+    "--text-only", is_flag=True, help="Of a MODEL that reads more than text, take what reads token ids."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -115,18 +119,19 @@ def cli() -> None:
 @click.option("--generation/--no-generation", default=None, help="Add graphs with a cache, for `generate`.")
 @click.option("--self-contained", is_flag=True, help="Copy the checkpoint into the artifact rather than link it.")
 @_architecture
+@_text_only
 @_json
 @_quiet
 def compile_command(
     spec: str, model: str, out: str, weights: str | None, mode: str | None, generation: bool | None, verify: bool,
-    self_contained: bool, architecture: str | None, as_json: bool, quiet: bool,
+    self_contained: bool, architecture: str | None, text_only: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens."""
     from peltc.runtime.compile import compile
 
     with talking(quiet) as talk:
         manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,
-                           verify=verify, self_contained=self_contained, talk=talk)  # fmt: skip
+                           verify=verify, self_contained=self_contained, text_only=text_only, talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
         return
@@ -162,16 +167,19 @@ def check(spec: str, as_json: bool) -> None:
 @_model
 @click.option("--svg", type=click.Path(dir_okay=False), help="Draw the reference architecture into a file.")
 @_architecture
+@_text_only
 @_json
 @_quiet
-def sites(model: str, svg: str | None, architecture: str | None, as_json: bool, quiet: bool) -> None:
+def sites(
+    model: str, svg: str | None, architecture: str | None, text_only: bool, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
     """Show where modules can attach in MODEL."""
     from peltc.compiler.base import open_base
     from peltc.compiler.earlier import check_model
 
     check_model(model)
     with talking(quiet) as talk:
-        base = open_base(model, architecture=architecture, talk=talk)
+        base = open_base(model, architecture=architecture, text_only=text_only, talk=talk)
     anatomy = base.anatomy
     if svg:
         from peltc.compiler.drawing import draw
@@ -220,15 +228,19 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 @_model
 @click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
 @_architecture
+@_text_only
 @_json
 @_quiet
-def plan(spec: str, model: str, mode: str | None, architecture: str | None, as_json: bool, quiet: bool) -> None:
+def plan(
+    spec: str, model: str, mode: str | None, architecture: str | None, text_only: bool, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
     """Show every decision about SPEC on MODEL; nothing is written."""
     from peltc.runtime.compile import plan_for
     from peltc.spec.specification import load_spec
 
     with talking(quiet) as talk:
-        made, base = plan_for(load_spec(spec), model, architecture=architecture, mode=mode, talk=talk)
+        made, base = plan_for(load_spec(spec), model, architecture=architecture, mode=mode, text_only=text_only,
+                              talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=1))
         return
@@ -278,11 +290,12 @@ class _Comparing(click.Command):
     "--svg", type=click.Path(dir_okay=False), help="Draw SPEC's modules at their places in MODEL into a file."
 )
 @_architecture
+@_text_only
 @_json
 @_quiet
 def describe(
-    spec: str, model: str | None, others: tuple[str, ...], svg: str | None, architecture: str | None, as_json: bool,
-    quiet: bool,
+    spec: str, model: str | None, others: tuple[str, ...], svg: str | None, architecture: str | None, text_only: bool,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Say what SPEC's modules are in the terms of PEFT-Ref, and with MODEL what they cost.
 
@@ -294,7 +307,7 @@ def describe(
 
     with talking(quiet) as talk:
         specs = [read(name) for name in (spec, *others)]
-        reports = [describe(each, model, architecture=architecture, talk=talk) for each in specs]
+        reports = [describe(each, model, architecture=architecture, text_only=text_only, talk=talk) for each in specs]
     if svg:
         Path(svg).write_text(reports[0].picture(), encoding="utf-8")
     if as_json:

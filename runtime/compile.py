@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,13 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import CACHE, COMPANIONS, MANIFEST, free, link, read_manifest, staged, write_manifest
+from peltc.compiler.artifact import (
+    CACHE,
+    COMPANIONS,
+    MANIFEST,
+    MODEL,
+    free,
+    link,
+    read_manifest,
+    staged,
+    tidy,
+    write_manifest,
+)  # fmt: skip
 from peltc.compiler.base import Base, find_model, is_known, module_base, open_base, read_config
 from peltc.compiler.checkpoint import read_header
 from peltc.compiler.choice import Told, check_choice, choice_of
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export import GRAPHS, stages
 from peltc.compiler.identity import BaseRecord, public_name, stored_record, stored_samples
+from peltc.compiler.integrity import check_record, check_unchanged
 from peltc.compiler.mathematics import Mathematics, mathematics, whole_digest
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan import Plan
@@ -31,6 +42,8 @@ from peltc.compiler.provenance import (
     silent_about,
 )
 from peltc.compiler.provided import plan_on
+from peltc.compiler.refusals import check_live
+from peltc.compiler.staging import staging
 from peltc.compiler.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.document import parse
@@ -50,7 +63,13 @@ def silent(line: str) -> None:
 
 
 def plan_for(
-    spec: Spec, model: str | Path, *, architecture: str | None = None, mode: str | None = None, talk: Talk = silent
+    spec: Spec,
+    model: str | Path,
+    *,
+    architecture: str | None = None,
+    mode: str | None = None,
+    text_only: bool = False,
+    talk: Talk = silent,
 ) -> tuple[Plan, Base]:
     """The plan of a spec on a model, and the model's base.
 
@@ -60,7 +79,8 @@ def plan_for(
     check_model(model)
     folder = find_model(model)
     choice = choice_of(spec, told(spec, None), read_config(folder))
-    base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision, talk=talk)
+    base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision, text_only=text_only,
+                     talk=talk)  # fmt: skip
     return plan_on(spec, base, mode), base
 
 
@@ -76,6 +96,7 @@ def compile(
     generation: bool | None = None,
     verify: bool = True,
     self_contained: bool = False,
+    text_only: bool = False,
     talk: Talk = silent,
 ) -> dict[str, Any]:
     """Compile a spec on a model into an artifact.
@@ -94,6 +115,7 @@ def compile(
         generation: add the graphs that `Session.generate` runs, in place of what the spec says.
         verify: hold the artifact against PyTorch before it takes its place.
         self_contained: copy the checkpoint into the artifact rather than link it.
+        text_only: compile a model that reads more than text through its text alone, which is refused otherwise.
         talk: told, line by line, what happens and what to know.
 
     Returns:
@@ -107,12 +129,13 @@ def compile(
         spec = load_spec(spec)
     if generation is not None:
         spec = replace(spec, generation=generation)
-    free(Path(out))  # before anything takes time
+    place = free(Path(out))  # before anything takes time
     check_model(model, Path(out))
     refuse(weights if weights is not None or not spec.weights else inside(spec.folder, spec.weights, spec.path),
            "weights")  # fmt: skip
+    tidy(place)
     known = told(spec, weights)
-    with opened(model, Path(out), spec, known, inputs, architecture, talk) as (base_of, attached):
+    with opened(model, Path(out), spec, known, inputs, architecture, talk, text_only) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
                         self_contained, talk)  # fmt: skip
 
@@ -167,6 +190,8 @@ def _compile(
             talk("verifying against PyTorch")
             manifest["verification"] = verify_folder(folder, plan, base, tensors, str(out))
             write_manifest(folder, manifest)
+        for each in (base, *((embeds,) if embeds else ()), *staged_bases.values()):
+            check_unchanged(each.checkpoint.stamps)
     return manifest
 
 
@@ -190,6 +215,7 @@ def opened(
     inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     talk: Talk = silent,
+    text_only: bool = False,
 ) -> Iterator[tuple[Callable[[str], Base], Live | None]]:
     """How to get a model's base by variant, and the modules that are attached to it. A torch model becomes a folder
     beside the artifact for as long as it takes, whose files the artifact can link.
@@ -198,7 +224,8 @@ def opened(
         known: what the modules' tensors tell of the model.
 
     Raises:
-        PeltError: E506 example inputs for a model that has a folder; E410 another library's adapter.
+        PeltError: E506 example inputs for a model that has a folder; E410 another library's adapter; E508 a quantised
+            torch model.
     """
     if isinstance(model, (str, Path)):
         if inputs:
@@ -207,26 +234,26 @@ def opened(
         found = find_model(model)
         choice = choice_of(spec, known, read_config(found))
         yield lambda variant: open_base(found, architecture=architecture, choice=choice, precision=spec.precision,
-                                        variant=variant, talk=talk), None  # fmt: skip
+                                        variant=variant, text_only=text_only, talk=talk), None  # fmt: skip
         return
     refuse(model, "the model")
+    check_live(model)
     attached = getattr(model, "pelt", None)
     tensors = Live(attached.tensors(), attached.mathematics) if attached is not None else None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(None, ".model-", out.absolute().parent) as name:
-        folder = Path(name)
+    with staging(out.absolute().parent, MODEL) as folder:
         if is_known(model) and not inputs:
             state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
             model.save_pretrained(folder, state_dict=state)
             check_choice(spec, type(model).__name__, model.config.to_dict())
             yield lambda variant: open_base(folder, architecture=architecture, precision=spec.precision,
-                                            variant=variant, talk=talk), tensors  # fmt: skip
+                                            variant=variant, text_only=text_only, talk=talk), tensors  # fmt: skip
             return
         from peltc.runtime.attach import bare
 
         module = bare(model)
         yield lambda variant: module_base(module, inputs, folder, precision=spec.precision, variant=variant,
-                                          talk=talk), tensors  # fmt: skip
+                                          text_only=text_only, talk=talk), tensors  # fmt: skip
 
 
 def told(spec: Spec, weights: str | Path | Mapping[str, Array] | None) -> Told:
@@ -363,6 +390,7 @@ def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = sile
 
     folder = Path(out)
     manifest = read_manifest(folder)
+    check_record(folder / MANIFEST, manifest)
     spec = build_spec(parse(manifest["spec"], f"{folder / MANIFEST}"), manifest["spec"])
     known = manifest["base"]
     like, architecture = known.get("inputs"), known["architecture"]
@@ -370,8 +398,9 @@ def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = sile
         raise fail("E610", f"the artifact was compiled from a live torch module, {architecture}", Place(str(folder)),
                    "the module itself, which no folder holds", "in Python: peltc.verify(out, module)")  # fmt: skip
     inputs = examples(like) if like else None
-    adapter = told_by(folder / ADAPTER)
-    with opened(folder if model is None else model, folder, spec, adapter, inputs, architecture, talk) as (base_of, _):
+    adapter, place = told_by(folder / ADAPTER), folder if model is None else model
+    text_only = bool(known.get("text_only"))
+    with opened(place, folder, spec, adapter, inputs, architecture, talk, text_only) as (base_of, _):
         base = base_of("ids")
         plan = plan_on(spec, base)
         if base.fingerprint != known["fingerprint"]:

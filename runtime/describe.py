@@ -139,7 +139,12 @@ def read(name: str) -> Spec:
 
 
 def describe(
-    spec: Spec, model: str | Path | None = None, *, architecture: str | None = None, talk: Talk = silent
+    spec: Spec,
+    model: str | Path | None = None,
+    *,
+    architecture: str | None = None,
+    text_only: bool = False,
+    talk: Talk = silent,
 ) -> Report:
     """What a spec's modules are; with a model, how many and at what cost.
 
@@ -149,7 +154,7 @@ def describe(
     check_formulas(spec)
     if model is None:
         return Report(spec.name, tuple(_module(entry, _row(entry, spec)) for entry in spec.attach))
-    plan, base = plan_for(spec, model, architecture=architecture, talk=talk)
+    plan, base = plan_for(spec, model, architecture=architecture, text_only=text_only, talk=talk)
     size = sum(prod(info.shape) for info in base.parameters.values())
     width = WIDTHS.get(base.precision, 4)
     stacks = {site.stack for site in base.anatomy if site.stack}

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import read_manifest
+from peltc.compiler.artifact import MANIFEST, read_manifest
+from peltc.compiler.integrity import check_record
 from peltc.runtime.inputs import NO_LIMITS, check, checked_options, converted, shown, translating
 from peltc.spec.diagnostics import Place, fail
 
@@ -48,7 +49,8 @@ class Session:
         spinning: whether idle threads wait busily, which answers sooner and keeps the cores from others.
 
     Raises:
-        PeltError: E603 no artifact; E604 an execution provider that is not there; E605 ONNX Runtime cannot open it.
+        PeltError: E603 no artifact; E604 an execution provider that is not there; E605 ONNX Runtime cannot open it;
+            E621 the base's file is not the one that was compiled.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Session:
 
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        check_record(self.folder / MANIFEST, self.manifest)
         self.options = ort.SessionOptions()
         self.options.log_severity_level = 4  # what goes wrong is raised, and said once
         if threads is not None:
@@ -76,10 +79,11 @@ class Session:
         """ONNX Runtime's session of one of the artifact's graphs.
 
         Raises:
-            PeltError: E605 it cannot be opened.
+            PeltError: E605 it cannot be opened; E621 the base's file is not the one that was compiled.
         """
         import onnxruntime as ort
 
+        check_record(self.folder / MANIFEST, self.manifest)  # a graph may be opened long after the session
         try:
             return ort.InferenceSession(str(self.folder / file), self.options, providers=self.providers)
         except Exception as error:

@@ -11,6 +11,7 @@ import numpy as np
 from peltc.compiler.base import Base
 from peltc.compiler.plan import Plan
 from peltc.runtime.session import Session
+from peltc.runtime.sound import check_sound
 from peltc.spec.diagnostics import PeltError, Place, fail
 
 Array = np.ndarray[Any, Any]
@@ -254,6 +255,7 @@ def verify_folder(
         found = worst(figures)
     if not found <= tolerance:
         attached.detach_adapter()
+        check_sound(reference(model, next(cases(base))[3]), base)
         own = base_error(base, model)
         if own > WRONG * tolerance:
             raise fail("E703", f"the exporter's graph of the bare model differs from PyTorch by {own:.2e} of the"

@@ -95,11 +95,17 @@ def own_cache(
     """A cache that no other process writes to, so that what is left in it was left here, with the model's base in it;
     and the model."""
     from peltc.compiler.base import open_base
+    from peltc.compiler.integrity import digest_file, remember
 
     model = model_folder("bert")
     base = open_base(model)
     folder = tmp_path_factory.mktemp("own-cache")
     shutil.copytree(base.graph_file.parent, folder / "bases" / base.graph_file.parent.name)
+    (folder / "weights").mkdir()  # no entry yet
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PELTC_CACHE", str(folder))
+        for file in base.checkpoint.files:
+            remember(*digest_file(file))
     return folder, model
 
 

@@ -247,9 +247,9 @@ def test_model_folder_is_refused(desk: Any, bad: Bad) -> None:
 CLASS = "does not describe a BertForSequenceClassification"
 CONFIGS: dict[str, tuple[dict[str, object], str, str]] = {
     "architecture": ({"architectures": ["BretModel"]}, "no architecture 'BretModel'", "did you mean 'BertModel'?"),
-    "architecture_no_model": ({"architectures": ["Trainer"]}, "no architecture 'Trainer'", "a model class"),
+    "architecture_no_model": ({"architectures": ["Trainer"]}, "Trainer is no model class", "BertForMaskedLM"),
     "architecture_missing": ({"architectures": None}, "names no architecture", "by --architecture"),
-    "model_type": ({"model_type": "brett"}, CLASS, "brett"),
+    "model_type": ({"model_type": "brett"}, "no model type 'brett'", "did you mean 'bert'?"),
     "model_type_missing": ({"model_type": None}, "names no model type", "a key 'model_type'"),
     "size_wrong": ({"hidden_size": 33}, CLASS, "33"),
     "size_text": ({"hidden_size": "x"}, CLASS, "hidden_size"),
@@ -261,7 +261,7 @@ def test_config_is_refused(desk: Any, name: str) -> None:
     change, message, words = CONFIGS[name]
     desk.copy_model(**change)
     err = desk.refuse(model="model").err
-    assert re.search(rf"model/config.json.*\n  E502 .*{re.escape(message)}", err), err
+    assert re.search(rf"model/config.json.*\n  E5(02|12) .*{re.escape(message)}", err), err
     assert words in err
 
 

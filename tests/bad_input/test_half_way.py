@@ -119,7 +119,11 @@ def test_killed_half_way(desk: Any, number: signal.Signals) -> None:
     assert desk.compile().code == 0
     before = desk.contents()
     command = [sys.executable, "-c", CHILD, "compile", "spec.yaml", str(desk.model), "-o", "out", "--no-verify"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that ignores the signal, as `nohup` and background jobs do, hands that down.
+    default = partial(signal.signal, number, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default
+    ) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "half-way\n"
             assert any(p.name.startswith(".out-") for p in desk.folder.iterdir()), "there is something to clean up"
@@ -130,6 +134,95 @@ def test_killed_half_way(desk: Any, number: signal.Signals) -> None:
     assert process.returncode == 1, err
     assert "interrupted" in err
     desk.check_same(before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "terminated"])
+def test_ignored_signals_stay_ignored(desk: Any, number: signal.Signals) -> None:
+    """`nohup`, and shells that start jobs in the background, have interrupts ignored: the work goes on."""
+    child = CHILD.replace("time.sleep(60)", "time.sleep(1)")
+    command = [sys.executable, "-c", child, "compile", "spec.yaml", str(desk.model), "-o", "out", "--no-verify"]
+    ignored = partial(signal.signal, number, signal.SIG_IGN)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=ignored
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "half-way\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (desk.folder / "out" / "pelt.json").is_file()
+
+
+def test_folders_of_killed_compilations_are_swept(desk: Any) -> None:
+    """SIGKILL leaves the staging folder; the next compilation removes it, and none that is still being built in."""
+    assert desk.compile().code == 0
+    before = desk.contents()
+    command = [sys.executable, "-c", CHILD, "compile", "spec.yaml", str(desk.model), "-o", "out", "--no-verify"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for process in running:
+            assert process.stdout is not None and process.stdout.readline() == "half-way\n"
+        assert len(list(desk.folder.glob(".out-*"))) == 2
+        running[0].kill()
+        running[0].communicate(timeout=30)
+        assert len(list(desk.folder.glob(".out-*"))) == 2, "a killed process cleans nothing up"
+        assert desk.compile().code == 0
+        (alive,) = desk.folder.glob(".out-*")
+        assert (alive / "content" / "model.safetensors").is_file(), "the other one still builds here"
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate(timeout=30)
+    assert desk.compile().code == 0
+    desk.check_same(before)
+
+
+LIVE = """\
+import sys, time
+from transformers import BertForSequenceClassification
+import peltc
+import peltc.compiler.base as base
+def slow(*arguments):
+    print("half-way", flush=True)
+    time.sleep(60)
+base._write = slow
+peltc.compile("spec.yaml", BertForSequenceClassification.from_pretrained(sys.argv[1]), "out")
+"""
+
+
+def test_folders_of_a_killed_export_are_swept(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base in the making, in the cache, and the live model's folder beside the artifact."""
+    monkeypatch.setenv("PELTC_CACHE", str(desk.folder / "cache"))
+    command = [sys.executable, "-c", LIVE, str(desk.model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "half-way\n"
+        process.kill()
+    assert [len([*desk.folder.glob(p)]) for p in (".model-*", "cache/bases/.building-*")] == [1, 1]
+    outcome = desk.compile()
+    assert outcome.code == 0, outcome.err
+    assert [p for p in desk.folder.rglob(".*")] == []
+
+
+@pytest.mark.parametrize("place", ["spec.yaml", "spec.yaml/cache", "/proc/cache", "link"])
+def test_cache_that_cannot_be_written(desk: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before anything is exported. Root writes where permissions forbid it, but not into a file."""
+    (desk.folder / "link").symlink_to("/proc/self/nowhere")
+    monkeypatch.setenv("PELTC_CACHE", str(desk.folder / place))
+    err = desk.refuse().err
+    assert "E620 cannot write to the cache" in err and "PELTC_CACHE" in err
+    assert "exporting" not in err
+
+
+def test_cache_that_need_not_be_written(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known base, on a file system that takes no more: nothing is written to the cache, and nothing is said."""
+    from peltc.compiler import cache, integrity
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cache.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(integrity, "_replace", full)
+    outcome = desk.compile()
+    assert outcome.code == 0, outcome.err
 
 
 @pytest.mark.parametrize(

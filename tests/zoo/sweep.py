@@ -112,7 +112,7 @@ def examine(model_type: str, architecture: str, folder: Path) -> Found:
     try:
         with exporter_timed() as spent:
             start = time.perf_counter()
-            open_base(model)
+            open_base(model, text_only=True)
             cold = time.perf_counter() - start
     except PeltError as error:
         found.worst = dict.fromkeys(SPECS, error.diagnostics[0].message)
@@ -122,7 +122,7 @@ def examine(model_type: str, architecture: str, folder: Path) -> Found:
     for name, attach in SPECS.items():
         spec = peltc.load_spec({"pelt": 1, "name": "zoo", "attach": attach})
         try:
-            plan, base = plan_for(spec, model)
+            plan, base = plan_for(spec, model, text_only=True)
         except PeltError as error:
             found.worst[name] = error.diagnostics[0].message
             continue
@@ -133,7 +133,7 @@ def examine(model_type: str, architecture: str, folder: Path) -> Found:
         tensors = {n: (0.05 * random.standard_normal(t.shape)).astype(np.float32) for n, t in plan.tensors.items()}
         for mode in ("fold", "static"):
             try:
-                manifest = peltc.compile(spec, model, folder / f"{name}-{mode}", tensors, mode=mode)
+                manifest = peltc.compile(spec, model, folder / f"{name}-{mode}", tensors, mode=mode, text_only=True)
                 found.worst[f"{name} {mode}"] = manifest["verification"]["worst"]
             except PeltError as error:
                 found.worst[f"{name} {mode}"] = error.diagnostics[0].message

@@ -1,0 +1,320 @@
+"""Models that cannot be compiled, through the real command line: each is told for what it is, in one finding, before
+anything is exported, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import peltc
+from peltc.compiler import refusals
+from peltc.spec.diagnostics import PeltError
+
+LORA = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
+
+
+def refused(desk: Any, code: str, *words: str, options: tuple[str, ...] = (), model: str = "model") -> str:
+    """The one finding, whose text holds these words and no name of an error of Python's."""
+    err: str = desk.refuse(*options, model=model).err
+    assert err.endswith("1 error\n") and f"  {code} " in err, err
+    assert [word for word in words if word not in err] == [], err
+    assert "exporting" not in err and "Traceback" not in err and "Error:" not in err, err
+    return err
+
+
+# quantised
+
+METHODS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "quantised (gptq, 4 bits)", "that it was quantised from"),
+    "awq": ({"quant_method": "awq", "bits": 4}, "quantised (awq, 4 bits)", "that it was quantised from"),
+    "fp8": ({"quant_method": "fp8"}, "quantised (fp8)", "FineGrainedFP8Config(dequantize=True)"),
+    "bnb": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True},
+        "quantised (bitsandbytes, 4 bits)",
+        "`model.dequantize()`",
+    ),
+    "new": ({"quant_method": "brandnew"}, "quantised (brandnew)", "that it was quantised from"),
+    "nameless": ({"some": "thing"}, "quantised (an unnamed method)", "that it was quantised from"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_quantised_checkpoints(desk: Any, name: str) -> None:
+    settings, message, hint = METHODS[name]
+    desk.copy_model(quantization_config=settings)
+    refused(desk, "E508", "config.json  quantization_config\n", message, hint)
+
+
+def test_a_part_that_is_quantised(desk: Any) -> None:
+    desk.copy_model(text_config={"quantization_config": {"quant_method": "gptq"}})
+    refused(desk, "E508", "config.json  text_config.quantization_config\n")
+
+
+def test_types_that_only_quantised_files_have(desk: Any) -> None:
+    """The method is named, and not the type that such a file holds."""
+    folder = desk.copy_model(quantization_config={"quant_method": "fp8"})
+    text = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(text.replace(b'"F32"', b'"F8_"'))
+    refused(desk, "E508", "quantised (fp8)")
+
+
+@pytest.mark.parametrize("how", ["config", "integers", "eight_bits"])
+def test_quantised_torch_models(desk: Any, how: str) -> None:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(desk.model)
+    words = "'bert.pooler.dense.weight' is stored as"
+    if how == "config":
+        model.config.quantization_config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        words = "is quantised (bitsandbytes, 8 bits)"
+    else:
+        kind = torch.uint8 if how == "integers" else torch.float8_e4m3fn
+        model.bert.pooler.dense.weight = torch.nn.Parameter(torch.zeros(32, 32).to(kind), requires_grad=False)
+    before = desk.contents()
+    with pytest.raises(PeltError, match="E508 the torch model BertForSequenceClassification is") as caught:
+        peltc.compile(LORA, model, desk.folder / "out")
+    assert words in str(caught.value)
+    desk.check_same(before)
+
+
+# pixels, sound, several at once
+
+
+def tiny(name: str) -> Any:
+    """Tiny models that read more than text, or none."""
+    import torch
+    import transformers as t
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    text = {**small, "vocab_size": 100, "max_position_embeddings": 64}
+    whisper = {
+        "vocab_size": 100, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8,
+        "max_source_positions": 16, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "decoder_start_token_id": 1,
+    }  # fmt: skip
+    sound = {"conv_dim": (32,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1,
+             "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}  # fmt: skip
+    torch.manual_seed(0)
+    made = {
+        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**vision)),
+        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**{**vision, "mlp_ratio": 2})),
+        "wav2vec2": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**small, vocab_size=30, **sound)),
+        "whisper": lambda: t.WhisperForConditionalGeneration(t.WhisperConfig(**whisper)),
+        "clip": lambda: t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)),
+        "llava": lambda: t.LlavaForConditionalGeneration(
+            t.LlavaConfig(
+                text_config={**text, "model_type": "llama", "num_key_value_heads": 2},
+                vision_config={**vision, "model_type": "clip_vision_model"}, image_token_index=99)),
+    }  # fmt: skip
+    return made[name]().eval()
+
+
+@pytest.fixture(scope="session")
+def beyond(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of tiny models that read more than text."""
+    home = tmp_path_factory.mktemp("beyond")
+
+    def folder(name: str) -> Path:
+        if not (home / name).is_dir():
+            logging.disable(logging.WARNING)
+            tiny(name).save_pretrained(home / name)
+            logging.disable(logging.NOTSET)
+        return home / name
+
+    return folder
+
+
+SENSES = {
+    "vit": "ViTForImageClassification reads 'pixel_values' (images), and no token ids",
+    "dinov2": "Dinov2Model reads 'pixel_values' (images), and no token ids",
+    "wav2vec2": "Wav2Vec2ForCTC reads 'input_values' (sound), and no token ids",
+    "whisper": "WhisperForConditionalGeneration reads 'input_features' (sound), and no token ids",
+}
+
+
+@pytest.mark.parametrize("name", SENSES)
+def test_models_that_read_no_text(desk: Any, beyond: Callable[[str], Path], name: str) -> None:
+    refused(desk, "E509", SENSES[name], model=str(beyond(name)))
+    refused(desk, "E509", SENSES[name], model=str(beyond(name)), options=("--text-only",))
+
+
+def test_torch_models_that_read_no_text(desk: Any) -> None:
+    """Attached to, surveyed, or a class of one's own."""
+    import transformers
+
+    class Own(transformers.ViTForImageClassification):
+        pass
+
+    model = tiny("vit")
+    for attempt in (
+        lambda: peltc.attach(model, LORA),
+        lambda: peltc.survey(model),
+        lambda: peltc.compile(LORA, model, desk.folder / "out"),
+        lambda: peltc.compile(LORA, Own(model.config), desk.folder / "out"),
+    ):
+        with pytest.raises(PeltError, match=r"E509 .*reads 'pixel_values'"):
+            attempt()
+
+
+@pytest.mark.parametrize("name", ["llava", "clip"])
+def test_models_that_read_more_than_text(desk: Any, beyond: Callable[[str], Path], name: str) -> None:
+    words = ("reads 'pixel_values' beside token ids", "(vision_config)", "--text-only", "text_only=True")
+    refused(desk, "E510", *words, model=str(beyond(name)))
+
+
+def test_a_model_through_its_text(desk: Any, beyond: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, it is compiled and verified, and the manifest says so; asked for once is not for ever."""
+    monkeypatch.setenv("PELTC_CACHE", str(desk.folder / "cache"))
+    model = str(beyond("llava"))
+    outcome = desk.pelt("compile", "spec.yaml", model, "-o", "out", "--text-only")
+    assert outcome.code == 0, outcome.err
+    manifest = json.loads((desk.folder / "out" / "pelt.json").read_text())
+    assert manifest["base"]["text_only"] is True
+    assert desk.pelt("verify", "out").code == 0
+    for command in (["sites"], ["plan", "spec.yaml"], ["describe", "spec.yaml"]):
+        outcome = desk.pelt(*command, model)
+        assert outcome.code == 1 and "E510" in outcome.err and "(vision_config)" in outcome.err
+        assert desk.pelt(*command, model, "--text-only").code == 0
+    assert peltc.survey(model, text_only=True).named
+    assert peltc.plan("spec.yaml", model, text_only=True).claims
+    with pytest.raises(PeltError, match="E510"):
+        peltc.compile("spec.yaml", tiny("llava"), desk.folder / "other")
+
+
+def test_models_of_text_alone_say_so(desk: Any) -> None:
+    assert desk.compile("--text-only").code == 0
+    assert json.loads((desk.folder / "out" / "pelt.json").read_text())["base"]["text_only"] is False
+
+
+def test_every_class_of_transformers_is_decided() -> None:
+    """By the signatures and what classes declare: what takes token ids and no other main input is text's."""
+    import transformers
+
+    text = ("BertForMaskedLM", "T5ForConditionalGeneration", "GPT2LMHeadModel", "Gemma3ForCausalLM", "CLIPTextModel",
+            "BltForCausalLM", "MoshiForCausalLM", "LayoutLMForTokenClassification")  # fmt: skip
+    more = {"Qwen2VLForConditionalGeneration": "pixel_values", "Qwen2AudioForConditionalGeneration": "input_features",
+            "Phi4MultimodalForCausalLM": "image_pixel_values", "LxmertModel": "visual_feats",
+            "Gemma3ForConditionalGeneration": "pixel_values", "ClapModel": "input_features"}  # fmt: skip
+    for name in text:
+        assert refusals.beyond_text(getattr(transformers, name)) == [], name
+        refusals.check_reads(getattr(transformers, name))
+    for name, first in more.items():
+        assert refusals.beyond_text(getattr(transformers, name))[0] == first, name
+
+
+# classes
+
+
+def test_a_class_of_another_type(desk: Any) -> None:
+    desk.copy_model()
+    words = ("T5ForConditionalGeneration is no class for the model type 'bert'", "BertForMaskedLM, ", "--architecture")
+    err = refused(desk, "E512", *words, options=("--architecture", "T5ForConditionalGeneration"))
+    assert "num_layers" not in err
+
+
+def test_a_config_with_a_class_of_another_type(desk: Any) -> None:
+    """The config's own word, found wrong when the model is built."""
+    desk.copy_model(architectures=["T5ForConditionalGeneration"])
+    err = desk.refuse(model="model").err
+    assert "E512 T5ForConditionalGeneration is no class for the model type 'bert'" in err
+    assert "one of: BertForMaskedLM" in err and "Error:" not in err
+
+
+@pytest.mark.parametrize(
+    "name", ["BertTokenizer", "AutoModel", "AutoModelForSequenceClassification", "BertConfig", "BertPreTrainedModel",
+             "PreTrainedModel", "Trainer"],
+)  # fmt: skip
+def test_a_class_that_is_no_model(desk: Any, name: str) -> None:
+    desk.copy_model()
+    options = ("--architecture", name)
+    refused(desk, "E512", f"{name} is no model class", "one of: BertForMaskedLM", options=options)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "models", "__doc__", "BertModle"])
+def test_a_class_that_is_none(desk: Any, name: str) -> None:
+    desk.copy_model()
+    err = refused(desk, "E502", f"no architecture '{name}'", options=("--architecture", name))
+    assert len(err) < 600
+
+
+def test_a_class_for_the_same_type(desk: Any) -> None:
+    assert desk.pelt("sites", str(desk.model), "--architecture", "BertModel").code == 0
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "type": {"model_type": "brett", "auto_map": {"AutoModel": "modeling_brett.BrettModel"}},
+    "class": {"architectures": ["BrettModel"], "auto_map": {"AutoModel": "modeling_brett.BrettModel"}},
+    "file": {"model_type": "brett", "architectures": ["BrettModel"]},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_code_of_the_models_own(desk: Any, name: str) -> None:
+    """Never run; and no list of what there is instead."""
+    folder = desk.copy_model(**OWN[name])
+    (folder / "modeling_brett.py").write_text(f"open({str(desk.folder / 'ran')!r}, 'w')")
+    err = refused(desk, "E511", "own code (", "is not run", "peltc.compile(spec, module, out, inputs=")
+    assert len(err) < 700
+    assert not (desk.folder / "ran").exists()
+
+
+def test_code_that_transformers_has_by_now(desk: Any) -> None:
+    """A model whose code came into `transformers` keeps its own beside it."""
+    desk.copy_model(auto_map={"AutoModel": "modeling_bert.BertModel"})
+    assert desk.compile(model="model").code == 0
+
+
+# numbers
+
+
+BROKEN = "bert.encoder.layer.1.attention.output.dense.weight"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(desk: Any, value: float) -> None:
+    folder = desk.copy_model()
+    tensors = load_file(folder / "model.safetensors")
+    tensors[BROKEN][3, 5] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    outcome = desk.pelt("compile", "spec.yaml", "model", "-o", "out")
+    assert outcome.code == 1
+    assert "model/model.safetensors\n  E513 the model itself, with no module attached, answers NaN" in outcome.err
+    assert f"since the weight '{BROKEN}' is not finite" in outcome.err
+    assert "report" not in outcome.err and "by nan" not in outcome.err
+    assert not (desk.folder / "out").exists()
+
+
+def test_numbers_that_are_too_large_for_the_type(desk: Any) -> None:
+    """In float16 the logits overflow, and no weight does."""
+    folder = desk.copy_model()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.weight"][:] = 60000
+    tensors["bert.pooler.dense.bias"][:] = 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    desk.write("pelt: 1\nattach: [{method: lora, at: attention.query}]\ndeploy: {precision: float16}\n")
+    outcome = desk.pelt("compile", "spec.yaml", "model", "-o", "out")
+    assert outcome.code == 1
+    assert "E513" in outcome.err and "in 'logits', computed in float16; its weights are finite" in outcome.err
+    assert "precision: float32" in outcome.err
+    desk.write("pelt: 1\nattach: [{method: lora, at: attention.query}]\ndeploy: {precision: float32}\n")
+    assert desk.pelt("compile", "spec.yaml", "model", "-o", "out").code == 0
+
+
+def test_soundness_by_itself(desk: Any) -> None:
+    from peltc.compiler.base import open_base
+    from peltc.runtime.sound import check_sound
+
+    base = open_base(desk.model)
+    check_sound({"a": np.ones(2)}, base)
+    with pytest.raises(PeltError, match=r"E513 .* in 'b', computed in float32; its weights are finite"):
+        check_sound({"a": np.ones(2), "b": np.array([1, -np.inf], np.float16)}, base)
