@@ -252,7 +252,8 @@ def open_base(
     if not (home / "base.json").is_file():
         _build(folder, config, architecture, chosen, computed, variant, checkpoint, home, text_only, talk)
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
-    check_text(architecture, *record["beyond"], text_only, Place(str(folder)))
+    beyond, parts = record["beyond"]
+    check_text(architecture, beyond, parts, text_only, Place(str(folder)))
     if record["materialise"] and variant in ("ids", "embeds"):
         checkpoint, converted = _materialise(folder, architecture, checkpoint, record["materialise"], talk)
     stable_text = json.dumps(stable, sort_keys=True)

@@ -77,7 +77,7 @@ def _undoing(method: str, bits: Any) -> str:
 
         name = method if method in auto.AUTO_QUANTIZER_MAPPING else f"{method}_{bits}bit"
         settings, quantizer = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name], auto.AUTO_QUANTIZER_MAPPING[name]
-        if quantizer._dequantize is not HfQuantizer._dequantize:
+        if getattr(quantizer, "_dequantize", None) is not getattr(HfQuantizer, "_dequantize", None):
             return "load it by transformers, call `model.dequantize()`, and compile what `save_pretrained` writes"
         if "dequantize" in inspect.signature(settings).parameters:
             return (
@@ -102,7 +102,7 @@ def model_class(architecture: str, config: Mapping[str, Any], folder: Path, chos
             of its own; E512 the class is no model, or another type's.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     kind = str(config["model_type"])
     known, cls = kind in CONFIG_MAPPING_NAMES, None
