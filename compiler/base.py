@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from peltc.compiler.export import Exported
 
-FORMAT = 9
+FORMAT = 10
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
@@ -101,7 +101,11 @@ class Base:
         """A fresh copy of the graph, to rewrite. Its parameters are graph inputs."""
         import onnx_ir as ir
 
-        return ir.load(self.graph_file)
+        from peltc.compiler.wide import unhold
+
+        model = ir.load(self.graph_file)
+        unhold(model.graph)
+        return model
 
 
 def find_model(model: str | Path) -> Path:
@@ -404,8 +408,10 @@ def _write(
     import onnx_ir as ir
 
     from peltc.compiler.survey import survey_graph
+    from peltc.compiler.wide import hold
 
     anatomy = survey_graph(exported.model, exported.parameters)
+    hold(exported.model.graph)
     ir.save(exported.model, home / "graph.onnx")
     (home / "anatomy.json").write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
     record = {

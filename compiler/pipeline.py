@@ -25,6 +25,7 @@ from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
 from peltc.compiler.plan import LEVELS, Claim, Plan
+from peltc.compiler.wide import hold
 from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
@@ -82,6 +83,7 @@ def build(
         bind(model, source, values, base)
         if name in stages:  # ONNX Runtime runs what nobody reads too, with lengths that are not right any more
             RemoveUnusedNodesPass()(model)
+        hold(model.graph)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
