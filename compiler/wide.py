@@ -3,6 +3,7 @@
     unrounded   a constant that the exporter rounds to the graph's type keeps the number that it was before
     hold        such constants, and those of modules, are float32 initializers with a Cast after them
     widen       a whole graph, as it is and on the same bytes, computed in float32
+    expose      the same graph in its own type, with inputs and outputs in float32
 
 A function is what a graph computes without rounding, so it is the same in every type; what a type's rounding does to
 it is another matter. That both can be looked at apart, no number may be rounded for good before it is used.
@@ -149,9 +150,31 @@ def widen(model: ir.Model) -> None:
             graph.insert_before(graph[0], casts)
 
 
+def expose(model: ir.Model) -> None:
+    """Let a graph take and give float32 where it takes and gives a half type, in place; inside, it stays as it is."""
+    graph = model.graph
+    entering, leaving = [], []
+    for i, value in enumerate(list(graph.inputs)):
+        if value.dtype in HALF:
+            given = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            graph.inputs[i] = given
+            entering.append(cast_after(value, given, f"{value.name}.narrow"))
+    for i, value in enumerate(list(graph.outputs)):
+        if value.dtype in HALF:
+            name, value.name = value.name, f"{value.name}.narrow"
+            cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT.value}, name=f"{name}.wide")
+            graph.outputs[i] = cast.outputs[0]
+            graph.outputs[i].name, graph.outputs[i].shape = name, value.shape
+            graph.outputs[i].type = ir.TensorType(ir.DataType.FLOAT)
+            leaving.append(cast)
+    if entering:
+        graph.insert_before(graph[0], entering)
+    graph.extend(leaving)
+
+
 def _wide(name: str, attribute: Any) -> ir.Attr | None:
     """An attribute that names or holds a half type, with float32 in its place."""
-    if attribute.type == ir.AttributeType.INT and name in ("to", "dtype") and attribute.value in {d.value for d in HALF}:
+    if attribute.type == ir.AttributeType.INT and name in ("to", "dtype") and attribute.value in HALF:
         return ir.AttrInt64(name, ir.DataType.FLOAT.value)
     if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
         return ir.AttrTensor(name, ir.tensor(attribute.value.numpy().astype(np.float32)))
