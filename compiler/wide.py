@@ -11,7 +11,7 @@ it is another matter. That both can be looked at apart, no number may be rounded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ Array = np.ndarray[Any, Any]
 HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 COMPUTED = ".computed"
 """Behind an initializer's name: the same in the graph's type."""
+ROUNDED = "pelt.parameter"
+"""Marks the Cast of a parameter that is stored in another type: the model's own is the rounded one."""
 
 _SAME: dict[str, Callable[..., Any]] = {
     "Cast": lambda x: x, "CastLike": lambda x: x, "Identity": lambda x: x, "Sqrt": np.sqrt,
@@ -127,27 +129,39 @@ def unhold(graph: ir.Graph) -> None:
 
 def widen(model: ir.Model) -> None:
     """Let a graph compute in float32 what it computes in half precision, in place. Initializers keep their bytes, in
-    the files where they lie; a Cast follows them."""
+    the files where they lie; a Cast follows them. Parameters that the graph itself rounds to its type stay rounded."""
     for graph in (model.graph, *model.graph.subgraphs()):
-        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-            if value.dtype in HALF:
-                value.type = ir.TensorType(ir.DataType.FLOAT)
-        for node in graph:
+        before = [_widened(v, ".wide") for v in list(graph.initializers.values())
+                  if v.const_value is not None and v.const_value.dtype in HALF]  # fmt: skip
+        for node in list(graph):
+            if ROUNDED in node.metadata_props:
+                graph.insert_after(node, _widened(node.outputs[0], ".wide"))
+                continue
             for name, attribute in list(node.attributes.items()):
                 wide = _wide(name, attribute)
                 if wide is not None:
                     node.attributes[name] = wide
-        casts = []
-        for name, value in list(graph.initializers.items()):
-            tensor = value.const_value
-            if tensor is not None and tensor.dtype in HALF:
-                held = ir.Value(name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-                value.type = ir.TensorType(ir.DataType.FLOAT)
-                casts.append(cast_after(value, held, f"{name}.wide"))
-                graph.initializers.pop(name)
-                graph.register_initializer(held)
-        if casts:
-            graph.insert_before(graph[0], casts)
+            _retype(node.outputs)
+        _retype(graph.inputs)
+        if before:
+            graph.insert_before(graph[0], before)
+
+
+def _widened(value: ir.Value, suffix: str) -> ir.Node:
+    """A Cast of a value to float32, which everything reads in its place; not yet in the graph."""
+    cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT.value}, name=f"{value.name}{suffix}")
+    result = cast.outputs[0]
+    result.name, result.shape, result.type = f"{value.name}{suffix}", value.shape, ir.TensorType(ir.DataType.FLOAT)
+    for use in tuple(value.uses()):
+        if use.node is not cast:
+            use.node.replace_input_with(use.idx, result)
+    return cast
+
+
+def _retype(values: Iterable[ir.Value]) -> None:
+    for value in values:
+        if value.dtype in HALF:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
 def expose(model: ir.Model) -> None:

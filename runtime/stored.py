@@ -77,7 +77,7 @@ class Deviation:
     """How far stored values are from exact ones.
 
     Attributes:
-        units: the largest distance, in units in the last place.
+        units: the largest distance, less what two roundings in float32 explain, in units in the last place.
         excess: by how much the largest distance exceeds what is allowed, without what `noise` allows.
         noise: the most that PyTorch's own float32 evaluation differs, beyond two roundings of what is summed.
         where: the element with the largest excess: its index, stored, and exact.
@@ -115,7 +115,7 @@ class Deviation:
         excess = distance - unit / 2 - sums
         excess[~excess.isfinite()] = torch.inf
         self.noise = max(self.noise, float(((single.double() - exact).abs() - sums).max()))
-        self.units = max(self.units, float((distance / unit).max()))
+        self.units = max(self.units, float(((distance - sums) / unit).max()))
         if float(excess.max()) > self.excess:
             at = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), excess.shape))
             self.excess = float(excess.max())
@@ -193,7 +193,7 @@ def _deviations(
         site = found
     module = _owner(model, weight)
     if site.kind == "norm":
-        yield from _norm(attached, module, site, claims, stored)
+        yield from _norm(attached, module, site, claims, base, stored)
         return
     blocks = [c for c in claims if c.site.kind == "block" and _owner(model, c.site.anchors.get("y", "")) is not module]
 
@@ -205,11 +205,11 @@ def _deviations(
             y = attached.outputs(claim.site, [claim], y)
         return y[0]
 
-    yield from _map(module, site, weight, run, stored)
+    yield from _map(module, site, weight, run, base, stored)
 
 
 def _map(
-    module: nn.Module, site: Site, weight: str, run: Callable[[Tensor], Tensor], stored: Stored
+    module: nn.Module, site: Site, weight: str, run: Callable[[Tensor], Tensor], base: Base, stored: Stored
 ) -> Iterator[tuple[str, Deviation]]:
     """Of a linear map's weight, and of its bias or the one that it has got."""
     leaf, bias = _leaf(site, "weight"), site.parameters.get("bias")
@@ -220,7 +220,7 @@ def _map(
     held = held.T if site.transposed else held
     step = max(1, CHUNK // max(outputs, inputs))
     found = Deviation()
-    with _versions(module) as version:
+    with _versions(module, weight.rpartition(".")[0], base) as version:
         for start in range(0, inputs, step):
             columns = slice(start, min(start + step, inputs))
             rows = {}
@@ -274,37 +274,45 @@ def _columns(
 
 
 def _norm(
-    attached: Attached, module: nn.Module, site: Site, claims: list[Claim], stored: Stored
+    attached: Attached, module: nn.Module, site: Site, claims: list[Claim], base: Base, stored: Stored
 ) -> Iterator[tuple[str, Deviation]]:
     """Of a norm's gain and bias."""
     found: dict[torch.dtype, dict[str, Tensor]] = {}
-    with _versions(module) as version:
+    with _versions(module, site.parameters["weight"].rpartition(".")[0], base) as version:
         for dtype in (torch.float32, torch.float64):
             version(dtype)
             found[dtype] = attached.affinities(module, site, claims)
-        base = {role: getattr(module, _leaf(site, role)).detach().clone() for role in found[torch.float64]}
+        old = {role: getattr(module, _leaf(site, role)).detach().clone() for role in found[torch.float64]}
     for role, exact in found[torch.float64].items():
         name, deviation = site.parameters[role], Deviation()
         held = stored(name)
         held = getattr(module, _leaf(site, role)).detach() if held is None else held
-        deviation.add(held, exact, found[torch.float32][role], base[role])
+        deviation.add(held, exact, found[torch.float32][role], old[role])
         yield name, deviation
 
 
 @contextmanager
-def _versions(module: nn.Module) -> Iterator[Callable[[torch.dtype], None]]:
-    """While it lasts, a module's own parameters may be had in other types, by the function that it gives."""
-    before = [(p, p.data) for p in module.parameters(recurse=False)]
+def _versions(module: nn.Module, prefix: str, base: Base) -> Iterator[Callable[[torch.dtype], None]]:
+    """While it lasts, a module's own parameters may be had in other types, by the function that it gives.
+
+    They are those of the checkpoint, which may have more digits than the type of the computation."""
+    before = [(name, p, p.data) for name, p in module.named_parameters(recurse=False)]
     made: dict[torch.dtype, list[Tensor]] = {}
+
+    def known(name: str, data: Tensor) -> Tensor:
+        full = f"{prefix}.{name}"
+        if full not in base.parameters:
+            return data
+        return torch.from_numpy(np.asarray(base.stored(full).array(), np.float64))
 
     def version(dtype: torch.dtype) -> None:
         if dtype not in made:
-            made[dtype] = [data.to(dtype) for _, data in before]
-        for (parameter, _), data in zip(before, made[dtype], strict=True):
+            made[dtype] = [known(name, data).to(dtype) for name, _, data in before]
+        for (_, parameter, _), data in zip(before, made[dtype], strict=True):
             parameter.data = data
 
     try:
         yield version
     finally:
-        for parameter, data in before:
+        for _, parameter, data in before:
             parameter.data = data

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from peltc.compiler.base import Base
 from peltc.compiler.emit import replace_uses
+from peltc.compiler.wide import ROUNDED
 
 
 def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], table: Base | None = None) -> None:
@@ -52,6 +53,7 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
             )
             value.name = f"{name}.computed"
             cast = ir.node("Cast", [held], attributes={"to": computed.value}, name=value.name)
+            cast.metadata_props[ROUNDED] = name
             replaced = cast.outputs[0]
             replaced.name, replaced.shape, replaced.type = value.name, value.shape, value.type
             value.replace_all_uses_with(replaced)
