@@ -19,7 +19,8 @@ import onnx_ir as ir
 
 Array = np.ndarray[Any, Any]
 
-HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+HALF = {ir.DataType.FLOAT16: 2.0**-10, ir.DataType.BFLOAT16: 2.0**-7}
+"""The half-precision types, and the epsilon of each."""
 COMPUTED = ".computed"
 """Behind an initializer's name: the same in the graph's type."""
 ROUNDED = "pelt.parameter"
@@ -70,18 +71,11 @@ def recall(graph: ir.Graph, numbers: Mapping[str, float]) -> None:
         tensor = value.const_value
         if tensor is None or tensor.dtype not in HALF or tensor.size != 1 or name not in numbers:
             continue
-        rounded, eps = float(tensor.numpy().reshape(())), float(ir_finfo(tensor.dtype).eps)
-        if abs(rounded - numbers[name]) <= 2 * eps * abs(numbers[name]):
+        rounded = float(tensor.numpy().reshape(()))
+        if abs(rounded - numbers[name]) <= 2 * HALF[tensor.dtype] * abs(numbers[name]):
             value.type = ir.TensorType(tensor.dtype)
             content = np.full(tensor.shape.numpy(), numbers[name], np.float32)
             value.const_value = ir.tensor(content, name=name)
-
-
-def ir_finfo(dtype: ir.DataType) -> Any:
-    """What numpy knows of a floating-point type."""
-    import ml_dtypes
-
-    return ml_dtypes.finfo(dtype.numpy())
 
 
 def hold(graph: ir.Graph) -> None:

@@ -199,8 +199,8 @@ def _deviations(
 
     def run(x: Tensor) -> Tensor:
         """What the map's module gives, and what blocks whose hooks lie elsewhere make of it."""
-        y = module(x)
-        y = y[0] if isinstance(y, tuple) else y
+        found: Any = module(x)
+        y: Tensor = found[0] if isinstance(found, tuple) else found
         for claim in blocks:
             y = attached.outputs(claim.site, [claim], y)
         return y[0]
@@ -259,14 +259,14 @@ def _columns(
     zero = torch.zeros((1, 1, inputs), dtype=dtype)
     forward = module.forward
 
-    def known(x: Tensor) -> Tensor:
-        full = getattr(module, leaf)
-        full = full.T if transposed else full
+    def known(x: Tensor) -> Any:
+        own: Tensor = getattr(module, leaf)
+        full = own.T if transposed else own
         if x is unit:
             return full[:, columns].T[None]
         return full.new_zeros((1, 1, len(full))) if x is zero else forward(x)
 
-    module.forward = known  # type: ignore[method-assign]
+    module.forward = known
     try:
         return run(unit) - run(zero), known(unit)[0]
     finally:

@@ -70,7 +70,7 @@ def _chain(node: ir.Node, graph: ir.Graph, whole: bool) -> Chain | None:
     if node.op_type != "MatMul" or MARK not in node.metadata_props:
         return None
     weight, x = _constant(node.inputs[1]), node.inputs[0]
-    if weight is None or weight.ndim != 2 or x is None:
+    if weight is None or weight.ndim != 2 or x is None or node.inputs[1] is None:
         return None
     chain = Chain(x, weight, [node], [None], ["MatMul", len(weight), node.inputs[1].dtype])
     while whole:

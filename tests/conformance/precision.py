@@ -20,9 +20,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-import cases
-import models
+import cases  # noqa: E402
+import models  # noqa: E402
 
 TYPES = ("float16", "bfloat16")
 TABLE = HERE / "precision.md"
@@ -75,11 +74,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"Written by `python tests/conformance/precision.py` ({platform.machine()}: {has}; {tools}; the CPU provider).",
         f"{len(rows)} cells: every case of the suite, folded and static; {len(refused)} refused.",
         "",
-        "*Function*: the graph on its own bytes in float32 against PyTorch, of at most 1e-5. *Stored*: folded weights, in"
-        " units in the last place from",
-        "PyTorch's (0.5 is rounding; more only where float32 arithmetic explains it). *Arithmetic*: errors in the type"
-        " against float32, over the largest value;",
-        "*of the limit*: ONNX Runtime's error over what is allowed, twice PyTorch's or the floor. Worst of all cells.",
+        "*Function*: the graph on its own bytes in float32 against PyTorch, at most 1e-5. *Stored*: how far folded",
+        "weights are from PyTorch's, in units in the last place: 0.5 is rounding to nearest. *ONNX Runtime*, *PyTorch*:",
+        "errors in the type against float32, over the largest value; *of the limit*: ONNX Runtime's over what is",
+        "allowed, which is twice PyTorch's or the floor. The worst of all cells; a dash where the provider cannot compute",
+        "the type.",
         "",
         "| type | family | mode | cells | function | stored | ONNX Runtime | PyTorch | floor | of the limit |",
         "|---|---|---|---|---|---|---|---|---|---|",
