@@ -128,7 +128,7 @@ def last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
     smallest = round(np.log2(info.tiny))
     _, exponent = torch.frexp(values)  # |value| in [2^(exponent - 1), 2^exponent)
     exponent[values == 0] = smallest
-    return torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), (exponent - 1).clamp(min=smallest))
+    return torch.ldexp(torch.full_like(values, info.eps), (exponent - 1).clamp(min=smallest))
 
 
 def check_stored(
