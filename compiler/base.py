@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from peltc.compiler.export import Exported
 
-FORMAT = 11
+FORMAT = 12
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20
@@ -146,7 +146,11 @@ class Base:
         """A fresh copy of the graph, to rewrite. Its parameters are graph inputs."""
         import onnx_ir as ir
 
-        return ir.load(self.graph_file)
+        from peltc.compiler.wide import unhold
+
+        model = ir.load(self.graph_file)
+        unhold(model.graph)
+        return model
 
 
 def find_model(model: str | Path) -> Path:
@@ -521,8 +525,10 @@ def _write(
 
     from peltc.compiler.limits import graph_limits
     from peltc.compiler.survey import survey_graph
+    from peltc.compiler.wide import hold
 
     anatomy = survey_graph(exported.model, exported.parameters, exported.ties)
+    hold(exported.model.graph)
     ir.save(exported.model, home / "graph.onnx")
     (home / "anatomy.json").write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
     record = {

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.numeric import EPSILON, HIDDEN, PASSING, NumericInterpreter, OneHot, looked_up
+from peltc.compiler.wide import HALF
 from peltc.spec.formula import FormulaError, is_static
 
 Array = np.ndarray[Any, Any]
@@ -85,14 +86,18 @@ class Emitter:
         self.added.add(node)
         return list(node.outputs)
 
-    def constant(self, array: Any, name: str = "constant") -> ir.Value:
-        """An initializer; floating-point values are stored in the graph's type."""
+    def constant(self, array: Any, name: str = "constant", dtype: ir.DataType | None = None) -> ir.Value:
+        """An initializer; floating-point values are of the graph's type, or of another `dtype`. In half precision they
+        keep their content in float32; see `peltc.compiler.wide.hold`."""
         values = np.asarray(array)
+        kind = None
         if values.dtype.kind == "f" or values.dtype.name == "bfloat16":
-            values = values.astype(self.dtype.numpy())
+            kind = dtype or self.dtype
+            values = values.astype(np.float32 if kind in HALF else kind.numpy())
         label = self.unique(name)
         tensor = ir.tensor(np.ascontiguousarray(values) if values.ndim else values, name=label)
-        value = ir.Value(name=label, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value_type = ir.TensorType(kind or tensor.dtype)
+        value = ir.Value(name=label, shape=ir.Shape(values.shape), type=value_type, const_value=tensor)
         value.metadata_props.update(self.marks)
         self.graph.register_initializer(value)
         return value

@@ -385,11 +385,15 @@ def example_inputs(model: Any, variant: str) -> dict[str, Any]:
 
 def clean(model: Any, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Fold constants and drop dead code, with the parameters out of reach: as graph inputs they are constants to no
-    pass, so none is folded, merged or lost. Returns the shapes of the parameters that the graph reads."""
+    pass, so none is folded, merged or lost. Constants of half precision keep the numbers that they are rounded from.
+    Returns the shapes of the parameters that the graph reads."""
     import onnx_ir as ir
     from onnxscript import optimizer
 
+    from peltc.compiler.wide import recall, unrounded
+
     graph = model.graph
+    numbers = unrounded(graph, names)
     parameters = []
     for name in [n for n in graph.initializers if n in names]:
         value = graph.initializers.pop(name)
@@ -400,6 +404,7 @@ def clean(model: Any, names: set[str]) -> dict[str, tuple[int, ...]]:
         tensor = value.const_value
         value.const_value = ir.tensor(tensor.numpy(), name=value.name)  # a buffer, out of torch's hands
     optimizer.optimize_ir(model, num_iterations=2)
+    recall(graph, numbers)
     part_transpositions(graph)
     unused = [value for value in parameters if not value.uses()]
     for value in unused:

@@ -26,6 +26,7 @@ from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
 from peltc.compiler.plan import LEVELS, Claim, Plan
+from peltc.compiler.wide import hold
 from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
@@ -65,7 +66,10 @@ def build(
         folded.append(replace(entry, array=EMPTY))
     for claim in plan.claims:
         if claim.mirrors is not None and claim.absorbed:
-            stored[claim.absorbed] = stored[claim.mirrors.parameters["weight"]]
+            leader = next(entry for entry in folded if entry.name == claim.mirrors.parameters["weight"])
+            if claim.absorbed not in stored:
+                folded.append(replace(leader, name=claim.absorbed))
+            stored[claim.absorbed] = stored[leader.name]
     graphs = {"model": source.load_graph()} | {name: stage.load_graph() for name, stage in stages.items()}
     sites = {"model": {site.key: site for site in source.anatomy}}
     sites |= {name: stage.anatomy.named_as(base.anatomy) for name, stage in stages.items()}
@@ -86,6 +90,7 @@ def build(
         bind(model, source, values, base)
         if name in stages:  # ONNX Runtime runs what nobody reads too, with lengths that are not right any more
             RemoveUnusedNodesPass()(model)
+        hold(model.graph)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))

@@ -481,12 +481,7 @@ class Attached(nn.Module):
             if getattr(module, "_pelt_inner", False):
                 return None
             self.enter(site)
-            parameters: dict[str, Tensor] = {}
-            for role, short in (("weight", "W"), ("bias", "b")):
-                for claim in claims:
-                    if role in claim.effects:
-                        own = parameters.get(role, getattr(module, _leaf(site, role)))
-                        parameters[role] = self.evaluate(claim, role, own, **{short: own})
+            parameters = self.affinities(module, site, claims)
             y = output
             if parameters:
                 module._pelt_inner = True  # type: ignore[assignment]
@@ -497,6 +492,16 @@ class Attached(nn.Module):
             return self.outputs(site, claims, y, x=args[0])
 
         self.handles.append(module.register_forward_hook(hook))
+
+    def affinities(self, module: nn.Module, site: Site, claims: list[Claim]) -> dict[str, Tensor]:
+        """A norm's gain and bias as claims define them, by role; only those that they change."""
+        parameters: dict[str, Tensor] = {}
+        for role, short in (("weight", "W"), ("bias", "b")):
+            for claim in claims:
+                if role in claim.effects:
+                    own = parameters.get(role, getattr(module, _leaf(site, role)))
+                    parameters[role] = self.evaluate(claim, role, own, **{short: own})
+        return parameters
 
     def install_block(self, model: Any, site: Site, claims: list[Claim]) -> None:
         anchor = site.anchors.get("y", "")

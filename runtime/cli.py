@@ -95,6 +95,7 @@ _model = click.argument("model")
 _spec = click.argument("spec", type=click.Path())
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 _quiet = click.option("--quiet", "-q", is_flag=True, help="Say warnings and errors only.")
+_STEP = click.Choice(["function", "arithmetic"])
 _architecture = click.option(
     "--architecture", metavar="CLASS", help="A class of transformers, in place of the config's."
 )
@@ -116,6 +117,7 @@ def cli() -> None:
 @click.option("--weights", type=click.Path(), help="The adapter's tensors, safetensors; in place of the spec's.")
 @click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
 @click.option("--verify/--no-verify", default=True, help="Hold the artifact against PyTorch.", show_default=True)
+@click.option("--verify-step", type=_STEP, help="One step of the verification alone; half precision has two.")
 @click.option("--generation/--no-generation", default=None, help="Add graphs with a cache, for `generate`.")
 @click.option("--self-contained", is_flag=True, help="Copy the checkpoint into the artifact rather than link it.")
 @_architecture
@@ -124,14 +126,16 @@ def cli() -> None:
 @_quiet
 def compile_command(
     spec: str, model: str, out: str, weights: str | None, mode: str | None, generation: bool | None, verify: bool,
-    self_contained: bool, architecture: str | None, text_only: bool, as_json: bool, quiet: bool,
+    verify_step: str | None, self_contained: bool, architecture: str | None, text_only: bool, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens."""
     from peltc.runtime.compile import compile
 
     with talking(quiet) as talk:
         manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,
-                           verify=verify, self_contained=self_contained, text_only=text_only, talk=talk)  # fmt: skip
+                           verify=verify_step if verify and verify_step else verify, self_contained=self_contained,
+                           text_only=text_only, talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
         return
@@ -142,9 +146,26 @@ def compile_command(
         click.echo(f"  in the graph, since {reason}")
     linked = ", ".join(f"{f['file']} ({f['how']}, {f['bytes']:,} bytes)" for f in manifest["base"]["files"])
     click.echo(f"  written: {manifest['bytes_written']:,} bytes; base: {linked or 'none'}")
-    if manifest["verification"]:
-        found = manifest["verification"]
-        click.echo(f"  equal to PyTorch within {found['worst']:.1e} (tolerance {found['tolerance']:.0e})")
+    for line in _verified(manifest):
+        click.echo(f"  {line}")
+
+
+def _verified(manifest: dict[str, Any]) -> Iterator[str]:
+    """What verification found, a line for each step."""
+    found = manifest["verification"] or {}
+    if found.get("worst") is not None:
+        wide = " in float32" if manifest["base"]["precision"] != "float32" else ""
+        yield f"equal to PyTorch within {found['worst']:.1e}{wide} (tolerance {found['tolerance']:.0e})"
+    if stored := found.get("stored"):
+        yield f"folded weights: {stored['worst']:.4f} units in the last place from PyTorch's at most (0.5 is rounding)"
+    if errors := found.get("arithmetic"):
+        kind = errors["precision"]
+        if errors["status"] == "open":
+            yield f"arithmetic in {kind} not verified: {errors['reason']}"
+            return
+        ours, theirs, limit = (max((o[key] or 0) for o in errors["outputs"])
+                               for key in ("onnxruntime", "pytorch", "limit"))  # fmt: skip
+        yield f"arithmetic in {kind}: ONNX Runtime {ours:.1e} off, PyTorch {theirs:.1e} (tolerance {limit:.1e})"
 
 
 @cli.command()
@@ -381,23 +402,42 @@ def _show(kind: str, one: Any) -> None:
 @cli.command()
 @click.argument("out", type=click.Path())
 @click.option("--model", help="The base it was compiled from, in place of the checkpoint in the artifact.")
+@click.option("--step", type=_STEP, help="One step alone, in half precision: what is computed, or how it is rounded.")
+@click.option("--provider", "providers", multiple=True, metavar="NAME",
+              help="ONNX Runtime's execution provider for the arithmetic; may be given several times.")  # fmt: skip
 @_json
 @_quiet
-def verify(out: str, model: str | None, as_json: bool, quiet: bool) -> None:
-    """Hold the artifact OUT against PyTorch once more."""
+def verify(
+    out: str, model: str | None, step: str | None, providers: tuple[str, ...], as_json: bool, quiet: bool
+) -> None:
+    """Hold the artifact OUT against PyTorch once more.
+
+    In half precision that is two steps. The function: the graph on its own bytes, computed in float32, is PyTorch's.
+    The arithmetic: rounding costs ONNX Runtime no more than twice what it costs PyTorch.
+    """
+    from peltc.runtime.answers import share
     from peltc.runtime.compile import verify as verify_again
 
     with talking(quiet) as talk:
-        manifest = verify_again(out, model, talk=talk)
+        manifest = verify_again(out, model, step=step, providers=providers or None, talk=talk)
     found = manifest["verification"]
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    rows = [("BATCH", "LENGTH", "PADDING", "OUTPUT", "DIFFERENCE", "LARGEST VALUE")]
-    rows += [(str(f["batch"]), str(f["length"]), str(f["padding"]), f["output"], f"{f['difference']:.1e}",
-              f"{f['reference']:.3g}") for f in found["shapes"]]  # fmt: skip
-    _table(rows)
-    click.echo(f"equal to PyTorch within {found['worst']:.1e} (tolerance {found['tolerance']:.0e})")
+    click.echo(f"errors: {found['measure']}")
+    if found["shapes"]:
+        rows = [("BATCH", "LENGTH", "PADDING", "OUTPUT", "ERROR", "LARGEST VALUE")]
+        rows += [(str(f["batch"]), str(f["length"]), str(f["padding"]), f["output"], f"{share(f):.1e}",
+                  f"{f['reference']:.3g}") for f in found["shapes"]]  # fmt: skip
+        _table(rows)
+    if found["arithmetic"]:
+        rows = [("OUTPUT", "ONNX RUNTIME", "PYTORCH", "TOLERANCE")]
+        rows += [(o["output"], *("-" if o[key] is None else f"{o[key]:.1e}"
+                                 for key in ("onnxruntime", "pytorch", "limit")))
+                 for o in found["arithmetic"]["outputs"]]  # fmt: skip
+        _table(rows)
+    for line in _verified(manifest):
+        click.echo(line)
 
 
 @cli.command("run")

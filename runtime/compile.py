@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +94,7 @@ def compile(
     architecture: str | None = None,
     mode: str | None = None,
     generation: bool | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
     self_contained: bool = False,
     text_only: bool = False,
     talk: Talk = silent,
@@ -113,7 +113,8 @@ def compile(
         architecture: a class of `transformers` in place of the config's.
         mode: `fold` or `static`, in place of the spec's.
         generation: add the graphs that `Session.generate` runs, in place of what the spec says.
-        verify: hold the artifact against PyTorch before it takes its place.
+        verify: hold the artifact against PyTorch before it takes its place. In half precision that is two steps;
+            `function` or `arithmetic` is one of them alone.
         self_contained: copy the checkpoint into the artifact rather than link it.
         text_only: compile a model that reads more than text through its text alone, which is refused otherwise.
         talk: told, line by line, what happens and what to know.
@@ -122,8 +123,8 @@ def compile(
         The manifest.
 
     Raises:
-        PeltError: whatever the spec, the model, the weights or the disk do not allow; and E701 where verification
-            fails. `out` is left as it was.
+        PeltError: whatever the spec, the model, the weights or the disk do not allow; and E701 to E705 where
+            verification fails. `out` is left as it was.
     """
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
@@ -146,7 +147,7 @@ def _compile(
     out: Path,
     weights: Weights,
     mode: str | None,
-    verify: bool,
+    verify: bool | str,
     self_contained: bool,
     talk: Talk,
 ) -> dict[str, Any]:
@@ -188,7 +189,9 @@ def _compile(
             from peltc.runtime.verify import verify_folder
 
             talk("verifying against PyTorch")
-            manifest["verification"] = verify_folder(folder, plan, base, tensors, str(out))
+            step = None if verify is True else verify
+            manifest["verification"] = verify_folder(folder, plan, base, tensors, str(out), step=step)
+            tell_open(manifest["verification"], talk)
             write_manifest(folder, manifest)
         for each in (base, *((embeds,) if embeds else ()), *staged_bases.values()):
             check_unchanged(each.checkpoint.stamps)
@@ -204,6 +207,14 @@ class Live:
 
 
 Weights = str | Path | Mapping[str, Array] | Live | None
+
+
+def tell_open(verification: Mapping[str, Any], talk: Talk) -> None:
+    """Say what verification could not do here."""
+    found = verification["arithmetic"]
+    if found and found["status"] == "open":
+        talk(f"warning: the arithmetic in {found['precision']} is not verified, for {', '.join(found['providers'])}"
+             f" cannot compute it: {found['reason']}; `pelt verify --provider` does it where one can")  # fmt: skip
 
 
 @contextmanager
@@ -374,16 +385,25 @@ def save_adapter(
         link(inside(plan.spec.folder, name, plan.spec.path, "bank.file"), target, copy)
 
 
-def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = silent) -> dict[str, Any]:
+def verify(
+    out: str | Path,
+    model: str | Path | Any = None,
+    *,
+    step: str | None = None,
+    providers: Sequence[str] | None = None,
+    talk: Talk = silent,
+) -> dict[str, Any]:
     """Hold an artifact against PyTorch once more, and write the figures into its manifest.
 
     Args:
         model: the base, as a folder, a hub id or a torch model; the checkpoint in the artifact where absent. An
             artifact of a module that `transformers` does not have needs the module.
+        step: `function` or `arithmetic`, for one of the two steps of half precision; the figures of the other stay.
+        providers: execution providers of the arithmetic in half precision; the CPU's where absent.
 
     Raises:
-        PeltError: E603 no artifact; E608 another base; E609 a changed file; E610 the module is needed; E701 outputs
-            that differ.
+        PeltError: E603 no artifact; E604 an execution provider that is not there; E608 another base; E609 a changed
+            file; E610 the module is needed; E701 to E705 what differs.
     """
     from peltc.compiler.artifact import digest
     from peltc.runtime.verify import verify_folder
@@ -419,7 +439,11 @@ def verify(out: str | Path, model: str | Path | Any = None, *, talk: Talk = sile
             if digest(np.ascontiguousarray(array)) != manifest["weights"]["tensors"][name]["sha256"]:
                 raise fail("E609", f"the tensor '{name}' has changed since the artifact was written",
                            Place(str(folder)))  # fmt: skip
-        manifest["verification"] = verify_folder(folder, plan, replace(base, inputs=like), tensors)
+        found = verify_folder(folder, plan, replace(base, inputs=like), tensors, step=step, providers=providers)
+    if step is not None and (before := manifest["verification"]):
+        found = {key: before.get(key) if value is None else value for key, value in found.items()}
+    manifest["verification"] = found
+    tell_open(found, talk)
     write_manifest(folder, manifest)
     return manifest
 

@@ -17,8 +17,9 @@ import numpy as np
 from peltc.compiler.base import Base
 from peltc.compiler.plan import Claim, Plan, make_plan
 from peltc.compiler.weights import inside
+from peltc.runtime.answers import reference
 from peltc.runtime.attach import attach_plan
-from peltc.runtime.verify import load_model, reference
+from peltc.runtime.verify import load_model
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import dump, parse
 from peltc.spec.formula import Name

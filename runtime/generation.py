@@ -16,6 +16,10 @@ from peltc.spec.diagnostics import Place, fail
 EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_values", "logits_to_keep"})
 """What `generate` may call `forward` with though no graph takes it."""
 
+CACHES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
+          "tensor(double)": "float64"}  # fmt: skip
+"""The torch type of a cache, by what ONNX Runtime calls it."""
+
 
 def generator(
     config: Any,
@@ -99,7 +103,7 @@ class _Generator:
     """What replaces a model's computation by graphs; it precedes the model's class among the bases of `generator`."""
 
     device = property(lambda self: self._place)
-    dtype = property(lambda self: self._runners["decode"].dtype)
+    dtype = property(lambda self: self._dtype)
 
     def use(
         self,
@@ -109,11 +113,14 @@ class _Generator:
         limits: Mapping[str, Any],
     ) -> None:
         """Take up the graphs."""
+        import torch
         from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
         self._runners = {name: OnnxModelRunner(records[name], session) for name, session in sessions.items()}
         self._place = self._runners["decode"].device
         self._inputs = {n: {i.name: i for i in s.get_inputs()} for n, s in sessions.items()}
+        caches = [i.type for name, i in self._inputs["decode"].items() if "past_key_values." in name]
+        self._dtype = getattr(torch, CACHES[caches[0]]) if caches else self._runners["decode"].dtype
         self._leaves = {n: {i.removeprefix("input.") for i in inputs} for n, inputs in self._inputs.items()}
         leaves = set().union(*self._leaves.values())
         self._known = {leaf.partition(".")[0] for leaf in leaves} | EXTRA
@@ -210,7 +217,7 @@ class _Generator:
             if states is not None and leaf in states:
                 found[leaf] = states[leaf]
             elif leaf in self._starts:
-                found[leaf] = self._starts[leaf].expand(batch, -1, -1, -1)
+                found[leaf] = self._starts[leaf].to(self.dtype).expand(batch, -1, -1, -1)
             else:
                 sizes = [batch, *(d if isinstance(d, int) else 0 for d in spec.shape[1:])]
                 found[leaf] = torch.empty(sizes, dtype=self.dtype)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from peltc.compiler.base import Base
 from peltc.compiler.emit import replace_uses
+from peltc.compiler.wide import ROUNDED
 
 
 def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], table: Base | None = None) -> None:
@@ -76,6 +77,7 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
         whole = held
         if cast:
             whole = node("Cast", [held], {"to": computed.value}, f"{name}.computed")
+            front[-1].metadata_props[ROUNDED] = name
         if lacking and stored is None:
             sizes = _constant(graph, np.array(source.parameters[name].shape, np.int64), f"{name}.shape")
             whole = node("Expand", [whole, sizes], {}, f"{name}.none")

@@ -388,7 +388,7 @@ class _Inserter:
         values: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
         numeric = NumericInterpreter()
         found = numeric.evaluate(claim.effects[effect], claim.scope({**values, role: start}, numeric))
-        self.starts[cache.name] = np.asarray(found, (cache.dtype or ir.DataType.FLOAT).numpy())
+        self.starts[cache.name] = np.asarray(found, np.float32)
         self.caches[cache], self.caches[read] = cache, cache
         return True
 
@@ -436,9 +436,8 @@ class _Inserter:
             shape = emitter.node("Concat", [lead, emitter.integers([positions])], {"axis": 0})
             kind = origin.dtype or ir.DataType.FLOAT
             constant = emitter.constant(
-                np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy())
+                np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy()), dtype=kind
             )
-            constant.type = ir.TensorType(kind)
             block = emitter.node("Expand", [constant, shape])
             self.extended[key] = emitter.node("Concat", [block, origin], {"axis": -1})
             self.extended[key].type = origin.type

@@ -131,7 +131,7 @@ def _same_input(
 ) -> ir.Value:  # fmt: skip
     """The value that an input, a parameter or a constant of another graph is in this one."""
     if value.const_value is not None:
-        return emitter.constant(value.const_value.numpy(), value.name or "constant")
+        return emitter.constant(value.const_value.numpy(), value.name or "constant", value.dtype)
     if value.name not in inputs:
         inputs[value.name] = ir.Value(name=value.name, shape=value.shape, type=value.type)
         graph.inputs.append(inputs[value.name])

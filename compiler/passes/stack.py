@@ -70,9 +70,9 @@ def _chain(node: ir.Node, graph: ir.Graph, whole: bool) -> Chain | None:
     if node.op_type != "MatMul" or MARK not in node.metadata_props:
         return None
     weight, x = _constant(node.inputs[1]), node.inputs[0]
-    if weight is None or weight.ndim != 2 or x is None:
+    if weight is None or weight.ndim != 2 or x is None or node.inputs[1] is None:
         return None
-    chain = Chain(x, weight, [node], [None], ["MatMul", len(weight), str(weight.dtype)])
+    chain = Chain(x, weight, [node], [None], ["MatMul", len(weight), node.inputs[1].dtype])
     while whole:
         uses = tuple(chain.end.uses())
         if len(uses) != 1 or chain.end in graph.outputs:
@@ -111,7 +111,7 @@ def _merge(chains: list[Chain], graph: ir.Graph) -> None:
     marks = dict(first.nodes[0].metadata_props)
     names = dict.fromkeys(name for c in chains for name in c.nodes[0].metadata_props[MARK].split("+"))
     marks[MARK] = "+".join(names)
-    dtype = ir.DataType.from_numpy(first.weight.dtype)
+    dtype = first.signature[2]  # not that of the content, which may be wider
     emitter = Emitter(graph, dtype, f"pelt.{marks[MARK]}.{marks['pelt.site']}", marks)
     value = emitter.node("MatMul", [first.x, emitter.constant(np.concatenate([c.weight for c in chains], 1), "weight")])
     for i, node in enumerate(first.nodes[1:], 1):

@@ -185,6 +185,30 @@ class Bench:
                 f"{theirs.seconds / static.seconds:.0f} × faster", "≤ 1.2 s, ≤ 200 MB, > 20 ×"),
         ]  # fmt: skip
 
+    def verify_llama(self) -> list[Row]:
+        """Memory of verification, whole and of its second step alone, against what the model takes in float32."""
+        model = self.llama()
+        measure(self.compile(model, "--no-verify"), self.env)
+        size = 2 * sum(f.stat().st_size for f in model.glob("*.safetensors")) / 2**20
+        rows = []
+        for what, options in (("both steps", ()), ("the arithmetic alone", ("--step", "arithmetic"))):
+            command = [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "peltc",
+                "verify",
+                str(self.folder / "out"),
+                "-q",
+                *options,
+            ]
+            cost = measure(command, self.env)
+            title = f"1.1 B Llama in float16, LoRA on q and v, verified: {what}"
+            ratio = f"{cost.memory / size:.2f} × the memory"
+            rows.append(Row(title, str(cost), f"the model in float32: {size:,.0f} MB", ratio, "≤ 2.2 ×"))
+        return rows
+
     def latency(self) -> list[Row]:
         """ONNX Runtime on MiniLM, 8 × 128 tokens: folded and live LoRA against the base compiled the same way."""
         cases = {
@@ -293,7 +317,7 @@ def write_readme(text: str) -> None:
 
 
 def main() -> None:
-    names = ("warm_minilm", "cold_llama", "warm_llama", "latency", "unipelt")
+    names = ("warm_minilm", "cold_llama", "warm_llama", "verify_llama", "latency", "unipelt")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--readme", action="store_true", help="write the table into the README")

@@ -151,12 +151,39 @@ def test_half_precision(
     family: str, case: str, mode: str, model_folder: Callable[..., Path], tmp_path: Path,
     figures: Callable[[str, float], None],
 ) -> None:  # fmt: skip
+    """No tolerance depends on a kernel: the function is exact in float32, and rounding is measured against rounding."""
     folder = model_folder(family, "float16")
     spec = load_spec(cases.spec(case, family, mode))
     plan, _ = plan_for(spec, folder)
     found = compile(spec, folder, tmp_path / "out", cases.tensors(plan))["verification"]
-    figures(f"{mode} against PyTorch, float16", found["worst"])
-    assert found["worst"] <= max(TOLERANCE["float16"], 2 * (found["base_error"] or 0))
+    figures(f"{mode} against PyTorch, float16's function", found["worst"])
+    assert found["worst"] <= found["tolerance"] == TOLERANCE["float32"]
+    assert found["arithmetic"]["status"] == "proven"
+    for output in found["arithmetic"]["outputs"]:
+        figures(f"{mode} against float32, float16 rounded", output["onnxruntime"])
+        assert output["onnxruntime"] <= max(2 * output["pytorch"], found["arithmetic"]["floor"]) == output["limit"]
+    folded = [entry["parameter"] for entry in manifest_of(tmp_path / "out")["folded"]]
+    assert (found["stored"]["parameters"] if found["stored"] else 0) == len(folded)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("case", ["lora-everywhere", "dora", "norm_tuning", "bottleneck", "prefix"])
+def test_bfloat16_computed_in_itself(
+    family: str, case: str, model_folder: Callable[..., Path], tmp_path: Path, figures: Callable[[str, float], None]
+) -> None:
+    """What is computed is proven on any machine; what rounding costs is open where the CPU has no kernels for it."""
+    folder = model_folder(family, "bfloat16")
+    spec = load_spec(cases.spec(case, family, precision="bfloat16"))
+    plan, base = plan_for(spec, folder)
+    said: list[str] = []
+    found = compile(spec, folder, tmp_path / "out", cases.tensors(plan), talk=said.append)["verification"]
+    figures("fold against PyTorch, bfloat16's function", found["worst"])
+    assert base.precision == "bfloat16"
+    assert found["worst"] <= found["tolerance"] == TOLERANCE["float32"]
+    assert found["arithmetic"]["status"] == "open"
+    assert "NOT_IMPLEMENTED" in found["arithmetic"]["reason"]
+    assert all(o["onnxruntime"] is None and o["pytorch"] > 1e-4 for o in found["arithmetic"]["outputs"])
+    assert any(line.startswith("warning: the arithmetic in bfloat16 is not verified") for line in said)
 
 
 @pytest.mark.parametrize("case", ["lora", "bottleneck", "prefix"])
