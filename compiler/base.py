@@ -198,7 +198,8 @@ def open_base(
     if not (home / "base.json").is_file():
         _build(folder, config, architecture, chosen, computed, variant, checkpoint, home, text_only, talk)
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
-    check_text(architecture, *record["beyond"], text_only, Place(str(folder)))
+    beyond, parts = record["beyond"]
+    check_text(architecture, beyond, parts, text_only, Place(str(folder)))
     if record["materialise"] and variant in ("ids", "embeds"):
         checkpoint, converted = _materialise(folder, architecture, checkpoint, record["materialise"], talk)
     stable_text = json.dumps(stable, sort_keys=True)
@@ -212,7 +213,7 @@ def open_base(
         fingerprint=hashlib.sha256((architecture + stable_text + checkpoint.fingerprint).encode()).hexdigest(),
         checkpoint=checkpoint,
         converted=converted,
-        text_only=bool(record["beyond"][0]),
+        text_only=bool(beyond),
     )
 
 
@@ -394,7 +395,8 @@ def _build(
 
     cls = model_class(architecture, config, folder, chosen)
     check_reads(cls, Place(str(folder)))
-    beyond, parts = beyond_text(cls), []
+    beyond = beyond_text(cls)
+    parts: list[str] = []
     if beyond:
         with contextlib.suppress(Exception):  # what is wrong with the config is told when the model is built
             parts = towers(parse_config(config))

@@ -76,6 +76,8 @@ def _undoing(method: str, bits: Any) -> str:
         from transformers.quantizers.base import HfQuantizer
 
         name = method if method in auto.AUTO_QUANTIZER_MAPPING else f"{method}_{bits}bit"
+        settings: Any = None
+        quantizer: Any = None
         settings, quantizer = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name], auto.AUTO_QUANTIZER_MAPPING[name]
         if quantizer._dequantize is not HfQuantizer._dequantize:
             return "load it by transformers, call `model.dequantize()`, and compile what `save_pretrained` writes"
@@ -102,10 +104,10 @@ def model_class(architecture: str, config: Mapping[str, Any], folder: Path, chos
             of its own; E512 the class is no model, or another type's.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     kind = str(config["model_type"])
-    known, cls = kind in CONFIG_MAPPING_NAMES, None
+    known, cls = kind in CONFIG_MAPPING, None
     with contextlib.suppress(Exception):  # classes come into being when asked for, and so do their errors
         cls = getattr(transformers, architecture, None)
     if (own := own_code(config, folder)) and not (known and isinstance(cls, type)):
@@ -117,7 +119,7 @@ def model_class(architecture: str, config: Mapping[str, Any], folder: Path, chos
     if not known:
         raise fail("E502", f"transformers has no model type '{kind}'",
                    Place(str(folder / "config.json"), key="model_type"), "a model that transformers has",
-                   nearest(kind, CONFIG_MAPPING_NAMES) or "a newer transformers may have it")  # fmt: skip
+                   nearest(kind, CONFIG_MAPPING.keys()) or "a newer transformers may have it")  # fmt: skip
     if not isinstance(cls, type):
         names = [n for n in dir(transformers) if n.endswith(("Model", "LM", "Classification", "Generation"))]
         raise fail("E502", f"transformers has no architecture '{architecture}'", _place(folder, chosen),
