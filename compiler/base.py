@@ -28,7 +28,15 @@ from peltc.compiler.anatomy import Anatomy
 from peltc.compiler.cache import BUILDING, cache_folder, tidy_cache, writable
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
 from peltc.compiler.integrity import digesting
-from peltc.compiler.refusals import beyond_text, check_reads, check_stored, check_text, model_class, towers
+from peltc.compiler.refusals import (
+    beyond_text,
+    check_reads,
+    check_stored,
+    check_text,
+    model_class,
+    through_text,
+    towers,
+)
 from peltc.compiler.staging import staging
 from peltc.spec.diagnostics import Place, fail, nearest
 
@@ -404,7 +412,8 @@ def _build(
     what = {"ids": "its graph", "embeds": "its graph on embedded tokens"}.get(variant, f"its {variant} graph")
     with staging(writable(home.parent), BUILDING) as built, digesting(checkpoint.files):
         talk(f"no base of {architecture} in the cache: exporting {what} once")
-        exported = export_graph(folder, config, cls, precision, variant)
+        with through_text(architecture, beyond):
+            exported = export_graph(folder, config, cls, precision, variant)
         talk(exported.repeats)
         parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint)
         reason = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,4 +244,22 @@ def check_text(architecture: str, beyond: list[str], parts: list[str], text_only
     lost = f", and without what reads them ({', '.join(parts)})" if parts else ""
     raise fail("E510", f"{architecture} reads {inputs} beside token ids; it would be compiled without these{lost}",
                place, "a model that reads text alone",
-               "`--text-only` (in Python: text_only=True) compiles it through its text")  # fmt: skip
+               "`--text-only` (in Python: text_only=True) compiles it through its text, if it runs on that")  # fmt: skip
+
+
+@contextlib.contextmanager
+def through_text(architecture: str, beyond: list[str]) -> Iterator[None]:
+    """An export that was asked to do without some inputs; where it fails, they are what is missing.
+
+    Raises:
+        PeltError: E510 in place of the exporter's E505; nothing else is changed.
+    """
+    try:
+        yield
+    except PeltError as error:
+        first = error.diagnostics[0]
+        if not beyond or first.code != "E505":
+            raise
+        inputs = " and ".join(f"'{name}'" for name in beyond[:3])
+        raise fail("E510", f"{architecture} cannot be exported through its text alone, without {inputs}: "
+                   f"{first.message}", first.place, "a model that reads text alone") from error  # fmt: skip
