@@ -244,7 +244,7 @@ def check_text(architecture: str, beyond: list[str], parts: list[str], text_only
     lost = f", and without what reads them ({', '.join(parts)})" if parts else ""
     raise fail("E510", f"{architecture} reads {inputs} beside token ids; it would be compiled without these{lost}",
                place, "a model that reads text alone",
-               "`--text-only` (in Python: text_only=True) compiles it through its text, if it runs on that")  # fmt: skip
+               "`--text-only` (in Python: text_only=True) takes its text alone, if it runs on that")  # fmt: skip
 
 
 @contextlib.contextmanager
