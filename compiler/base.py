@@ -30,7 +30,15 @@ from peltc.compiler.anatomy import Anatomy
 from peltc.compiler.cache import BUILDING, cache_folder, tidy_cache, writable
 from peltc.compiler.checkpoint import DTYPES, Checkpoint, StoredTensor, is_float, open_checkpoint, spellings
 from peltc.compiler.integrity import digesting
-from peltc.compiler.refusals import beyond_text, check_reads, check_stored, check_text, model_class, towers
+from peltc.compiler.refusals import (
+    beyond_text,
+    check_reads,
+    check_stored,
+    check_text,
+    model_class,
+    through_text,
+    towers,
+)
 from peltc.compiler.staging import staging
 from peltc.spec.diagnostics import PeltError, Place, fail, nearest
 from peltc.spec.foreign import refuse
@@ -272,7 +280,7 @@ def open_base(
         checkpoint=checkpoint,
         converted=converted,
         changed=config != before,
-        text_only=bool(record["beyond"][0]),
+        text_only=bool(beyond),
     )
 
 
@@ -480,7 +488,8 @@ def _build(
 
     cls = model_class(architecture, config, folder, chosen)
     check_reads(cls, Place(str(folder)))
-    beyond, parts = beyond_text(cls), []
+    beyond = beyond_text(cls)
+    parts: list[str] = []
     if beyond:
         with contextlib.suppress(Exception):  # what is wrong with the config is told when the model is built
             parts = towers(parse_config(config))
@@ -488,7 +497,8 @@ def _build(
     what = {"ids": "its graph", "embeds": "its graph on embedded tokens"}.get(variant, f"its {variant} graph")
     with staging(writable(home.parent), BUILDING) as built, digesting(checkpoint.files):
         talk(f"no base of {architecture} in the cache: exporting {what} once")
-        exported = export_graph(folder, config, cls, precision, variant)
+        with through_text(architecture, beyond):
+            exported = export_graph(folder, config, cls, precision, variant)
         talk(exported.repeats)
         rows = vocabulary_of(config)
         parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint, rows)

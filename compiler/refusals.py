@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ def _undoing(method: str, bits: Any) -> str:
         from transformers.quantizers.base import HfQuantizer
 
         name = method if method in auto.AUTO_QUANTIZER_MAPPING else f"{method}_{bits}bit"
+        settings: Any = None
+        quantizer: Any = None
         settings, quantizer = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name], auto.AUTO_QUANTIZER_MAPPING[name]
         if getattr(quantizer, "_dequantize", None) is not getattr(HfQuantizer, "_dequantize", None):
             return "load it by transformers, call `model.dequantize()`, and compile what `save_pretrained` writes"
@@ -102,10 +104,10 @@ def model_class(architecture: str, config: Mapping[str, Any], folder: Path, chos
             of its own; E512 the class is no model, or another type's.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+    from transformers import CONFIG_MAPPING
 
     kind = str(config["model_type"])
-    known, cls = kind in CONFIG_MAPPING_NAMES, None
+    known, cls = kind in CONFIG_MAPPING, None
     with contextlib.suppress(Exception):  # classes come into being when asked for, and so do their errors
         cls = getattr(transformers, architecture, None)
     if (own := own_code(config, folder)) and not (known and isinstance(cls, type)):
@@ -117,7 +119,7 @@ def model_class(architecture: str, config: Mapping[str, Any], folder: Path, chos
     if not known:
         raise fail("E502", f"transformers has no model type '{kind}'",
                    Place(str(folder / "config.json"), key="model_type"), "a model that transformers has",
-                   nearest(kind, CONFIG_MAPPING_NAMES) or "a newer transformers may have it")  # fmt: skip
+                   nearest(kind, CONFIG_MAPPING.keys()) or "a newer transformers may have it")  # fmt: skip
     if not isinstance(cls, type):
         names = [n for n in dir(transformers) if n.endswith(("Model", "LM", "Classification", "Generation"))]
         raise fail("E502", f"transformers has no architecture '{architecture}'", _place(folder, chosen),
@@ -242,4 +244,22 @@ def check_text(architecture: str, beyond: list[str], parts: list[str], text_only
     lost = f", and without what reads them ({', '.join(parts)})" if parts else ""
     raise fail("E510", f"{architecture} reads {inputs} beside token ids; it would be compiled without these{lost}",
                place, "a model that reads text alone",
-               "`--text-only` (in Python: text_only=True) compiles it through its text")  # fmt: skip
+               "`--text-only` (in Python: text_only=True) takes its text alone, if it runs on that")  # fmt: skip
+
+
+@contextlib.contextmanager
+def through_text(architecture: str, beyond: list[str]) -> Iterator[None]:
+    """An export that was asked to do without some inputs; where it fails, they are what is missing.
+
+    Raises:
+        PeltError: E510 in place of the exporter's E505; nothing else is changed.
+    """
+    try:
+        yield
+    except PeltError as error:
+        first = error.diagnostics[0]
+        if not beyond or first.code != "E505":
+            raise
+        inputs = " and ".join(f"'{name}'" for name in beyond[:3])
+        raise fail("E510", f"{architecture} cannot be exported through its text alone, without {inputs}: "
+                   f"{first.message}", first.place, "a model that reads text alone") from error  # fmt: skip

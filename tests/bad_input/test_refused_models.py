@@ -172,6 +172,12 @@ def test_models_that_read_more_than_text(desk: Any, beyond: Callable[[str], Path
     refused(desk, "E510", *words, model=str(beyond(name)))
 
 
+def test_a_model_that_does_not_run_on_its_text(desk: Any, beyond: Callable[[str], Path]) -> None:
+    err = desk.refuse("--text-only", model=str(beyond("clip"))).err
+    assert "E510 CLIPModel cannot be exported through its text alone, without 'pixel_values'" in err
+    assert "newer transformers" not in err
+
+
 def test_a_model_through_its_text(desk: Any, beyond: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for, it is compiled and verified, and the manifest says so; asked for once is not for ever."""
     monkeypatch.setenv("PELTC_CACHE", str(desk.folder / "cache"))
