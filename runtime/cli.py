@@ -157,7 +157,7 @@ def _verified(manifest: dict[str, Any]) -> Iterator[str]:
         wide = " in float32" if manifest["base"]["precision"] != "float32" else ""
         yield f"equal to PyTorch within {found['worst']:.1e}{wide} (tolerance {found['tolerance']:.0e})"
     if stored := found.get("stored"):
-        yield f"folded weights: {stored['worst']:.4f} units in the last place from PyTorch's at most (0.5 is rounding)"
+        yield f"folded weights: {stored['worst']:.4f} units in the last place from PyTorch's (0.5 is rounding)"
     if errors := found.get("arithmetic"):
         kind = errors["precision"]
         if errors["status"] == "open":

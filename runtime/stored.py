@@ -7,6 +7,7 @@ of the identity and a zero; in float64, where only the last digits of float32 ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,12 +78,14 @@ class Deviation:
     """How far stored values are from exact ones.
 
     Attributes:
-        units: the largest distance, less what two roundings in float32 explain, in units in the last place.
+        terms: how many terms each value is a sum of, where the compiler multiplies matrices to get it; else 0.
+        units: the largest distance, less what sums in float32 explain, in units in the last place.
         excess: by how much the largest distance exceeds what is allowed, without what `noise` allows.
-        noise: the most that PyTorch's own float32 evaluation differs, beyond two roundings of what is summed.
+        noise: the most that PyTorch's own float32 evaluation differs, beyond the sums.
         where: the element with the largest excess: its index, stored, and exact.
     """
 
+    terms: int = 0
     units: float = 0.0
     excess: float = -np.inf
     noise: float = 0.0
@@ -96,11 +99,17 @@ class Deviation:
         """Take more elements in.
 
         A stored value is the exact one rounded to nearest: half a unit in the last place away at most. The compiler has
-        computed it in float32, where three things are rounded. The new value is a sum of the old one and of what the
-        modules make, or the old one scaled: each of the two is rounded by half an epsilon of itself, and so is the
-        result, so that `EPSILON * (|old| + |new|)` covers them twice. What modules make is rounded within their
-        formulas, by an amount that depends on these: PyTorch evaluates the same formulas in float32 as well, and twice
-        the largest error that it makes in any element of the parameter, beyond the first two, is allowed.
+        computed it in float32, where three things are rounded:
+
+        - The new value is the sum of the old one and of what the modules make, or the old one scaled. Summands and
+          result are rounded by half an epsilon of themselves: `EPSILON * (|old| + |new|)` covers that twice.
+        - Where modules change what a map reads or gives, the compiler multiplies two matrices, and adds up to `terms`
+          numbers after the one that is nearly the old value. Each addition rounds by up to half an epsilon of that, one
+          independent of the other: together by the square root of their number, as in a random walk.
+          `EPSILON * sqrt(terms) * (|old| + |new|)` is more than six of its standard deviations.
+        - What modules make is rounded within their formulas, by an amount that depends on these. PyTorch evaluates the
+          same formulas in float32 as well; twice the largest error that it makes in any element of the parameter,
+          beyond the above, is allowed.
 
         Args:
             stored: the values as stored.
@@ -110,7 +119,7 @@ class Deviation:
             start: the number of the first row, for the message.
         """
         unit = last_place(exact, stored.dtype)
-        sums = EPSILON * (base.double().abs() + exact.abs())
+        sums = EPSILON * (1 + math.sqrt(self.terms)) * (base.double().abs() + exact.abs())
         distance = (stored.double() - exact).abs()
         excess = distance - unit / 2 - sums
         excess[~excess.isfinite()] = torch.inf
@@ -132,12 +141,12 @@ def last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_stored(
-    folder: Path, manifest: Mapping[str, Any], plan: Plan, base: Base, model: Any, tensors: Mapping[str, Any],
-    place: Place,
-) -> dict[str, Any] | None:  # fmt: skip
+    stored: Mapping[str, Tensor], plan: Plan, base: Base, model: Any, tensors: Mapping[str, Any], place: Place
+) -> dict[str, Any] | None:
     """Hold the parameters that have modules inside against PyTorch.
 
     Args:
+        stored: those parameters, by name, as the artifact holds them.
         model: the base in torch, without modules; left as it was.
         place: for messages.
 
@@ -153,7 +162,6 @@ def check_stored(
             groups.setdefault(claim.absorbed, []).append(claim)
     if not groups:
         return None
-    stored = stored_parameters(folder, manifest["folded"])
     worst = 0.0
     inside = tuple(claim for claim in plan.claims if claim.absorbed)
     attach_plan(model, replace(plan, claims=inside), tensors).eval()
@@ -161,7 +169,7 @@ def check_stored(
         with torch.no_grad():
             for weight, claims in groups.items():
                 for name, found in _deviations(model, model.pelt, base, weight, claims, stored.get):
-                    worst = max(worst, found.units)
+                    worst = max(worst, found.units if name in stored else 0)
                     if found.wrong:
                         raise _wrong(name, found, claims, base.precision, place)
     finally:
@@ -222,11 +230,18 @@ def _deviations(
             y = attached.outputs(claim.site, [claim], y)
         return y[0]
 
-    yield from _map(module, site, weight, run, base, stored)
+    yield from _map(module, site, weight, run, base, stored, _terms(site, claims))
+
+
+def _terms(site: Site, claims: list[Claim]) -> int:
+    """How many terms the compiler sums for an element of a map with claims inside."""
+    follows = any({"delta", "output"} & set(c.effects) and "y" in c.reads for c in claims)
+    precedes = any("input" in c.effects for c in claims)
+    return site.sizes["out"] * follows + site.sizes["in"] * precedes
 
 
 def _map(
-    module: nn.Module, site: Site, weight: str, run: Callable[[Tensor], Tensor], base: Base, stored: Stored
+    module: nn.Module, site: Site, weight: str, run: Callable[[Tensor], Tensor], base: Base, stored: Stored, terms: int
 ) -> Iterator[tuple[str, Deviation]]:
     """Of a linear map's weight, and of its bias or the one that it has got."""
     leaf, bias = _leaf(site, "weight"), site.parameters.get("bias")
@@ -236,7 +251,7 @@ def _map(
     held = own if held is None else held
     held = held.T if site.transposed else held
     step = max(1, CHUNK // max(outputs, inputs))
-    found = Deviation()
+    found = Deviation(terms)
     with _versions(module, weight.rpartition(".")[0], base) as version:
         for start in range(0, inputs, step):
             columns = slice(start, min(start + step, inputs))
@@ -254,7 +269,7 @@ def _map(
     index, value, exact = found.where
     found.where = index[::-1] if not site.transposed else index, value, exact
     yield weight, found
-    found = Deviation()
+    found = Deviation(terms)
     now = old.to(own.dtype) if now is None else now
     found.add(now, zeros[torch.float64], zeros[torch.float32], old)
     yield name, found

@@ -270,6 +270,16 @@ def test_units_in_the_last_place() -> None:
     assert float(last_place(torch.tensor(1.0, dtype=torch.float64), torch.bfloat16)) == 2.0**-7
 
 
+def test_sums_of_many_terms(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A linear adapter multiplies a map of 384 features by a matrix: float32 rounds each of so many additions."""
+    spec = load_spec(cases.spec("linear_adapter", "minilm", "fold", "float16"))
+    folder = model_folder("minilm")
+    plan, _ = plan_for(spec, folder)
+    tensors = cases.tensors(plan, 0.01)
+    found = peltc.compile(spec, folder, tmp_path / "out", tensors, verify="function")["verification"]
+    assert found["stored"]["parameters"] == 24 and found["arithmetic"] is None
+
+
 def test_what_rounding_and_float32_allow() -> None:
     """Values rounded to nearest pass, one unit more in one of them does not; nor does what rounding made infinite."""
     generator = torch.Generator().manual_seed(0)
