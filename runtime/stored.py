@@ -79,7 +79,7 @@ class Deviation:
 
     Attributes:
         terms: how many terms each value is a sum of, where the compiler multiplies matrices to get it; else 0.
-        units: the largest distance, less what sums in float32 explain, in units in the last place.
+        units: the largest distance, less what float32 explains, in units in the last place; 0.5 is rounding.
         excess: by how much the largest distance exceeds what is allowed, without what `noise` allows.
         noise: the most that PyTorch's own float32 evaluation differs, beyond the sums.
         where: the element with the largest excess: its index, stored, and exact.
@@ -124,7 +124,7 @@ class Deviation:
         excess = distance - unit / 2 - sums
         excess[~excess.isfinite()] = torch.inf
         self.noise = max(self.noise, float(((single.double() - exact).abs() - sums).max()))
-        self.units = max(self.units, float(((distance - sums) / unit).max()))
+        self.units = max(self.units, float(((distance - sums - 2 * self.noise) / unit).max()))
         if float(excess.max()) > self.excess:
             at = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), excess.shape))
             self.excess = float(excess.max())
