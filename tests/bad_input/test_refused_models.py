@@ -310,7 +310,7 @@ def test_numbers_that_are_too_large_for_the_type(desk: Any) -> None:
     desk.write("pelt: 1\nattach: [{method: lora, at: attention.query}]\ndeploy: {precision: float16}\n")
     outcome = desk.pelt("compile", "spec.yaml", "model", "-o", "out")
     assert outcome.code == 1
-    assert "E513" in outcome.err and "in 'logits', computed in float16; its weights are finite" in outcome.err
+    assert "E704" in outcome.err and "float16: 'logits' has values that are not finite" in outcome.err
     assert "precision: float32" in outcome.err
     desk.write("pelt: 1\nattach: [{method: lora, at: attention.query}]\ndeploy: {precision: float32}\n")
     assert desk.pelt("compile", "spec.yaml", "model", "-o", "out").code == 0
