@@ -422,7 +422,7 @@ def describe_inputs(inputs: Mapping[str, Any], anatomy: Anatomy) -> dict[str, di
 
     tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
     axes = axis_names(tensors)
-    vocabularies = {site.values.get("x"): site.sizes["vocab"] for site in anatomy if site.role == "embedding.word"}
+    vocabularies = {site.values.get("x"): site.sizes["in"] for site in anatomy if site.kind == "table"}
     found: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         low, high = (float(v) if tensor.is_floating_point() else int(v) for v in (tensor.min(), tensor.max()))
