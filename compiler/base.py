@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -680,16 +680,25 @@ def _materialise(
     return replace(written, tensors=tensors), f"{reason}: written once to {home}"
 
 
-def missing_weights(missing: list[str], checkpoint: Checkpoint, folder: Path) -> PeltError:
-    """The error for parameters that a checkpoint lacks."""
+def missing_weights(
+    missing: list[str], checkpoint: Checkpoint, folder: Path, sites: Sequence[str] = ("head",)
+) -> PeltError:
+    """The error for parameters that a checkpoint lacks.
+
+    Args:
+        sites: where modules could bring them.
+    """
     shown = ", ".join(missing[:6]) + (f", ... ({len(missing)} in all)" if len(missing) > 6 else "")
+    where = ", ".join(f"'{site}'" for site in sites[:4])
+    others = [name for name in checkpoint.tensors if name != missing[0]]
     return fail(
         "E504",
         f"the checkpoint lacks weights that the architecture needs: {shown}",
         Place(str(folder)),
-        "a checkpoint of this architecture, or modules that bring these weights: `method: replace` at 'head'",
-        nearest(missing[0], checkpoint.tensors) or "name the class that was trained by --architecture",
-    )
+        "a checkpoint of this architecture" + (f", or modules that bring these weights: `method: replace` at {where}"
+                                               if where else ""),
+        nearest(missing[0], others) or "name the class that was trained by --architecture",
+    )  # fmt: skip
 
 
 def _save(tensors: Mapping[str, Any], home: Path, aliases: Mapping[str, str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,13 +27,21 @@ def choice_of(spec: Spec, known: Told, config: Mapping[str, Any]) -> ModelChoice
 
     Args:
         config: the config of the model's checkpoint.
+
+    Raises:
+        PeltError: E221 a vocabulary below the model's, or labels in another order than the adapter's.
     """
     choice = spec.model
     found = _whole_maps(spec, known.shapes)
     rows, vocabulary = found.get(HEAD, (None,))[0], found.get(TABLE, (None, None))[1]
     if choice.vocabulary is None and vocabulary is not None:
         choice = replace(choice, vocabulary=vocabulary)
-    words = choice.vocabulary or vocabulary_of(config)
+    held, place = vocabulary_of(config), spec.places.get("model", Place(spec.path))
+    if choice.vocabulary is not None and held is not None and choice.vocabulary < held:
+        message = f"the vocabulary is {choice.vocabulary}, and the model's table of words has {held} rows"
+        raise fail("E221", message, place, f"at least {held}")
+    check_names(spec, known.labels, "the adapter was trained with")
+    words = choice.vocabulary or held
     if choice.labels is None and rows is not None and len(known.labels) == rows:
         choice = replace(choice, labels=known.labels)
     elif choice.labels is None and rows is not None and rows != words and rows != _labels(config):
@@ -59,6 +67,21 @@ def _labels(config: Mapping[str, Any]) -> int:
     return len(named) if isinstance(named, Mapping) else int(config.get("num_labels") or 2)
 
 
+def check_names(spec: Spec, labels: Sequence[str], what: str) -> None:
+    """Whether a spec calls classes what they were called in training, where they had names.
+
+    Raises:
+        PeltError: E221.
+    """
+    named = spec.model.labels
+    if not isinstance(named, tuple) or len(named) != len(labels) or named == tuple(labels):
+        return
+    if any(name != f"LABEL_{i}" for i, name in enumerate(labels)):
+        i = next(i for i, name in enumerate(labels) if name != named[i])
+        raise fail("E221", f"class {i} is called '{named[i]}', and {what} '{labels[i]}' there",
+                   spec.places.get("model", Place(spec.path)), f"labels: [{', '.join(labels)[:200]}]")  # fmt: skip
+
+
 def check_choice(spec: Spec, architecture: str, config: Mapping[str, Any]) -> None:
     """Whether a live model is what a spec says that it is.
 
@@ -71,6 +94,9 @@ def check_choice(spec: Spec, architecture: str, config: Mapping[str, Any]) -> No
     if choice.labels is not None and (found := _labels(config)) != len(choice.label_names or ()):
         raise fail("E221", f"the model has {found} labels", place, f"{len(choice.label_names or ())} labels",
                    f"load it with num_labels={len(choice.label_names or ())}")  # fmt: skip
+    names = config.get("id2label")
+    if isinstance(names, Mapping):
+        check_names(spec, [str(name) for name in names.values()], "the model calls it")
     if choice.vocabulary is not None and (words := vocabulary_of(config)) != choice.vocabulary:
         raise fail("E221", f"the model's table of words has {words} rows", place, f"{choice.vocabulary} rows",
                    f"model.resize_token_embeddings({choice.vocabulary}) before modules are attached")  # fmt: skip

@@ -248,7 +248,7 @@ class _Planner:
         claims = [claim for entry in self.spec.attach for claim in self.claims(entry)]
         self.findings.extend(order_findings(self.spec.attach, [c for c in claims if c.mirrors is None]))
         self.check_mirrors(claims)
-        self.check_prepends([claim for claim in claims if "prepend" in claim.effects])
+        self.check_prepends(claims)
         if (total := sum(math.prod(tensor.shape) for tensor in self.shared.values())) > MAX_TOTAL:
             self.find("E205", f"the modules have {total:,} values", self.spec.attach[0].place, f"at most {MAX_TOTAL:,}")
         if self.findings:
@@ -469,9 +469,17 @@ class _Planner:
         return not message
 
     def check_prepends(self, claims: list[Claim]) -> None:
-        """Tokens of several attachments join at one place and leave at one."""
+        """Tokens of several attachments join at one place and leave at one, and tables beside them are the base's."""
         entries = {entry.name: entry for entry in self.spec.attach}
-        for first, second in pairwise(claims):
+        prepended = [claim for claim in claims if "prepend" in claim.effects]
+        for claim in claims if prepended else ():
+            if claim.site.kind == "table" and claim.mirrors is None:
+                message = (
+                    f"'{claim.attachment}' changes {claim.site.name}, and '{prepended[0].attachment}' puts tokens"
+                    " before the embedded sequence, where tables are the base's own"
+                )
+                self.find("E208", message, _at(entries[claim.attachment]), "one of them")
+        for first, second in pairwise(prepended):
             if (first.site.role, first.cut) != (second.site.role, second.cut):
                 message = (
                     f"the tokens of '{first.attachment}' and '{second.attachment}' join or leave at different places"
@@ -559,6 +567,12 @@ class _Planner:
                     "one of them",
                     f"leave out `tied: together` in '{follower.attachment}'",
                 )
+        followed = {(c.attachment, c.mirrors.key) for c in claims if c.mirrors is not None}
+        for claim in claims:
+            if claim.site.key in {key for _, key in followed} and (claim.attachment, claim.site.key) not in followed:
+                self.find("E208", f"{claim.site.name} is changed by '{claim.attachment}', which is apart, and by others"
+                          " together with what is tied to it", _at(entries[claim.attachment]),
+                          "one `tied` for all that change a table")  # fmt: skip
 
     def decide(self, claims: list[Claim]) -> list[Claim]:
         """Which claims go into weights. At one weight, claims are absorbed up to the first that cannot be; later

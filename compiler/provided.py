@@ -45,7 +45,11 @@ def check_provided(plan: Plan, base: Base) -> None:
         return
     findings = [_short(base, name, rows) for name, rows in left.items() if base.lacks(name).start]
     if absent := sorted(name for name in left if not base.lacks(name).start):
-        findings += missing_weights(absent, base.checkpoint, base.folder).diagnostics
+        sites = {
+            name: s.path for s in base.anatomy for name in s.parameters.values() if s.path and s.kind != "embedding"
+        }
+        owners = dict.fromkeys(sites[name] for name in absent if name in sites)
+        findings += missing_weights(absent, base.checkpoint, base.folder, list(owners)).diagnostics
     raise PeltError(findings)
 
 

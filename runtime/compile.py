@@ -257,8 +257,9 @@ def opened(
             state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
             model.save_pretrained(folder, state_dict=state)
             check_choice(spec, type(model).__name__, model.config.to_dict())
-            yield lambda variant: open_base(folder, architecture=architecture, precision=spec.precision,
-                                            variant=variant, text_only=text_only, talk=talk), tensors  # fmt: skip
+            yield lambda variant: open_base(folder, architecture=architecture, choice=spec.model,
+                                            precision=spec.precision, variant=variant, text_only=text_only,
+                                            talk=talk), tensors  # fmt: skip
             return
         from peltc.runtime.attach import bare
 

@@ -119,6 +119,39 @@ def test_the_adapter_tells_its_labels(model_folder: Callable[..., Path], tmp_pat
     same(Session(tmp_path / "out")(**inputs())["logits"], in_torch(model, inputs()))
 
 
+def test_classes_are_called_what_they_were_in_training(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Names in another order would give every answer another meaning."""
+    folder = headless(model_folder("bert"), tmp_path / "base", "BertForSequenceClassification", "classifier")
+    said: dict[str, Any] = {"pelt": 1, "attach": [HEAD]}
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        folder, num_labels=4, id2label=dict(enumerate(NAMES))
+    )
+    other = {**said, "model": {"labels": NAMES[::-1]}}
+    with pytest.raises(PeltError, match=r"E221 class 0 is called 'other', and the model calls it 'billing' there"):
+        peltc.attach(model, other)
+    peltc.attach(model, said)
+    model.save_adapter(tmp_path / "adapter.safetensors")
+    with pytest.raises(PeltError, match=r"E221 class 0 is called 'other', and the adapter was trained with 'billing'"):
+        compile(other, folder, tmp_path / "out", tmp_path / "adapter.safetensors")
+
+
+def test_a_live_model_without_names_gets_the_specs(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(model_folder("bert"), num_labels=2)
+    compile({"pelt": 1, "model": {"labels": ["no", "yes"]}, "attach": [HEAD]}, model, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+
+
+def test_a_vocabulary_does_not_shrink(model_folder: Callable[..., Path]) -> None:
+    with pytest.raises(PeltError, match=r"E221 the vocabulary is 50, and the model's table of words has 100 rows"):
+        plan_for(load_spec({"pelt": 1, "model": {"vocabulary": 50}, "attach": [LORA]}), model_folder("bert"))
+
+
+def test_the_parts_of_a_head_are_named(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = headless(model_folder("distilbert"), tmp_path / "base", "DistilBertForSequenceClassification", "pre_cl")
+    with pytest.raises(PeltError, match=r"E504.*pre_classifier.bias(.|\n)*`method: replace` at 'head.dense'"):
+        plan_for(load_spec({"pelt": 1, "attach": [HEAD]}), folder)
+
+
 def test_a_head_of_another_size_is_replaced(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     """A checkpoint that was trained for two classes, and an adapter with a head for four."""
     said = {"pelt": 1, "model": {"labels": 4}, "attach": [LORA, HEAD]}

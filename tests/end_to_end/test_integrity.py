@@ -226,13 +226,13 @@ def test_overwritten_while_it_is_compiled(base: Path, tmp_path: Path, monkeypatc
 
 
 def test_replaced_between_reading_and_linking(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_plan = compiling.make_plan
+    plan_on = compiling.plan_on
 
     def replaced(*arguments: Any) -> Any:
         other(base).replace(base / "model.safetensors")
-        return make_plan(*arguments)
+        return plan_on(*arguments)
 
-    monkeypatch.setattr(compiling, "make_plan", replaced)
+    monkeypatch.setattr(compiling, "plan_on", replaced)
     with pytest.raises(PeltError, match="E622"):
         compile(LORA, base, tmp_path / "out", verify=False)
     assert not (tmp_path / "out").exists()

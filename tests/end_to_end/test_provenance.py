@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,7 @@ def compiled(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[...,
 
     def compile(said: Any, weights: Any, model: Any = None) -> list[str]:
         told: list[str] = []
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)  # that an artifact is replaced is no matter of training
         peltc.compile(said, model or model_folder("bert"), tmp_path / "out", weights, verify=False, talk=told.append)
         return [line for line in told if line.startswith("warning")]
 

@@ -160,6 +160,10 @@ def test_the_plan_says_which_of_the_two_changes(model_folder: Callable[..., Path
         ("gpt2", [{**LORA, "at": "head", "tied": "together"}], "nothing is tied to head"),
         ("gpt2", [{**LORA, "gate": True, "tied": "together"}], "depends on the others in the sequence"),
         ("gpt2", [{**LORA, "tied": "together"}, {**LORA, "name": "two", "at": "head"}], "head follows its table"),
+        ("gpt2", [{**LORA, "tied": "together"}, {**LORA, "name": "two"}], "changed by 'two', which is apart"),
+        ("gpt2", [{**LORA, "name": "two"}, {**LORA, "tied": "together"}], "changed by 'two', which is apart"),
+        ("bert", [{"method": "prompt", "at": "embedding.word"}, LORA], "where tables are the base's own"),
+        ("bert", [LORA, {"method": "prompt", "at": "embedding"}], "where tables are the base's own"),
     ],
 )
 def test_what_cannot_follow(
