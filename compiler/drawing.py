@@ -726,7 +726,7 @@ def _sizes(site: Site) -> str:
         groups = f" / {kv_heads} kv heads" if kv_heads not in (0, heads) else ""
         return f"{heads} heads{groups} × {sizes.get('head_dim', 0)}" if heads else "heads not known"
     if site.kind == "table" or "vocab" in sizes:
-        return f"{sizes.get('vocab', sizes['in'])} × {sizes.get('d', sizes.get('out', ''))}"
+        return f"{sizes.get('vocab', sizes.get('in'))} × {sizes.get('d', sizes.get('out', ''))}"
     if "in" in sizes and "out" in sizes:
         return f"{sizes['in']} → {sizes['out']}"
     return str(sizes.get("d", ""))
