@@ -125,12 +125,11 @@ def _merge(chains: list[Chain], graph: ir.Graph) -> None:
     widths = [c.weight.shape[1] for c in chains]
     for chain, part in zip(chains, emitter.split(value, widths), strict=True):
         replace_uses(chain.end, part, set(), graph)
+    constants = [value for chain in chains for node in chain.nodes for value in node.inputs]  # a removed node has none
     for chain in chains:
         graph.remove(list(reversed(chain.nodes)), safe=True)
-    for chain in chains:
-        for node in chain.nodes:
-            for constant in node.inputs[1:]:
-                _drop(constant, graph)
+    for constant in constants:
+        _drop(constant, graph)
 
 
 def _drop(value: ir.Value | None, graph: ir.Graph) -> None:
