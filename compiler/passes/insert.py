@@ -167,6 +167,9 @@ class _Inserter:
         for claim in claims:
             if "weight" in claim.effects:
                 self.weight(site, claim, product)
+        for claim in claims:
+            if "bias" in claim.effects:
+                self.bias(site, claim, product)
         ids = self.values[site.values["x"]]
         self.outputs(site, claims, {"x": OneHot(ids, site.sizes["in"])})
 
@@ -177,6 +180,11 @@ class _Inserter:
         emitter = self.emitter(claims[0], self.values[table.parameters["weight"]])
         rows = self.oriented(self.full_weight(table, emitter), emitter)
         rows.shape = self.values[table.parameters["weight"]].shape
+        zeros = np.zeros(table.sizes["out"], np.float32)
+        for claim in (c for c in claims if "bias" in c.effects):
+            value, interpreter = self.evaluate(claim, "bias", rows, b=zeros)
+            shape, rows = rows.shape, interpreter.value(interpreter.on_add(rows, value))
+            rows.shape = shape
         for claim in claims:
             for effect in ("delta", "output"):
                 if effect in claim.effects:

@@ -102,6 +102,27 @@ def test_what_reads_other_tokens_stays_in_the_graph(model_folder: Callable[..., 
     assert manifest["verification"]["worst"] <= TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("mode", ["fold", "static"])
+@pytest.mark.parametrize("tied", ["apart", "together"])
+def test_a_bias_of_a_table(tied: str, mode: str, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A table has none of its own: one vector is added to every row, against the model changed by hand."""
+    folder = model_folder("gpt2")
+    plan = planned(folder, {"method": "bitfit", "at": "embedding.word", "tied": tied}, deploy={"mode": mode})
+    tensors = some(plan)
+    compile(plan.spec, folder, tmp_path / "out", tensors)
+    model = models.build("gpt2")
+    (vector,) = (torch.from_numpy(array) for array in tensors.values())
+    with torch.no_grad():
+        before = model.transformer.wte.weight.clone()
+        model.transformer.wte.weight = torch.nn.Parameter(before + vector)
+        model.lm_head.weight = torch.nn.Parameter(before + vector if tied == "together" else before)
+    ids = np.random.default_rng(3).integers(10, 100, (2, 7))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+    found = Session(tmp_path / "out")(input_ids=ids, attention_mask=np.ones_like(ids))["logits"]
+    assert np.abs(found - expected).max() <= TOLERANCE["float32"] * np.abs(expected).max()
+
+
 # heads that are the same tensor
 
 
