@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -55,6 +56,21 @@ def run(arguments: Sequence[str], name: str = "pelt") -> int:
         traceback.print_exc()
         click.echo("\nThis is a bug in peltc; please report it with the lines above.", err=True)
         return BUG
+
+
+@contextmanager
+def permanent() -> Iterator[None]:
+    """Spare Python's collector what a process imports first, which stays until it ends: it would walk all of those
+    functions and classes several times, and once more while a small model is compiled."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -130,7 +146,8 @@ def compile_command(
     quiet: bool,
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens."""
-    from peltc.runtime.compile import compile
+    with permanent():
+        from peltc.runtime.compile import compile
 
     with talking(quiet) as talk:
         manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,
