@@ -45,13 +45,38 @@ class Map:
             return Map(factors=(self.factors[0] * column, self.factors[1]))
         return Map(matrix=self.dense() * column)
 
+    @property
+    def features(self) -> int:
+        """O; 0 of a diagonal, which does not say."""
+        if self.diagonal is not None:
+            return 0
+        return len(self.dense() if self.factors is None else self.factors[0])
+
+    @property
+    def width(self) -> int:
+        """I; 0 of a diagonal, which does not say."""
+        if self.diagonal is not None:
+            return 0
+        return int((self.dense() if self.factors is None else self.factors[1]).shape[1])
+
+    def over(self, features: int) -> Map:
+        """The same map, its one output repeated for each of so many features; other maps have as many already."""
+        if self.diagonal is not None:
+            return self
+        first = self.dense() if self.factors is None else self.factors[0]
+        if len(first) == features:
+            return self
+        wide = np.broadcast_to(first, (features, first.shape[1]))
+        return Map(matrix=wide) if self.factors is None else Map(factors=(wide, self.factors[1]))
+
     def then(self, weight: Array) -> Map:
         """Followed by a linear map with a weight [N, O]."""
         if self.diagonal is not None:
             return Map(matrix=weight * self.diagonal)
-        if self.factors is not None:
-            return _product(weight @ self.factors[0], self.factors[1])
-        return _product(weight, self.dense())
+        inner = self.over(weight.shape[1])
+        if inner.factors is not None:
+            return _product(weight @ inner.factors[0], inner.factors[1])
+        return _product(weight, inner.dense())
 
     def composed(self, outer: Map) -> Map:
         """Followed by another map."""
@@ -64,10 +89,13 @@ class Map:
     def plus(self, other: Map) -> Map:
         if self.diagonal is not None and other.diagonal is not None:
             return Map(self.diagonal + other.diagonal)
-        if self.factors is not None and other.factors is not None:
-            (u, v), (p, q) = self.factors, other.factors
+        square = next((m for m, n in ((self, other), (other, self)) if n.diagonal is not None), None)
+        features = max(self.features, other.features) if square is None else square.width
+        one, two = self.over(features), other.over(features)
+        if one.factors is not None and two.factors is not None:
+            (u, v), (p, q) = one.factors, two.factors
             return _product(np.concatenate([u, p], 1), np.concatenate([v, q]))
-        first, second = (self, other) if self.factors is not None or other.diagonal is not None else (other, self)
+        first, second = (one, two) if one.factors is not None or two.diagonal is not None else (two, one)
         result = first.dense() if first.factors is not None else first.dense().copy()
         if second.diagonal is not None:
             np.einsum("ii->i", result)[...] += second.diagonal
@@ -75,11 +103,18 @@ class Map:
             result += second.dense()
         return Map(matrix=result)
 
-    def dense(self) -> Array:
-        """M [O, I]; a product of factors is computed anew."""
+    def dense(self, features: int = 0) -> Array:
+        """M [O, I]; a product of factors is computed anew.
+
+        Args:
+            features: I, which a diagonal does not say itself.
+        """
         if self.factors is not None:
             return np.asarray(self.factors[0] @ self.factors[1])
-        assert self.matrix is not None, "a diagonal has no size of its own"
+        if self.diagonal is not None:
+            assert features, "a diagonal has no size of its own"
+            return np.diag(np.broadcast_to(self.diagonal, (features,)))
+        assert self.matrix is not None
         return self.matrix
 
     def apply(self, vector: Array) -> Array:
@@ -151,7 +186,9 @@ def _add(a: Any, b: Any) -> Affine:
     if isinstance(a, Affine) and isinstance(b, Affine):
         return a.plus(b)
     map_, constant = (a, b) if isinstance(a, Affine) else (b, a)
-    return Affine(map_.maps, _vector(constant, "a summand") + (0 if map_.offset is None else map_.offset))
+    summand = _vector(constant, "a summand")
+    maps = {source: m.over(summand.size) for source, m in map_.maps.items()} if summand.size > 1 else map_.maps
+    return Affine(maps, summand + (0 if map_.offset is None else map_.offset))
 
 
 def _multiply(a: Any, b: Any) -> Affine:

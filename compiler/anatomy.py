@@ -78,6 +78,11 @@ class Site:
         """What tells it from all other sites: a table is called like the stream that leaves it."""
         return f"{self.name} (table)" if self.kind == "table" else self.name
 
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether the input is the encoder's states, though the site lies in the decoder."""
+        return self.role in ("cross_attention.key", "cross_attention.value")
+
     def takes(self, kind: str) -> bool:
         """Whether methods for a kind of site can attach: a table is a linear map as well."""
         return kind == self.kind or (kind == "linear" and self.kind == "table")

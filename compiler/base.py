@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from peltc.compiler.export import Exported
 
-FORMAT = 12
+FORMAT = 13
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "torch_dtype", "dtype", "use_cache")
 OPSET = 20

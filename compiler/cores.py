@@ -87,6 +87,26 @@ class Core:
     cross: bool = False
     causal: bool = False
 
+    @property
+    def asked(self) -> ir.Value:
+        """Queries as the model gives them to its attention, which scales both sides of the product by the root of its
+        scale: what is done to keys too is not the model's own."""
+        scaled = [_scaled(value) for value in (self.query, self.key)]
+        if scaled[0] is None or scaled[1] is None or scaled[0][1] != scaled[1][1]:
+            return self.query
+        return scaled[0][0]
+
+
+def _scaled(value: ir.Value) -> tuple[ir.Value, float] | None:
+    """What a value is a multiple of, and the factor."""
+    node = value.producer()
+    if node is None or node.op_type != "Mul":
+        return None
+    for inner, factor in (tuple(node.inputs), tuple(node.inputs)[::-1]):
+        if inner is not None and factor is not None and factor.const_value is not None and factor.const_value.size == 1:
+            return inner, float(factor.const_value.numpy().reshape(()))
+    return None
+
 
 def find_cores(flow: Flow) -> list[Core]:
     """Every attention core of a graph, in order."""

@@ -130,6 +130,13 @@ class Product:
     matrix: Array
     bias: Array | None = None
 
+    def over(self, features: int) -> Product:
+        """The same product, its one output repeated for each of so many features; others have as many already."""
+        if self.matrix.shape[1] != 1 or features == 1:
+            return self
+        wide = np.broadcast_to(self.matrix, (len(self.matrix), features))
+        return Product(self.x, wide, None if self.bias is None else np.broadcast_to(self.bias, (features,)))
+
 
 class OnnxInterpreter(NumericInterpreter):
     """Evaluates formulas over graph values (`ir.Value`), lazy products, and numpy arrays."""
@@ -160,6 +167,12 @@ class OnnxInterpreter(NumericInterpreter):
             return result if item.bias is None else emitter.node("Add", [result, emitter.constant(item.bias, "bias")])
         return emitter.constant(np.asarray(item, np.float32) if is_static(item) else item)
 
+    def expanded(self, item: Any, like: ir.Value) -> ir.Value:
+        """A graph value, repeated to the shape of another."""
+        found = self.emitter.node("Expand", [self.value(item), self.emitter.node("Shape", [like])])
+        found.shape = like.shape
+        return found
+
     # arithmetic
 
     def binary(self, kind: str, a: Any, b: Any) -> Any:
@@ -167,6 +180,8 @@ class OnnxInterpreter(NumericInterpreter):
 
     def on_add(self, a: Any, b: Any) -> Any:
         for product, other in ((a, b), (b, a)):
+            if isinstance(product, Product) and not isinstance(other, (ir.Value, Product)) and np.ndim(other) == 1:
+                product = product.over(np.size(other))  # ONNX Runtime fuses product and sum as if they were as wide
             if isinstance(product, Product) and _features(other, product.matrix.shape[1]):
                 bias = np.broadcast_to(np.asarray(other, np.float32), product.matrix.shape[1:])
                 return Product(product.x, product.matrix, bias if product.bias is None else product.bias + bias)

@@ -31,8 +31,6 @@ from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
 EMPTY = np.zeros(0, np.float32)
-SEQUENCE = {"mean_seq", "attend"}
-"""Functions of the method language in which one position reads another."""
 
 
 def build(
@@ -111,8 +109,8 @@ def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:
         if "prepend" in claim.effects:
             raise fail("E208", f"{where} puts tokens before the sequence, which generation does not take yet",
                        hint="compile without `generation`, or use `prefix`")  # fmt: skip
-        if mixing := sorted(claim.reads & SEQUENCE):
-            raise fail("E208", f"{where} reads the whole sequence by '{mixing[0]}', and a token at a time is generated",
+        if by := claim.mixed:
+            raise fail("E208", f"{where} reads the whole sequence by '{by}', and a token at a time is generated",
                        hint="`freeze_gates` makes gates constants")  # fmt: skip
         if not any(claim.site.key in found for found in sites.values()):
             raise fail("E208", f"{where} has no place in the graphs that generation takes",

@@ -19,11 +19,11 @@ from peltc.compiler.affine import Affine, AffineInterpreter, NotAffine
 from peltc.compiler.anatomy import Anatomy, Site
 from peltc.compiler.order import order_findings
 from peltc.compiler.tables import depends_on_id_alone, not_of_ids
-from peltc.spec.check import fits, site_shapes
+from peltc.spec.check import fits, joined, normalised, readable, site_shapes
 from peltc.spec.cost import Cost, cost_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.dims import Dim, shape_text, simplify
-from peltc.spec.formula import Call, Conditional, Deferred, EvaluationError, Expr, Name, is_static
+from peltc.spec.formula import Call, Conditional, Deferred, EvaluationError, Expr, Name, is_static, walk
 from peltc.spec.method import NAMES, RUNTIME_NAMES, Method, Parameter
 from peltc.spec.shapes import Shape, ShapeInterpreter
 from peltc.spec.shapes import tensor as as_tensor
@@ -88,7 +88,7 @@ class Claim:
     def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
         """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
         offered = set(NAMES[self.method.site])
-        known = {n: v for n, v in values.items() if n in offered or n not in RUNTIME_NAMES}
+        known = {n: v for n, v in values.items() if n in offered or n in self.tensors or n not in RUNTIME_NAMES}
         scope: dict[str, Any] = {**self.constants, **known}
         for name, expr in self.method.let:
             scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
@@ -114,7 +114,32 @@ class Claim:
         shapes = ShapeInterpreter()
         values, _ = site_shapes(self.site.kind, self.site.sizes, width=self.width)
         values |= {name: Shape(tensor.shape) for name, tensor in self.tensors.items()}
+        values["norm"] = lambda z: z
         return as_tensor(shapes.evaluate(self.effects[effect], self.scope(values, shapes)))
+
+    def added(self, effect: str) -> tuple[int, int]:
+        """How many keys or values a definition puts before the text's own, and behind them."""
+        found = self.shape(effect)
+        before = found.lead or 0
+        behind = simplify(Dim.of(found.dims[-2]) - Dim.of("T") - before)
+        assert isinstance(before, int) and isinstance(behind, int), "the plan lets nothing else pass"
+        return before, behind
+
+    def narrow(self, effect: str) -> bool:
+        """Whether a definition says once what is the same for several features, tokens or texts."""
+        _, expected = site_shapes(self.site.kind, self.site.sizes, width=self.width)
+        return self.shape(effect).dims != expected[effect].dims
+
+    @property
+    def decisive(self) -> set[str]:
+        """The names in conditions of the method's formulas, which decide what they are."""
+        exprs = [*self.effects.values(), *(expr for _, expr in self.method.let)]
+        return self.read_by(node.test for expr in exprs for node in walk(expr) if isinstance(node, Conditional))
+
+    @property
+    def mixed(self) -> str:
+        """The function by which one position reads another; "" where none does."""
+        return next((by for name in self.effects if (by := self.shape(name).mixed)), "")
 
     @cached_property
     def cut(self) -> str:
@@ -266,9 +291,7 @@ class _Planner:
             named = {path for site in chosen for path in (site.path, *site.shared) if path}
             chosen = [s for s in self.anatomy if s in chosen or (s.path in named and s.takes(entry.method.site))]
         sites = self.leaders(entry, chosen)
-        layers: list[tuple[str, int | None]] = list(
-            sorted({(site.stack, site.layer) for site in sites if site.layer is not None})
-        )
+        layers = self.in_order(entry, sites)
         roles = list(dict.fromkeys(site.role for site in sites))
         found = []
         widest = {name: max((s.sizes.get(name, 0) for s in sites), default=0) for name in ("in", "out")}
@@ -404,6 +427,20 @@ class _Planner:
             wanted[stack] = numbers
         return wanted
 
+    @staticmethod
+    def in_order(entry: Attachment, sites: list[Site]) -> list[tuple[str, int | None]]:
+        """The layers of sites in the order in which lists of options give their values: stacks as the model has them,
+        and in each the layers as the attachment's `layers` has them."""
+        words = entry.layers if isinstance(entry.layers, tuple) else (entry.layers,)
+        ranges = [(int(a), int(b or a)) for a, _, b in (str(word).partition("-") for word in words) if a.isdigit()]
+
+        def place(layer: int) -> int:
+            return next((i for i, (first, last) in enumerate(ranges) if first <= layer <= last), len(ranges))
+
+        stacks = list(dict.fromkeys(site.stack for site in sites))
+        found = {(site.stack, site.layer) for site in sites if site.layer is not None}
+        return sorted(found, key=lambda p: (stacks.index(p[0]), place(p[1] or 0), p[1] or 0))
+
     def options(self, entry: Attachment, site: Site, layers: list[tuple[str, int | None]]) -> dict[str, Any] | None:
         """An attachment's options at a site: lists give one value per selected layer."""
         result = {}
@@ -521,13 +558,18 @@ class _Planner:
             origin = f"parameter {name} [{', '.join(a.text for a in declared.shape)}]"
             values[name] = Shape(tensor.shape, origin)
         if "norm" in claim.site.anchors:
-            values["norm"] = lambda z: z
-        scope = claim.scope(values, shapes)
+            values["norm"] = partial(normalised, values["y"])
+        offered = {*NAMES[claim.method.site]} & {*RUNTIME_NAMES} - {"mask"}
+        if missing := sorted(claim.reads & offered - {*claim.site.values}):
+            message = f"'{entry.name}' reads '{missing[0]}', which {claim.site.name} does not have"
+            self.find("E205", message, _at(entry), one_of(sorted(offered & {*claim.site.values})))
+            return False
+        whole: dict[str, Shape] = {}
         for name, expr in claim.effects.items():
             place = entry.method.place
             try:
-                found = as_tensor(shapes.evaluate(expr, scope))
-                wanted = expected[name]
+                found = as_tensor(shapes.evaluate(expr, claim.scope(readable(values, name), shapes)))
+                wanted, whole[name] = expected[name], found
                 if not fits(found, wanted, name):
                     self.find("E310", f"'{name}' of '{claim.method.name}' has the shape {found} at {claim.site.name}",
                               place, f"the shape {wanted}")  # fmt: skip
@@ -540,6 +582,10 @@ class _Planner:
                     "E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: in '{expr.text}': {error}", place
                 )
                 return False
+        if problem := joined(whole, expected):
+            self.find("E310", f"'{claim.method.name}' at {claim.site.name}: {problem}", entry.method.place,
+                      "keys and values of the same positions")  # fmt: skip
+            return False
         if claim.site.kind == "table" and (reason := not_of_ids(claim)):
             self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", _at(entry),
                       "a method that takes linear maps of its input, such as lora, or changes weights")  # fmt: skip
@@ -576,13 +622,37 @@ class _Planner:
 
     def decide(self, claims: list[Claim]) -> list[Claim]:
         """Which claims go into weights. At one weight, claims are absorbed up to the first that cannot be; later
-        additions that read the input alone commute with it and are absorbed as well."""
+        additions that read the input alone commute with it and are absorbed as well. None is absorbed whose change a
+        claim that stays must not see: that would read it in the weight."""
+        kept: dict[int, str] = {}
+        while True:
+            decided = self.absorbed(claims, kept)
+            staying = [c for c in decided.values() if not c.absorbed]
+            seen = {
+                key: reader.attachment
+                for key, claim in decided.items()
+                for reader in staying
+                if claim.absorbed == _weight_at(reader.site) != "" and _reads_before(reader, claim)
+            }
+            if not seen:
+                break
+            kept |= {key: f"'{name}', which stays in the graph, reads what was before" for key, name in seen.items()}
+        own = {(c.attachment, c.site.key): decided[id(c)] for c in claims if c.mirrors is None}
+        for claim in (c for c in claims if c.mirrors is not None):
+            assert claim.mirrors is not None
+            leader = own[claim.attachment, claim.mirrors.key]
+            weight = claim.site.parameters["weight"] if leader.absorbed else ""
+            decided[id(claim)] = replace(claim, absorbed=weight, reason=leader.reason)
+        return [decided[id(claim)] for claim in claims]
+
+    def absorbed(self, claims: list[Claim], kept: Mapping[int, str]) -> dict[int, Claim]:
+        """The claims with their absorbers, in order of effect; those `kept` stay in the graph, for a reason."""
         blocked: dict[str, list[Claim]] = {}
         decided: dict[int, Claim] = {}
         for claim in sorted(claims, key=lambda c: LEVELS[c.site.kind]):
             if claim.mirrors is not None:
                 continue
-            target, reason = self.absorber(claim)
+            target, reason = ("", kept[id(claim)]) if id(claim) in kept else self.absorber(claim)
             before = blocked.get(target, [])
             if target and before:
                 additive = set(claim.effects) == {"delta"} and "y" not in claim.reads
@@ -591,16 +661,9 @@ class _Planner:
                     reason, target = f"it takes effect after '{before[0].attachment}', which stays in the graph", ""
             result = replace(claim, absorbed=target, reason="" if target else reason)
             if not target:
-                weight = claim.site.values.get("linear") or claim.site.parameters.get("weight", "")
-                blocked.setdefault(weight, []).append(result)
+                blocked.setdefault(_weight_at(claim.site), []).append(result)
             decided[id(claim)] = result
-        own = {(c.attachment, c.site.key): decided[id(c)] for c in claims if c.mirrors is None}
-        for claim in (c for c in claims if c.mirrors is not None):
-            assert claim.mirrors is not None
-            leader = own[claim.attachment, claim.mirrors.key]
-            weight = claim.site.parameters["weight"] if leader.absorbed else ""
-            decided[id(claim)] = replace(claim, absorbed=weight, reason=leader.reason)
-        return [decided[id(claim)] for claim in claims]
+        return decided
 
     def absorber(self, claim: Claim) -> tuple[str, str]:
         """The weight that can take a claim in, or why none can."""
@@ -648,9 +711,9 @@ class _Planner:
 
     def not_affine(self, claim: Claim) -> str:
         """Why a claim's effects are not affine, naming the sub-expression; empty where they are. It is tried."""
-        apart = ("index", "layer", "role")
+        apart = {"index", "layer", "role"} - claim.decisive
         kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in apart and is_static(v)))
-        key = (id(claim.method), kinds, tuple(claim.effects), claim.site.kind)
+        key = (id(claim.method), kinds, tuple(claim.effects.items()), claim.site.kind)
         if key not in self.trials:
             self.trials[key] = self.trial(claim)
         return self.trials[key]
@@ -673,6 +736,27 @@ class _Planner:
                 except EvaluationError as error:
                     return str(error)
         return ""
+
+
+def _weight_at(site: Site) -> str:
+    """The weight that a site's claims would go into."""
+    return site.values.get("linear") or site.parameters.get("weight", "")
+
+
+def _reads_before(reader: Claim, absorbed: Claim) -> bool:
+    """Whether a claim reads a value as it was before another that has gone into the weight: the map's raw input, or a
+    weight and bias without what was added to the output or made of it."""
+    if reader.site.kind == "block":  # it reads what its first map does, and the output of its last
+        return False
+    read = (
+        reader.reads | ({"W"} if "weight" in reader.effects else set()) | ({"b"} if "bias" in reader.effects else set())
+    )
+    changed, made = set(absorbed.effects), {"input", "delta", "output"}
+    if (
+        "b" in read and "bias" not in reader.site.parameters
+    ):  # a bias that the base does not have is added to the output
+        made.add("bias")
+    return ("x" in read and "input" in changed) or bool({"W", "b"} & read and made & changed)
 
 
 def _no_norm(z: Any) -> Any:

@@ -149,7 +149,7 @@ class _Survey:
         assert core is not None
         heads, kv_heads, head_dim = core.heads
         values = {
-            "x": block.x.name, "q": core.query.name, "k": core.read[0].name if core.read[0] else "",
+            "x": block.x.name, "q": core.asked.name, "k": core.read[0].name if core.read[0] else "",
             "v": core.read[1].name if core.read[1] else "", "keys": core.written[0].name if core.written[0] else "",
             "values": core.written[1].name if core.written[1] else "", "scores": core.scores.outputs[0].name,
             "context": core.context.outputs[0].name, "mask": core.mask.name if core.mask is not None else "",

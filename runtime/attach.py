@@ -41,10 +41,13 @@ from peltc.spec.diagnostics import Place, fail
 from peltc.spec.dims import Dim
 from peltc.spec.foreign import refuse
 from peltc.spec.formula import Deferred
+from peltc.spec.method import NAMES
 from peltc.spec.specification import Spec, load_spec
 
 Tensor = torch.Tensor
 INTERFACE = "peltc"
+ROLES = {"weight": "W", "bias": "b"}
+"""What formulas call a map's or a norm's parameters, in the order in which they are defined."""
 
 
 def attach(
@@ -161,6 +164,8 @@ class Attached(nn.Module):
         self.seen: dict[str, Tensor] = {}
         self.mask: Tensor | None = None
         self.decoder_mask: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.decoder_tokens: Tensor | None = None
         self.muted = False
         self.fired: set[str] = set()
         self.whole, self.seq2seq = True, False
@@ -272,6 +277,10 @@ class Attached(nn.Module):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = _named(module, args, kwargs)
             self.mask, self.decoder_mask = given.get("attention_mask"), given.get("decoder_attention_mask")
+            self.tokens = _first(given, "input_ids", "inputs_embeds")
+            if self.tokens is None and given.get("encoder_outputs") is not None:
+                self.tokens = given["encoder_outputs"][0]
+            self.decoder_tokens = _first(given, "decoder_input_ids", "decoder_inputs_embeds", "labels")
             self.whole = given.get("encoder_outputs") is None and given.get("past_key_values") is None
             self.fired.clear()
             if getattr(module, "_is_replica", False):
@@ -312,10 +321,13 @@ class Attached(nn.Module):
         found: dict[str, Any] = {
             name: Deferred(partial(self.lifted, tensor.name, dtype)) for name, tensor in claim.tensors.items()
         }
+        offered = NAMES[claim.method.site]
         for role in ("x", "r", "h"):
-            anchor = claim.site.anchors.get(role, "")
-            found[role] = Deferred(partial(self.recall, anchor, role, claim, dtype))
-        found["mask"] = Deferred(partial(self.mask_of, claim, dtype))
+            if role in offered:
+                anchor = claim.site.anchors.get(role, "")
+                found[role] = Deferred(partial(self.recall, anchor, role, claim, dtype))
+        if "mask" in offered:
+            found["mask"] = Deferred(partial(self.mask_of, claim, dtype))
         return claim.scope(found | values, interpreter)
 
     def lifted(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -326,22 +338,24 @@ class Attached(nn.Module):
             raise fail("E209", f"'{role}' of {claim.site.name} cannot be reached in torch")
         return self.seen[anchor].to(dtype)
 
-    def mask_of(self, claim: Claim, dtype: torch.dtype) -> Tensor | None:
-        """The mask of the tokens that a site sees, [B, S]; None where a decoder beside an encoder sees all."""
-        if claim.site.stack == "decoder" and self.seq2seq:
-            return None if self.decoder_mask is None else self.decoder_mask.to(dtype)
-        if self.mask is None:
-            raise fail("E208", "a formula reads `mask`, and the model was called without attention_mask")
-        return self.mask.to(dtype)
+    def mask_of(self, claim: Claim, dtype: torch.dtype) -> Tensor:
+        """The mask of the tokens that a site sees, [B, S]: ones where the model was called without one."""
+        behind = claim.site.stack == "decoder" and self.seq2seq and not claim.site.reads_encoder
+        mask = self.decoder_mask if behind else self.mask
+        if mask is None:
+            tokens = self.decoder_tokens if behind else self.tokens
+            if tokens is None:
+                raise fail("E208", "a formula reads `mask`, and the model was called without one, and without tokens",
+                           hint="give the model its mask")  # fmt: skip
+            mask = tokens.new_ones(tokens.shape[:2])
+        return mask.to(dtype)
 
     def evaluate(self, claim: Claim, effect: str, like: Tensor, **values: Any) -> Tensor:
         """A definition's value. Half-precision models compute their modules in float32, as they are trained."""
         wide = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
         drawn = self.drawn.setdefault((claim.mirrors or claim.site).key, {}).setdefault(claim.attachment, {})
         interpreter = TorchInterpreter(self.training, wide, drawn)
-        lifted = {
-            k: v.to(wide.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()
-        }
+        lifted = {name: _lifted(value, wide.dtype) for name, value in values.items()}
         scope = self.scope(claim, interpreter, **lifted)
         try:
             result = interpreter.evaluate(claim.effects[effect], scope)
@@ -349,6 +363,8 @@ class Attached(nn.Module):
             scope.clear()  # it refers to itself: its tensors would stay until the garbage collector comes
         if not isinstance(result, Tensor):
             result = torch.as_tensor(result, dtype=wide.dtype, device=wide.device)
+        if effect not in ("keys", "values", "prepend"):  # what is the same for all is said once
+            result = result.expand(like.shape)
         return result.to(like.dtype)
 
     def outputs(self, site: Site, claims: list[Claim], y: Tensor, **values: Any) -> Tensor:
@@ -382,14 +398,18 @@ class Attached(nn.Module):
             self.enter(site)
             x, y = args[0], output
             changed = False
+            parameters: dict[str, Tensor] = {}
+            given: dict[str, Any] = {short: Deferred(partial(self.own, site, module, role, parameters))
+                                     for role, short in ROLES.items()}  # fmt: skip
             for claim in claims:
                 if "input" in claim.effects:
-                    x, changed = self.evaluate(claim, "input", x, x=x), True
-            parameters: dict[str, Tensor] = {}
-            for role, short in (("weight", "W"), ("bias", "b")):
+                    x, changed = self.evaluate(claim, "input", x, **{**given, "x": x}), True
+            for role in ROLES:
                 for claim in claims:
                     if role in claim.effects:
-                        self.change(site, module, claim, role, short, parameters)
+                        self.change(site, module, claim, role, parameters)
+            given = {short: Deferred(partial(self.own, site, module, role, dict(parameters)))
+                     for role, short in ROLES.items()}  # fmt: skip
             extra = parameters.pop("extra", None)
             if changed or parameters:
                 fresh = self.quietly(module, _leaves(site, parameters), x)
@@ -397,26 +417,32 @@ class Attached(nn.Module):
             own = y if index is None else y[..., index]
             if extra is not None:
                 own = own + extra
-            own = self.outputs(site, claims, own, x=x)
+            own = self.outputs(site, claims, own, **given, x=x)
             return own if index is None else _put(y, index, own)
 
         self.handles.append(module.register_forward_hook(_on_first(hook)))
 
-    def change(
-        self, site: Site, module: nn.Module, claim: Claim, role: str, short: str, parameters: dict[str, Tensor]
-    ) -> None:
-        """A parameter as a claim defines it, [O, I] in the formula, put back into the module's own layout."""
+    @staticmethod
+    def own(site: Site, module: nn.Module, role: str, parameters: Mapping[str, Tensor]) -> Tensor:
+        """A site's weight [O, I] or bias [O] as it is by now, of a fused map its own rows; zeros for no bias."""
         index = _rows(site)
         full = parameters.get(role, getattr(module, _leaf(site, role), None))
         if full is None:
             like = next(module.parameters())
-            b = like.new_zeros(site.sizes["out"])
-            parameters["extra"] = self.evaluate(claim, role, b, **{short: parameters.get("extra", b)})
+            return parameters.get("extra", like.new_zeros(site.sizes["out"]))
+        turned = full.T if role == "weight" and site.transposed else full
+        return turned if index is None else turned[index]
+
+    def change(self, site: Site, module: nn.Module, claim: Claim, role: str, parameters: dict[str, Tensor]) -> None:
+        """A parameter as a claim defines it, [O, I] in the formula, put back into the module's own layout."""
+        own = {short: self.own(site, module, r, parameters) for r, short in ROLES.items()}
+        new = self.evaluate(claim, role, own[ROLES[role]], **own)
+        full = parameters.get(role, getattr(module, _leaf(site, role), None))
+        if full is None:
+            parameters["extra"] = new
             return
         turned = full.T if role == "weight" and site.transposed else full
-        own = turned if index is None else turned[index]
-        new = self.evaluate(claim, role, own, **{short: own})
-        if index is not None:
+        if (index := _rows(site)) is not None:
             new = turned.index_copy(0, index.to(turned.device), new)
         parameters[role] = new.T if role == "weight" and site.transposed else new
 
@@ -432,7 +458,8 @@ class Attached(nn.Module):
             self.enter(site)
             if plain:
                 read = OneHot(args[0], site.sizes["in"], getattr(module, "padding_idx", None))
-                return self.outputs(site, claims, output, x=read)
+                table = getattr(module, _leaf(site, "weight"))
+                return self.outputs(site, claims, output, W=table.T, b=torch.zeros_like(table[0]), x=read)
             leaf = _leaf(site, "weight")
             rows = self.rows(claims, getattr(module, leaf))
             before, self.muted = self.muted, True
@@ -453,7 +480,8 @@ class Attached(nn.Module):
         for claim in claims:
             if "bias" in claim.effects:
                 table = table + self.evaluate(claim, "bias", table[0], b=torch.zeros_like(table[0]))
-        return self.outputs(claims[0].site, claims, table, x=OneHot(None, len(table)))
+        given = {"W": table.T, "b": torch.zeros_like(table[0])}
+        return self.outputs(claims[0].site, claims, table, **given, x=OneHot(None, len(table)))
 
     def install_mirror(self, model: Any, site: Site, claims: list[Claim]) -> None:
         """A map, or another table, that has the rows of the table that it is the same tensor as."""
@@ -484,24 +512,33 @@ class Attached(nn.Module):
             parameters = self.affinities(module, site, claims)
             y = output
             if parameters:
+                before, self.muted = self.muted, True  # a layer may end in this very module
                 module._pelt_inner = True  # type: ignore[assignment]
                 try:
                     y = functional_call(module, _leaves(site, parameters), args)
                 finally:
+                    self.muted = before
                     module._pelt_inner = False  # type: ignore[assignment]
-            return self.outputs(site, claims, y, x=args[0])
+            return self.outputs(site, claims, y, **self.gains(module, site, parameters), x=args[0])
 
         self.handles.append(module.register_forward_hook(hook))
 
     def affinities(self, module: nn.Module, site: Site, claims: list[Claim]) -> dict[str, Tensor]:
         """A norm's gain and bias as claims define them, by role; only those that they change."""
         parameters: dict[str, Tensor] = {}
-        for role, short in (("weight", "W"), ("bias", "b")):
+        for role, short in ROLES.items():
             for claim in claims:
                 if role in claim.effects:
-                    own = parameters.get(role, getattr(module, _leaf(site, role)))
-                    parameters[role] = self.evaluate(claim, role, own, **{short: own})
+                    own = self.gains(module, site, parameters)
+                    parameters[role] = self.evaluate(claim, role, own[short], **own)
         return parameters
+
+    @staticmethod
+    def gains(module: nn.Module, site: Site, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A norm's gain and bias as they are by now, as formulas call them; zeros for no bias."""
+        gain: Tensor = getattr(module, _leaf(site, "weight"))
+        return {short: parameters.get(role, getattr(module, _leaf(site, role)))
+                if role in site.parameters else torch.zeros_like(gain) for role, short in ROLES.items()}  # fmt: skip
 
     def install_block(self, model: Any, site: Site, claims: list[Claim]) -> None:
         anchor = site.anchors.get("y", "")
@@ -531,16 +568,18 @@ class Attached(nn.Module):
         path = site.anchors["core"].rpartition(".")[0].rpartition(".")[0]
         module = model.get_submodule(path)
         self.restore.append(_route(model))
+        added = [next(claim.added(e) for e in ("keys", "values") if e in claim.effects) for claim in claims]
+        before, behind = (sum(each) for each in zip(*added, strict=True))
 
-        def change(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        def change(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int, int]:
             self.enter(site)
             for claim in claims:
-                k, v = key, value
+                now = {"q": query, "k": key, "v": value}
                 if "keys" in claim.effects:
-                    key = self.evaluate(claim, "keys", k, k=k)
+                    key = self.evaluate(claim, "keys", now["k"], **now)
                 if "values" in claim.effects:
-                    value = self.evaluate(claim, "values", v, v=v)
-            return key, value
+                    value = self.evaluate(claim, "values", now["v"], **now)
+            return key, value, before, behind
 
         module._pelt_change = change
         self.restore.append(lambda: delattr(module, "_pelt_change"))
@@ -658,6 +697,13 @@ def _on_first(hook: Callable[..., Tensor | None]) -> Callable[..., Any]:
     return wrapped
 
 
+def _lifted(value: Any, dtype: torch.dtype) -> Any:
+    """A value in the type that modules compute in; ids and functions as they are."""
+    if isinstance(value, Deferred):
+        return Deferred(lambda: _lifted(value(), dtype))
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def _key(name: str) -> str:
     """A tensor's name as torch takes it for a parameter."""
     return name.replace(".", "/")
@@ -667,6 +713,11 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     """A call's arguments by name."""
     names = [n for n in inspect.signature(model.forward).parameters if n != "self"]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _first(given: Mapping[str, Any], *names: str) -> Any:
+    """The first of a call's arguments that is there."""
+    return next((given[name] for name in names if given.get(name) is not None), None)
 
 
 def _require(model: nn.Module, trained: Mapping[str, bool]) -> None:
@@ -816,16 +867,15 @@ def _attention(
 
     change = getattr(module, "_pelt_change", None)
     if change is not None:
-        length = key.shape[-2]
-        key, value = change(key, value)
-        more = key.shape[-2] - length
-        if more:
+        key, value, before, behind = change(query, key, value)
+        if before or behind:
             if attention_mask is not None:
-                attention_mask = _longer(attention_mask, more, attention_mask.dtype == torch.bool)
+                attention_mask = _longer(attention_mask, before, behind, attention_mask.dtype == torch.bool)
             if kwargs.get("position_bias") is not None:
-                kwargs["position_bias"] = _longer(kwargs["position_bias"], more, False)
+                kwargs["position_bias"] = _longer(kwargs["position_bias"], before, behind, False)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _longer(mask: Tensor, more: int, fill: bool) -> Tensor:
-    return torch.cat([mask.new_full((*mask.shape[:-1], more), fill), mask], -1)
+def _longer(mask: Tensor, before: int, behind: int, fill: bool) -> Tensor:
+    """A mask [..., T] that shows the positions before and behind the text's too."""
+    return nn.functional.pad(mask, (before, behind), value=fill)

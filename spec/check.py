@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from peltc.spec.diagnostics import Diagnostic, PeltError
-from peltc.spec.dims import Dim, Size, same
+from peltc.spec.dims import Dim, Size, same, shape_text
 from peltc.spec.formula import Deferred, EvaluationError, Expr, FormulaError, Undecided, shown
-from peltc.spec.method import Method, Parameter, initialiser
-from peltc.spec.shapes import Shape, ShapeInterpreter, broadcast, tensor
+from peltc.spec.method import RUNTIME_NAMES, Method, Parameter, initialiser
+from peltc.spec.shapes import POSITIONS, Shape, ShapeInterpreter, broadcast, named, tensor
 from peltc.spec.specification import Spec
 
 
@@ -67,13 +67,18 @@ def _check(method: Method, options: dict[str, Any], sizes: dict[str, Any], width
         if parameter.name in values and initialiser(parameter.init) is None:
             what = f"the start value of '{parameter.name}'"
             check.fit(what, parameter.init, {**values, **constants}, values[parameter.name])
-    scope: dict[str, Any] = {**values, **constants}
     if method.site == "block":
-        scope["norm"] = lambda z: z
-    for name, expr in method.let:
-        scope[name] = Deferred(partial(check.interpreter.evaluate, expr, scope))
+        values["norm"] = partial(normalised, values["y"])
+    found: dict[str, Shape] = {}
     for name, expr in method.effects:
-        check.fit(f"'{name}' of '{method.name}'", expr, scope, expected[name], name)
+        scope: dict[str, Any] = {**readable(values, name), **constants}
+        for binding, inner in method.let:
+            scope[binding] = Deferred(partial(check.interpreter.evaluate, inner, scope))
+        shape = check.fit(f"'{name}' of '{method.name}'", expr, scope, expected[name], name)
+        if shape is not None:
+            found[name] = shape
+    if len(found) == len(method.effects) and (problem := joined(found, expected)):
+        check.find(f"'{method.name}': {problem}", "keys and values of the same positions")
     return check.findings
 
 
@@ -107,17 +112,67 @@ class _Check:
             dims.append(size)
         return Shape(tuple(dims), f"parameter {parameter.name} [{', '.join(axis.text for axis in parameter.shape)}]")
 
-    def fit(self, what: str, expr: Expr, scope: Mapping[str, Any], wanted: Shape, effect: str = "") -> None:
-        """Hold a formula's shape against what it must be."""
+    def fit(self, what: str, expr: Expr, scope: Mapping[str, Any], wanted: Shape, effect: str = "") -> Shape | None:
+        """A formula's shape, held against what it must be; None where it has none."""
         expected = f"the shape {wanted}"
         found = self.value(what, expr, scope, expected)
         if found is None:
-            return
+            return None
         try:
             if not fits(tensor(found), wanted, effect):
                 self.find(f"{what} has the shape {found}", expected)
+            return tensor(found)
         except FormulaError as error:
             self.find(f"{what}: in '{shown(expr.text)}': {error}", expected)
+            return None
+
+
+LATER = {
+    "input": {"y": "is what the map makes of what 'input' defines"},
+    **{name: dict.fromkeys(RUNTIME_NAMES, "exists only while the model runs, and parameters are known before")
+       for name in ("weight", "bias")},
+}  # fmt: skip
+"""Names that a definition cannot read though others at the same site can, and why."""
+
+
+def readable(values: Mapping[str, Any], effect: str) -> dict[str, Any]:
+    """A site's values as a definition sees them: to read what is made of it is an error."""
+
+    def refuse(name: str, reason: str) -> Any:
+        raise FormulaError(f"'{name}' {reason}")
+
+    later = {name: Deferred(partial(refuse, name, why)) for name, why in LATER.get(effect, {}).items()
+             if name in values and isinstance(values[name], Shape) and values[name].running}  # fmt: skip
+    return {**values, **later}
+
+
+def normalised(y: Shape, z: Any) -> Shape:
+    """The shape of a block's normalisation of a value, which is one like the block's output.
+
+    Raises:
+        FormulaError: it is none.
+    """
+    if tensor(z).rank != y.rank or not same(tensor(z).dims[-1], y.dims[-1]) or not tensor(z).running:
+        raise FormulaError(f"norm needs {shape_text(y.dims)}, found {z}")
+    return tensor(z)
+
+
+def joined(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
+    """Why definitions of keys and values do not belong together, or nothing: each value has a key, the text's own are
+    still there, and it is known where."""
+    texts = {name: shape for name, shape in {**expected, **found}.items() if name in ("keys", "values")}
+    for name, shape in texts.items():
+        if not named(shape.dims[-2]) & POSITIONS:
+            return f"the text's own positions are missing in '{name}', {shape}"
+        if shape.lead is None:
+            return f"where the text's own positions are in '{name}', {shape}, cannot be told"
+    if texts:
+        keys, values = texts["keys"], texts["values"]
+        if not same(keys.dims[-2], values.dims[-2]):
+            return f"there are {keys.dims[-2]} keys and {values.dims[-2]} values"
+        if not same(keys.lead or 0, values.lead or 0):
+            return f"{keys.lead} keys stand before the text's and {values.lead} values"
+    return ""
 
 
 def fits(found: Shape, wanted: Shape, effect: str) -> bool:
@@ -127,7 +182,9 @@ def fits(found: Shape, wanted: Shape, effect: str) -> bool:
         FormulaError: the shapes do not broadcast.
     """
     if effect in ("keys", "values", "prepend"):  # the number of positions is the method's own
-        return found.rank == wanted.rank and same(found.dims[-1], wanted.dims[-1])
+        return found.rank == wanted.rank and all(
+            same(a, b) for i, (a, b) in enumerate(zip(found.dims, wanted.dims, strict=True)) if i != wanted.rank - 2
+        )
     dims = broadcast(found, wanted).dims
     return len(dims) == wanted.rank and all(map(same, dims, wanted.dims))
 

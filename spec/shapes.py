@@ -3,13 +3,17 @@
 Sizes may be numbers (a model is known) or polynomials over names (`pelt check` without a model). A conflict names
 the sub-expression, both shapes, and where each came from. A tensor is never larger than `MAX_ELEMENTS`, so that a
 formula cannot fill the memory of whoever opens it.
+
+The batch and the sequence are always names, so that their axes are known wherever a formula moves them. A function that
+sums over such an axis, or picks from it, lets one text or one position read another: of texts that is refused, of
+positions it is remembered.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +22,8 @@ from peltc.spec.formula import FormulaError, Interpreter
 from peltc.spec.functions import ACTIVATIONS, COMPILE_TIME
 
 MAX_ELEMENTS = 2**31
+BATCH, POSITIONS = frozenset("B"), frozenset("ST")
+"""Names of the sizes that a model's input alone decides: texts, and positions of a text."""
 
 Dims = tuple[Size, ...]
 
@@ -29,11 +35,15 @@ class Shape:
     Attributes:
         origin: what fixed it ("parameter A [r, in]").
         running: whether the tensor exists only while the model runs.
+        mixed: the function by which one position reads another; "" where each reads itself alone.
+        lead: how many positions stand before the text's own; None where the text's are not in one piece.
     """
 
     dims: Dims
     origin: str = ""
     running: bool = False
+    mixed: str = ""
+    lead: Size | None = 0
 
     def __str__(self) -> str:
         return shape_text(self.dims) + (f" ({self.origin})" if self.origin else "")
@@ -63,7 +73,55 @@ class ShapeInterpreter(Interpreter[Shape]):
             raise FormulaError(f"'{name}' works on options and sizes, not on tensors")
         if (elements := math.prod(size for size in result.dims if isinstance(size, int))) > MAX_ELEMENTS:
             raise FormulaError(f"{result} has at least {elements:,} elements; at most {MAX_ELEMENTS:,}")
-        return replace(result, running=True) if running else result
+        if not running:
+            return result
+        reached = {letter for size in _reached(name, arguments) for letter in named(size)}
+        if reached & BATCH:
+            raise FormulaError(f"'{name}' would let the texts of a batch read each other")
+        mixed = next((v.mixed for v in running if v.mixed), name if reached & POSITIONS else "")
+        return replace(result, running=True, mixed=mixed, lead=_lead(name, arguments, running))
+
+
+def named(size: Size) -> set[str]:
+    """The names in a size."""
+    return {name for monomial, _ in Dim.of(size).terms for name, _ in monomial}
+
+
+def _reached(name: str, arguments: Mapping[str, Any]) -> list[Size]:
+    """The sizes of the axes along which an element of a function's result reads several of its arguments', or others
+    than its own."""
+    x, axis = arguments.get("x"), arguments.get("axis")
+    if name in ("linear", "layer_norm"):
+        return [tensor(x).dims[-1]]
+    if name == "matmul":
+        return [tensor(arguments["a"]).dims[-1]]
+    if name in ("mean_seq", "attend"):
+        return [tensor(x if name == "mean_seq" else arguments["k"]).dims[1]]
+    if name in ("softmax", "norm2", "mean", "sum", "take", "pick", "put", "slice"):
+        return [tensor(x).dims[axis_index(tensor(x), axis)]]
+    if name == "einsum":
+        left, right = arguments["equation"].replace(" ", "").split("->")
+        sizes = zip(left.replace(",", ""), (s for o in arguments["operands"] for s in tensor(o).dims), strict=True)
+        return [size for letter, size in sizes if letter not in right]
+    return []
+
+
+def _lead(name: str, arguments: Mapping[str, Any], running: list[Shape]) -> Size | None:
+    """The positions before the text's own in a function's result."""
+    parts = [tensor(v) for v in arguments["tensors"]] if name == "concat" else []
+    along = [named(part.dims[arguments["axis"]]) & POSITIONS for part in parts]
+    if any(along):
+        place = next(i for i, letters in enumerate(along) if letters)
+        if sum(map(bool, along)) > 1 or parts[place].lead is None:
+            return None
+        before: Size = parts[place].lead or 0
+        for part in parts[:place]:
+            before = simplify(Dim.of(before) + part.dims[arguments["axis"]])
+        return before
+    leads = [shape.lead for shape in running if any(named(size) & POSITIONS for size in shape.dims)]
+    if any(lead is None or not same(lead, leads[0] or 0) for lead in leads):
+        return None
+    return leads[0] if leads else 0
 
 
 def tensor(value: Any) -> Shape:

@@ -115,10 +115,11 @@ def fold_map(
     for claim in claims:
         if "input" in claim.effects:
             x = _substitute(affine.evaluate(claim.effects["input"], scope(claim, affine)), x, None)
-    for claim in claims:
-        for name, key in (("weight", "W"), ("bias", "b")):
+    for name, key in (("weight", "W"), ("bias", "b")):
+        for claim in claims:
             if name in claim.effects:
-                state[key] = np.asarray(numeric.evaluate(claim.effects[name], scope(claim, numeric)), np.float32)
+                found = np.asarray(numeric.evaluate(claim.effects[name], scope(claim, numeric)), np.float32)
+                state[key] = np.broadcast_to(found, W.shape if key == "W" else (len(W),))
     W_now, b_now = state["W"], state["b"]
     plain = (
         set(x.maps) == {"x"} and x.maps["x"].matrix is None and np.all(x.maps["x"].diagonal == 1) and x.offset is None
@@ -126,7 +127,7 @@ def fold_map(
     late = [c for c in claims if {"delta", "output"} & set(c.effects)]
     if plain and not late:
         return W_now, b_now
-    y = Affine({"x": Map(matrix=W_now) if plain else x.maps["x"].then(W_now)}, b_now)
+    y = Affine({source: Map(matrix=W_now) if plain else m.then(W_now) for source, m in x.maps.items()}, b_now)
     if x.offset is not None:
         moved = W_now @ np.broadcast_to(x.offset, W_now.shape[1:])
         y = Affine(y.maps, moved if y.offset is None else y.offset + moved)
@@ -135,9 +136,11 @@ def fold_map(
             if name in claim.effects:
                 value = _substitute(_as_affine(affine.evaluate(claim.effects[name], scope(claim, affine))), x, y)
                 y = y.plus(value) if name == "delta" else value
-    matrix = y.maps["x"].dense() if "x" in y.maps else np.zeros(W.shape, np.float32)
-    if y.offset is None or y.offset is b:
-        return matrix, y.offset
+    matrix = np.broadcast_to(y.maps["x"].dense(W.shape[1]) if "x" in y.maps else np.float32(0), W.shape)
+    if y.offset is b:
+        return matrix, b
+    if y.offset is None:  # what is made of the output may leave the base's bias out
+        return matrix, np.zeros(len(W), np.float32)
     return matrix, np.broadcast_to(y.offset, (len(W),)).astype(np.float32)
 
 
@@ -167,19 +170,21 @@ def _norm(
     """Claims on a normalisation's gain and bias."""
     numeric = NumericInterpreter()
     names = {"weight": "W", "bias": "b"}
-    state = {short: np.asarray(read(site.parameters[role]), np.float32) if role in site.parameters else None
+    zeros = np.zeros(site.sizes["d"], np.float32)
+    state = {short: np.asarray(read(site.parameters[role]), np.float32) if role in site.parameters else zeros
              for role, short in names.items()}  # fmt: skip
     base = dict(state)
-    for claim in claims:
-        for role, short in names.items():
+    for role, short in names.items():
+        for claim in claims:
             if role in claim.effects:
                 values = {name: tensors[t.name] for name, t in claim.tensors.items()} | state
-                state[short] = np.asarray(numeric.evaluate(claim.effects[role], claim.scope(values, numeric)))
+                found = np.asarray(numeric.evaluate(claim.effects[role], claim.scope(values, numeric)), np.float32)
+                state[short] = np.broadcast_to(found, zeros.shape)
     labels = tuple(f"{c.attachment} at {c.site.name}" for c in claims)
     folded = []
     for role, short in names.items():
         new, old = state[short], base[short]
-        if new is not None and old is not None and new is not old:
+        if new is not old:
             array = new.astype(dtype)
             folded.append(Folded(site.parameters[role], array, labels, _loss(array, new, old)))
     return folded

@@ -22,12 +22,14 @@ from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace
 from peltc.compiler.flow import last_size
 from peltc.compiler.numeric import NumericInterpreter, OneHot
 from peltc.compiler.plan import LEVELS, Claim
+from peltc.compiler.wide import HALF
 from peltc.spec.diagnostics import fail
-from peltc.spec.dims import Dim, simplify
-from peltc.spec.formula import Deferred
-from peltc.spec.method import RUNTIME_NAMES
+from peltc.spec.formula import Call, Deferred, Expr, Name, names
+from peltc.spec.method import NAMES, RUNTIME_NAMES
 
 Array = np.ndarray[Any, Any]
+Around = tuple[int, int]
+"""How many positions stand before the text's own, and behind them."""
 MASK_STEPS = {"Cast", "Not", "Identity", "Mul", "Sub", "Unsqueeze"}
 
 
@@ -64,8 +66,9 @@ class _Inserter:
             self.values |= {v.name: v for v in node.outputs if v.name}
         self.replaced: dict[ir.Value, ir.Value] = {}
         self.weights: dict[str, ir.Value] = {}
+        self.biased: dict[str, Any] = {}  # what claims make of the bias of a map that has none
         self.kept: set[ir.Node] = set()  # nodes that go on reading the values which claims replace
-        self.extended: dict[tuple[ir.Value, ir.Value, int], ir.Value] = {}
+        self.extended: dict[tuple[ir.Value, ir.Value, Around], ir.Value] = {}
         self.starts: dict[str, Array] = {}
         self.caches: dict[ir.Value, ir.Value] = {}
 
@@ -83,26 +86,36 @@ class _Inserter:
     def scope(self, claim: Claim, interpreter: OnnxInterpreter, **values: Any) -> dict[str, Any]:
         """What the claim's formulas may read; runtime values of the site by name."""
         found: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
+        offered = NAMES[claim.method.site]
         for role in ("x", "y", "r", "h", "q", "k", "v"):
-            if claim.site.values.get(role):
+            if claim.site.values.get(role) and role in offered:
                 found[role] = Deferred(partial(self.current, claim.site.values[role]))
-        found["mask"] = Deferred(partial(self.mask, claim, interpreter))
+        if "mask" in offered:
+            found["mask"] = Deferred(partial(self.mask, claim, interpreter))
         return claim.scope(found | values, interpreter)
 
-    def mask(self, claim: Claim, interpreter: OnnxInterpreter) -> ir.Value | None:
-        """The mask of the tokens that a site sees, [B, S], as numbers; None where all are seen."""
-        behind = claim.site.stack == "decoder" and "decoder_input_ids" in self.values  # that mask is the encoder's
+    def mask(self, claim: Claim, interpreter: OnnxInterpreter) -> ir.Value:
+        """The mask of the tokens that a site sees, [B, S], as numbers: ones where the graph takes none."""
+        site = claim.site
+        behind = site.stack == "decoder" and "decoder_input_ids" in self.values and not site.reads_encoder
         given = self.values.get("decoder_attention_mask" if behind else "attention_mask")
-        if given is None and behind:
-            return None
-        if given is None:
-            raise fail("E208", "this model takes no attention mask, and a formula reads `mask`")
         emitter = interpreter.emitter
+        if given is None:
+            x = self.current(site.values["x"])
+            if x.shape is None or len(x.shape) < 3:
+                raise fail("E208", f"this model takes no attention mask, and a formula reads `mask` at {site.name},"
+                                   " whose tokens stand in one row")  # fmt: skip
+            lead = emitter.node("Shape", [x], {"start": 0, "end": 2})
+            return emitter.node("Expand", [emitter.constant(np.ones((), np.float32)), lead])
         return emitter.node("Cast", [given], {"to": emitter.dtype.value})
 
     def evaluate(self, claim: Claim, effect: str, like: ir.Value, **values: Any) -> tuple[Any, OnnxInterpreter]:
         interpreter = OnnxInterpreter(self.emitter(claim, like))
-        return interpreter.evaluate(claim.effects[effect], self.scope(claim, interpreter, **values)), interpreter
+        own = self.parameters(claim.site, interpreter.emitter) if claim.method.site in ("linear", "norm") else {}
+        found = interpreter.evaluate(claim.effects[effect], self.scope(claim, interpreter, **{**own, **values}))
+        if effect in ("input", "output") and claim.narrow(effect):  # what is the same for all is said once
+            found = interpreter.expanded(found, like)
+        return found, interpreter
 
     def write(self, old: ir.Value, new: ir.Value, keep: set[ir.Node]) -> None:
         """Let everything downstream read `new` instead of `old`."""
@@ -138,9 +151,8 @@ class _Inserter:
         for claim in claims:
             if "weight" in claim.effects:
                 self.weight(site, claim, product)
-        for claim in claims:
-            if "bias" in claim.effects:
-                self.bias(site, claim, product)
+        if "bias" in site.parameters:
+            self.biases(site, claims, product)
         y = self.current(site.values["y"])
         if apart:
             last = next(c for c in claims if "input" in c.effects)
@@ -152,6 +164,8 @@ class _Inserter:
             if bias:
                 new = emitter.node("Add", [new, self.rows(site, self.weights.get(bias, self.values[bias]), emitter)])
             self.write(y, new, emitter.added)
+        if "bias" not in site.parameters:
+            self.biases(site, claims, product)
         if any({"delta", "output"} & set(c.effects) and "x" in c.reads for c in claims):
             self.outputs(site, claims, {"x": self.unflattened(x, site, claims[0])})
         else:
@@ -167,9 +181,7 @@ class _Inserter:
         for claim in claims:
             if "weight" in claim.effects:
                 self.weight(site, claim, product)
-        for claim in claims:
-            if "bias" in claim.effects:
-                self.bias(site, claim, product)
+        self.biases(site, claims, product)
         ids = self.values[site.values["x"]]
         self.outputs(site, claims, {"x": OneHot(ids, site.sizes["in"])})
 
@@ -277,16 +289,16 @@ class _Inserter:
         parameter = self.values[site.parameters["weight"]]
         emitter = self.emitter(claim, parameter)
         full = self.full_weight(site, emitter)
-        wide = OnnxInterpreter(Emitter(self.graph, ir.DataType.FLOAT, emitter.owner, emitter.marks))
-        own = self.rows(site, full, emitter)
-        half = parameter.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, None)
-        W = _cast(own, ir.DataType.FLOAT, wide.emitter) if half else own
-        W.shape = ir.Shape([site.sizes["out"], site.sizes["in"]])
-        new = wide.value(wide.evaluate(claim.effects["weight"], self.scope(claim, wide, W=W)))
-        if half:
-            assert parameter.dtype is not None
-            new = _cast(new, parameter.dtype, wide.emitter)
-        full = self.weights[site.parameters["weight"]] = _assemble(full, site.rows, new, self.extent(site), emitter)
+        if not claim.follows:  # what follows has the same parameters, changed already
+            wide = OnnxInterpreter(Emitter(self.graph, ir.DataType.FLOAT, emitter.owner, emitter.marks))
+            own = self.parameters(site, wide.emitter)
+            W = own["W"]()
+            new = wide.evaluate(claim.effects["weight"], self.scope(claim, wide, **own))
+            new = wide.expanded(new, W) if claim.narrow("weight") else wide.value(new)
+            if parameter.dtype in HALF:
+                assert parameter.dtype is not None
+                new = _cast(new, parameter.dtype, wide.emitter)
+            full = self.weights[site.parameters["weight"]] = _assemble(full, site.rows, new, self.extent(site), emitter)
         flat = product.op_type == "Gemm" and product.attributes.get_int("transB", 0) == 1
         place = 0 if site.kind == "table" else 1
         product.replace_input_with(place, full if flat else self.oriented(full, emitter))
@@ -297,20 +309,56 @@ class _Inserter:
         assert shape is not None
         return int(shape[1 if site.transposed else 0])  # type: ignore[arg-type]
 
-    def bias(self, site: Site, claim: Claim, product: ir.Node) -> None:
-        name = site.parameters.get("bias")
-        y = self.current(site.values["y"])
-        emitter = self.emitter(claim, y)
-        interpreter = OnnxInterpreter(emitter)
-        if name is None:
-            b: Any = np.zeros(site.sizes["out"], np.float32)
-            new = interpreter.evaluate(claim.effects["bias"], self.scope(claim, interpreter, b=b))
-            self.write(y, interpreter.value(interpreter.on_add(y, new)), emitter.added)
+    def parameters(self, site: Site, emitter: Emitter) -> dict[str, Deferred]:
+        """A map's own weight [O, I] and bias [O] as they are by now, in the type that the emitter computes in; for no
+        bias, what claims have made of zeros."""
+
+        def own(role: str) -> Any:
+            name = site.parameters.get(role)
+            if name is None:
+                return self.biased.get(site.key, np.zeros(site.sizes.get("out", site.sizes.get("d", 0)), np.float32))
+            if site.kind == "norm":
+                return self.weights.get(name, self.values[name])
+            full = self.full_weight(site, emitter) if role == "weight" else self.weights.get(name, self.values[name])
+            value = self.rows(site, full, emitter)
+            if self.values[name].dtype in HALF and emitter.dtype not in HALF:
+                value = _cast(value, emitter.dtype, emitter)
+            sizes = ("out", "in") if role == "weight" else ("out",)
+            value.shape = ir.Shape([site.sizes[size] for size in sizes])
+            return value
+
+        return {short: Deferred(partial(own, role)) for role, short in (("weight", "W"), ("bias", "b"))}
+
+    def biases(self, site: Site, claims: list[Claim], product: ir.Node) -> None:
+        """A map's own bias, or a new one, which is added to its output."""
+        claims = [claim for claim in claims if "bias" in claim.effects]
+        if "bias" in site.parameters or not claims:
+            for claim in claims:
+                self.bias(site, claim, product)
             return
+        y = self.current(site.values["y"])
+        added: set[ir.Node] = set()
+        for claim in claims:
+            interpreter = OnnxInterpreter(self.emitter(claim, y))
+            given = self.parameters(site, interpreter.emitter)
+            self.biased[site.key] = interpreter.evaluate(claim.effects["bias"], self.scope(claim, interpreter, **given))
+            added |= interpreter.emitter.added
+        total = interpreter.value(interpreter.on_add(y, self.biased[site.key]))
+        self.write(y, total, added | interpreter.emitter.added)
+
+    def bias(self, site: Site, claim: Claim, product: ir.Node) -> None:
+        """A map's own bias as a claim defines it."""
+        name = site.parameters["bias"]
+        emitter = self.emitter(claim, self.current(site.values["y"]))
+        interpreter = OnnxInterpreter(emitter)
         full = self.weights.get(name, self.values[name])
-        own = self.rows(site, full, emitter)
-        new = interpreter.value(interpreter.evaluate(claim.effects["bias"], self.scope(claim, interpreter, b=own)))
-        changed = self.weights[name] = _assemble(full, site.rows, new, self.extent(site), emitter)
+        if claim.follows:
+            changed = full
+        else:
+            own = self.parameters(site, emitter)
+            new = interpreter.evaluate(claim.effects["bias"], self.scope(claim, interpreter, **own))
+            new = interpreter.expanded(new, own["b"]()) if claim.narrow("bias") else interpreter.value(new)
+            changed = self.weights[name] = _assemble(full, site.rows, new, self.extent(site), emitter)
         readers = {product, *(use.node for use in product.outputs[0].uses())}
         for use in tuple(full.uses()):
             if use.node in readers:
@@ -318,12 +366,12 @@ class _Inserter:
 
     def norm(self, site: Site, claims: list[Claim]) -> None:
         """A normalisation's gain and bias, or its output."""
-        for claim in claims:
-            for role, short in (("weight", "W"), ("bias", "b")):
-                if role in claim.effects:
+        for role in ("weight", "bias"):
+            for claim in claims:
+                if role in claim.effects and not claim.follows:  # what follows has the same parameters, changed already
                     parameter = self.weights.get(site.parameters[role], self.values[site.parameters[role]])
-                    value, interpreter = self.evaluate(claim, role, parameter, **{short: parameter})
-                    new = interpreter.value(value)
+                    value, interpreter = self.evaluate(claim, role, parameter)
+                    new = interpreter.expanded(value, parameter) if claim.narrow(role) else interpreter.value(value)
                     replace_uses(parameter, new, interpreter.emitter.added, self.graph)
                     self.weights[site.parameters[role]] = new
         self.outputs(site, claims, {})
@@ -350,17 +398,19 @@ class _Inserter:
 
     def attention(self, site: Site, claims: list[Claim]) -> None:
         """Keys and values of an attention core, and the mask where they grow longer."""
+        made = set[ir.Node]()
         for claim in claims:
-            longer = 0
+            now = {role: self.current(site.values[role]) for role in ("k", "v")}
+            around = (0, 0)
             for effect, role in (("keys", "k"), ("values", "v")):
                 if effect not in claim.effects:
                     continue
-                read = self.current(site.values[role])
-                longer = added_positions(claim, effect)
-                if longer and self.begins(claim, effect, role, read):
+                read = now[role]
+                around = claim.added(effect)
+                if any(around) and self.begins(claim, effect, role, read):
                     new, emitter = read, self.emitter(claim, read)
                 else:
-                    value, interpreter = self.evaluate(claim, effect, read, **{role: read})
+                    value, interpreter = self.evaluate(claim, effect, read, **now)
                     emitter = interpreter.emitter
                     new = interpreter.value(value)
                 repeats = site.sizes["heads"] // site.sizes["kv_heads"]
@@ -369,16 +419,18 @@ class _Inserter:
                 old = self.current(site.values[effect])
                 if wide is old:
                     continue
-                wide.shape, wide.type = None, old.type
+                wide.shape, wide.type = ir.Shape([None, site.sizes["heads"], None, site.sizes["head_dim"]]), old.type
                 for use in tuple(old.uses()):  # not a cache of keys, which is the text's, nor what counts its positions
-                    if use.node not in emitter.added and not _counts(use.node):
+                    if use.node not in made | emitter.added and not _counts(use.node):
                         use.node.replace_input_with(use.idx, wide)
+                made |= emitter.added  # what read a value before it was changed goes on reading that
                 self.replaced[old] = wide
                 if repeats > 1 and new is not read:
                     new.type = read.type
+                    new.shape = ir.Shape([None, site.sizes["kv_heads"], None, site.sizes["head_dim"]])
                     self.replaced[read] = new
-            if longer:
-                self.widen_mask(site, claim, longer)
+            if any(around):
+                self.widen_mask(site, claim, around)
 
     def begins(self, claim: Claim, effect: str, role: str, read: ir.Value) -> bool:
         """Let the cache begin with what a claim puts before keys or values, where these are the cached ones and the new
@@ -387,7 +439,11 @@ class _Inserter:
         cache = node.inputs[0] if node is not None and node.op_type == "Concat" else None
         if cache is None or not cache.is_graph_input() or cache.shape is None or cache.name is None:
             return False
-        if claim.reads & set(RUNTIME_NAMES) - {"k", "v"}:
+        if (
+            claim.reads & set(RUNTIME_NAMES) - {"k", "v"}
+            or claim.added(effect)[1]
+            or not _joins(claim.effects[effect], role)
+        ):
             return False
         start = self.starts.get(cache.name)
         if start is None:
@@ -416,8 +472,8 @@ class _Inserter:
                     if reader.node not in emitter.added and (value is cache or _numbers(reader.node)):
                         reader.node.replace_input_with(reader.idx, text)
 
-    def widen_mask(self, site: Site, claim: Claim, positions: int) -> None:
-        """Let the mask show new positions before the others.
+    def widen_mask(self, site: Site, claim: Claim, positions: Around) -> None:
+        """Let the mask show new positions before the others, and behind them.
 
         The mask is widened where it is still true and false (or a bias in numbers), so that everything the attention
         derives from it, rows without any visible key too, sees the new positions."""
@@ -436,23 +492,26 @@ class _Inserter:
             if use.node.op_type == "Where" and use.idx > 0 and (rows := use.node.inputs[0]) is not None:
                 _swap(use.node, rows, self.rebuilt(origin, rows, wider, positions, emitter))
 
-    def wider(self, origin: ir.Value, fill: float, positions: int, emitter: Emitter) -> ir.Value:
-        """A mask [..., T] as [..., P + T]."""
+    def wider(self, origin: ir.Value, fill: float, positions: Around, emitter: Emitter) -> ir.Value:
+        """A mask [..., T] as [..., P + T + Q]."""
         key = (origin, origin, positions)
         if key not in self.extended:
             lead = emitter.node("Shape", [origin], {"start": 0, "end": -1})
-            shape = emitter.node("Concat", [lead, emitter.integers([positions])], {"axis": 0})
             kind = origin.dtype or ir.DataType.FLOAT
-            constant = emitter.constant(
-                np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy()), dtype=kind
-            )
-            block = emitter.node("Expand", [constant, shape])
-            self.extended[key] = emitter.node("Concat", [block, origin], {"axis": -1})
+            parts = [origin]
+            for place, count in zip((0, 2), positions, strict=True):
+                if count:
+                    shape = emitter.node("Concat", [lead, emitter.integers([count])], {"axis": 0})
+                    constant = emitter.constant(
+                        np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy()), dtype=kind
+                    )
+                    parts.insert(place, emitter.node("Expand", [constant, shape]))
+            self.extended[key] = emitter.node("Concat", parts, {"axis": -1})
             self.extended[key].type = origin.type
         return self.extended[key]
 
     def rebuilt(
-        self, origin: ir.Value, target: ir.Value, wider: ir.Value, positions: int, emitter: Emitter
+        self, origin: ir.Value, target: ir.Value, wider: ir.Value, positions: Around, emitter: Emitter
     ) -> ir.Value:
         """What was derived from a mask, derived from the wider one; shared by the layers that share the mask."""
         key = (origin, target, positions)
@@ -464,15 +523,14 @@ class _Inserter:
         """Tokens before the sequence: `prepend` has its own pass."""
 
 
-def added_positions(claim: Claim, effect: str) -> int:
-    """By how many positions a definition of keys or values makes them longer."""
-    expr, found = claim.effects[effect], claim.shape(effect)
-    more = simplify(Dim.of(found.dims[-2]) - Dim.of("T"))
-    if not isinstance(more, int) or more < 0:
-        raise fail(
-            "E310", f"'{expr.text}' gives {found.dims[-2]} keys", expected="the keys there are, and more before them"
-        )
-    return more
+def _joins(expr: Expr, role: str) -> bool:
+    """Whether a definition of keys or values joins others to them and does nothing else with them."""
+    return (
+        isinstance(expr, Call)
+        and expr.function == "concat"
+        and expr.args.count(Name(role)) == 1
+        and not any(role in names(part) for part in expr.args if part != Name(role))
+    )
 
 
 def _counts(node: ir.Node) -> bool:

@@ -113,7 +113,8 @@ def _merge(chains: list[Chain], graph: ir.Graph) -> None:
     marks[MARK] = "+".join(names)
     dtype = first.signature[2]  # not that of the content, which may be wider
     emitter = Emitter(graph, dtype, f"pelt.{marks[MARK]}.{marks['pelt.site']}", marks)
-    value = emitter.node("MatMul", [first.x, emitter.constant(np.concatenate([c.weight for c in chains], 1), "weight")])
+    x = first.nodes[0].inputs[0]  # by now: what it was when the chain was found may have been stacked itself
+    value = emitter.node("MatMul", [x, emitter.constant(np.concatenate([c.weight for c in chains], 1), "weight")])
     for i, node in enumerate(first.nodes[1:], 1):
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         if first.constants[i] is None:

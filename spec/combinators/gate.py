@@ -48,7 +48,7 @@ def scaled(effect: str, expr: Expr, method: Method, settings: Settings, place: P
     """A definition with the gate in it."""
     if isinstance(expr, Conditional):
         then, other = (scaled(effect, branch, method, settings, place) for branch in (expr.then, expr.other))
-        return Conditional(expr.test, then, other, expr.text)
+        return Conditional(expr.test, then, other, f"({then.text}) if {expr.test.text} else ({other.text})")
     if effect == "delta":
         if settings["replaces_scale"] and isinstance(expr, Call) and expr.function == "multiply":
             known = {o.name for o in method.options}
@@ -61,7 +61,8 @@ def scaled(effect: str, expr: Expr, method: Method, settings: Settings, place: P
             raise refused("gate", method, f"its {effect} are not joined to the sequence's own, {expr.text!r}", place)
         wide = Call("unsqueeze", (GATE_NAME, formula("1")), (), "unsqueeze(gate, 1)")
         parts = tuple(part if part == Name(own) else _times(wide, part) for part in expr.args)
-        return replace(expr, args=parts)
+        more = [f"{name}={value.text}" for name, value in expr.keywords]
+        return replace(expr, args=parts, text=f"concat({', '.join([part.text for part in parts] + more)})")
     own = {"input": "x", "output": "y"}[effect]
     if expr == Name(own):
         return expr
