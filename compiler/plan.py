@@ -465,6 +465,10 @@ class _Planner:
     ) -> Claim | None:
         shapes = ShapeInterpreter()
         method = entry.method
+        if method.site == "attention" and not site.sizes.get("heads"):
+            self.find("E205", f"the heads of {site.name} could not be told apart in this model's graph", _at(entry),
+                      hint="maps and blocks of this model can be changed: `pelt sites` lists them")  # fmt: skip
+            return None
         tensors: dict[str, Tensor] = {}
         for parameter in method.parameters:
             try:
@@ -589,11 +593,6 @@ class _Planner:
         if claim.site.kind == "table" and (reason := not_of_ids(claim)):
             self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", _at(entry),
                       "a method that takes linear maps of its input, such as lora, or changes weights")  # fmt: skip
-            return False
-        if claim.method.site == "attention" and not claim.site.sizes.get("heads"):
-            self.find(
-                "E205", f"the heads of {claim.site.name} could not be told apart in this model's graph", _at(entry)
-            )
             return False
         return True
 

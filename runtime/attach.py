@@ -298,13 +298,14 @@ class Attached(nn.Module):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.seen.clear()
             if self.whole and (missed := expected - self.fired):
+                site = sorted(missed)[0]
+                core = any(claim.site.key == site and claim.site.kind == "attention" for claim in self.plan.claims)
                 raise fail(
                     "E209",
-                    f"the model's forward pass does not go through {sorted(missed)[0]}",
-                    expected="a model whose attention runs through transformers' attention interface"
-                    if "attention" in sorted(missed)[0]
-                    else "",
-                    hint="load the model with attn_implementation='sdpa'",
+                    f"the model's forward pass does not go through {site}"
+                    + f", since {type(module).__name__} does not call transformers' attention interface" * core,
+                    expected="a model whose attention runs through transformers' attention interface" if core else "",
+                    hint="`pelt compile --no-verify` deploys such modules, not held against PyTorch" if core else "",
                 )
 
         return hook

@@ -360,7 +360,7 @@ class _Inserter:
             new = interpreter.expanded(new, own["b"]()) if claim.narrow("bias") else interpreter.value(new)
             changed = self.weights[name] = _assemble(full, site.rows, new, self.extent(site), emitter)
         readers = {product, *(use.node for use in product.outputs[0].uses())}
-        for use in tuple(full.uses()):
+        for use in (*self.values[name].uses(), *full.uses()):
             if use.node in readers:
                 use.node.replace_input_with(use.idx, changed)
 

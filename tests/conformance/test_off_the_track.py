@@ -1,0 +1,225 @@
+"""Legal specs off the beaten track, each of which once gave a wrong answer, a wrong graph or a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from meaning import disagreements, meaning, opened
+
+import peltc
+from peltc.compiler.plan import make_plan
+from peltc.runtime.compile import plan_for
+from peltc.spec.check import check_formulas
+from peltc.spec.diagnostics import PeltError
+from peltc.spec.specification import load_spec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
+from instances import FAMILIES, save
+
+Content = dict[str, Any]
+PAIR = {"K": ["kv_heads", 3, "head_dim"], "V": ["kv_heads", 3, "head_dim"]}
+DOWN = "feed_forward.down"
+
+
+def own(site: str = "linear", parameters: dict[str, list[Any]] | None = None, at: str = "", **effects: str) -> Content:
+    """A spec of one method, which is written out."""
+    at = at or {"linear": "attention.query", "attention": "attention", "block": "attention.block",
+                "norm": "attention.norm"}[site]  # fmt: skip
+    shapes = {name: {"shape": shape, "init": "zeros"} for name, shape in (parameters or {}).items()}
+    method = {"title": "own", "source": "tests", "site": site, **({"parameters": shapes} if shapes else {}), **effects}
+    return {"pelt": 1, "name": "own", "attach": [{"method": "own", "at": at}], "methods": {"own": method}}
+
+
+def listed(*attach: Content) -> Content:
+    return {"pelt": 1, "name": "listed", "attach": list(attach)}
+
+
+IA3 = {"method": "ia3", "at": DOWN, "position": "input"}
+EQUAL: dict[str, tuple[tuple[str, ...], Content]] = {
+    "keys-behind": (
+        ("bert", "llama", "t5"),
+        own("attention", PAIR, keys="concat(k, K, axis=-2)", values="concat(v, V, axis=-2)"),
+    ),
+    "keys-on-both-sides": (
+        ("bert", "llama", "t5"),
+        own("attention", PAIR, keys="concat(K, k, K, axis=-2)", values="concat(V, v, V, axis=-2)"),
+    ),
+    "mask-of-what-cross-attention-reads": (
+        ("t5",),
+        listed({"method": "lora", "at": ["cross_attention.key", "cross_attention.value"], "r": 2,
+                "gate": {"mask_padding": True}}),
+    ),
+    "mask-that-is-not-given": (
+        ("t5",), own(parameters={"A": ["out", "in"]}, delta="linear(x, A) * unsqueeze(mask, -1)")),
+    "mixture-after-scaled-input": (("bert",), listed(IA3, {"method": "mole", "at": DOWN, "r": 2, "after": "ia3"})),
+    "gate-after-scaled-input": (
+        ("llama",), listed(IA3, {"method": "lora", "at": DOWN, "r": 2, "gate": True, "after": "ia3"})),
+    "static-after-scaled-input": (
+        ("t5",), listed(IA3, {"method": "lora", "at": DOWN, "r": 2, "mode": "static", "after": "ia3"})),
+    "two-prefixes": (
+        ("bert", "llama", "t5"),
+        listed({"method": "prefix", "at": "attention", "length": 3, "hidden": 8},
+               {"method": "prefix", "name": "second", "at": "attention", "length": 2, "hidden": 8, "after": "prefix"}),
+    ),
+    "output-is-the-input": (("bert",), own(output="x")),
+    "output-is-the-input-scaled": (("bert",), own(parameters={"s": ["in"]}, output="x * s")),
+    "one-feature-added-to-all": (("bert",), own(parameters={"w": [1, "in"]}, delta="linear(x, w)")),
+    "one-feature-for-all": (("bert",), own(parameters={"w": [1, "in"]}, output="linear(x, w)")),
+    "one-feature-and-a-bias": (
+        ("bert",), own("block", {"w": [1, "d"], "c": ["d"]}, at="feed_forward.block", output="linear(h, w) + c")),
+    "a-constant-input": (("bert",), own(parameters={"s": ["in"]}, input="s")),
+    "one-input-for-all": (("bert",), own(parameters={"w": [1, "in"]}, input="linear(x, w)")),
+    "one-row-for-all": (("bert",), own(parameters={"s": [1, "in"]}, weight="s")),
+    "other-formulas-by-layer": (
+        ("bert",),
+        own(parameters={"A": ["out", "in"]}, delta="linear(x, A) if layer == 0 else relu(linear(x, A))"),
+    ),
+    "W-in-delta": (("bert",), own(parameters={"s": ["out"]}, delta="linear(x, W) * s")),
+    "b-in-output": (("bert",), own(parameters={"s": ["out"]}, output="(y - b) * s")),
+    "W-in-bias": (("bert",), own(parameters={"s": ["in"]}, bias="b + linear(s, W)")),
+    "b-in-weight": (("bert",), own(parameters={"s": ["out"]}, weight="W * unsqueeze(s * b, -1)")),
+    "b-in-a-norm-without-one": (("llama",), own("norm", {"p": ["d"]}, weight="W + b + p")),
+    "v-in-keys": (("bert",), own("attention", {"s": ["head_dim"]}, keys="k + v * s")),
+    "q-in-values": (("bert", "llama", "t5"), own("attention", values="v + mean(mean(q, axis=2), axis=1)")),
+    **{f"a-parameter-called-{name}": (("bert",), own(parameters={name: ["out"]}, delta=f"y * {name}"))
+       for name in "vkqr"},
+    "stacked-behind-stacked": (
+        ("bert",),
+        own(parameters={"a": ["in", "in"], "c": [4, "in"]}, at="feed_forward.up",
+            input="attend(linear(linear(x, a), c), linear(x, c), linear(x, a), mask)"),
+    ),
+    "layer-and-its-last-norm": (
+        ("bert",),
+        {**(layer := own("block", {"p": ["d"]}, at="layer", output="layer_norm(y) * p")),
+         "attach": [*layer["attach"], {"method": "norm_tuning", "at": "feed_forward.norm"}]},
+    ),
+    "a-bias-that-is-put-in-place-of-a-folded-one": (
+        ("t5",),
+        {**(put := own(parameters={"p": ["out"]}, at="attention.value", bias="p / 2")),
+         "attach": [{"method": "bitfit", "at": "attention.value", "mode": "fold"},
+                    {**put["attach"][0], "mode": "static", "after": "bitfit"}]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "family"), [(case, family) for case, (families, _) in EQUAL.items() for family in families]
+)
+def test_means_what_it_says(case: str, family: str, shared: Path) -> None:
+    what, _, _ = disagreements(EQUAL[case][1], family, shared / "models")
+    assert what == "equal"
+
+
+REFUSED = {
+    "keys-without-values": (own("attention", PAIR, keys="concat(K, k, axis=-2)"), "keys and T values"),
+    "keys-and-values-on-other-sides": (
+        own("attention", PAIR, keys="concat(K, k, axis=-2)", values="concat(v, V, axis=-2)"), "stand before"),
+    "the-text's-keys-are-gone": (
+        own("attention", PAIR, keys="unsqueeze(K, 0)", values="unsqueeze(V, 0)"), "E310"),
+    "another-text": (own(parameters={"p": ["out"]}, delta="mean(y, axis=0) * p"), "texts of a batch read each other"),
+    "a-gate-of-the-input-that-reads-the-output": (listed({**IA3, "gate": {"reads": "y"}}), "'y' is what the map makes"),
+    "a-weight-of-the-input": (own(parameters={"p": ["out", "in"]}, weight="W + p * mean(mean(x, axis=1))"), "E310"),
+    "a-residual-of-a-layer": (own("block", at="layer", delta="r"), "which encoder.layers.0 does not have"),
+    "a-norm-of-a-parameter": (own("block", {"p": ["d"]}, delta="norm(p)"), "norm needs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_is_refused_before_anything_is_exported(case: str, shared: Path) -> None:
+    content, words = REFUSED[case]
+    base, _, _ = opened("bert", shared / "models")
+    with pytest.raises(PeltError, match=words):
+        spec = load_spec(content)
+        check_formulas(spec)
+        make_plan(spec, base.anatomy, base.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranks"),
+    [([1, 0], {0: 8, 1: 4}), ([0, 1], {0: 4, 1: 8}), ("all", {0: 4, 1: 8}), ([1, "0-1"], {0: 8, 1: 4})],
+    ids=str,
+)
+def test_lists_follow_the_layers_as_written(layers: Any, ranks: dict[int, int], shared: Path) -> None:
+    base, _, _ = opened("bert", shared / "models")
+    entry = {"method": "lora", "at": "attention.query", "layers": layers, "r": [4, 8]}
+    plan = make_plan(load_spec(listed(entry)), base.anatomy, base.fingerprint)
+    assert {claim.site.layer: claim.options["r"] for claim in plan.claims} == ranks
+
+
+def test_lists_follow_the_stacks_of_the_model(shared: Path) -> None:
+    base, _, _ = opened("t5", shared / "models")
+    entry = {"method": "lora", "at": "attention.query", "r": [1, 2, 3, 4]}
+    plan = make_plan(load_spec(listed(entry)), base.anatomy, base.fingerprint)
+    found = [(claim.site.stack, claim.site.layer, claim.options["r"]) for claim in plan.claims]
+    assert found == [("encoder", 0, 1), ("encoder", 1, 2), ("decoder", 0, 3), ("decoder", 1, 4)]
+
+
+@pytest.mark.parametrize(
+    "formula",
+    ["sum(linear(x, A), axis=1)", "linear(x, A) + take(linear(x, A), 0, axis=1) * 0", "softmax(linear(x, A), axis=1)",
+     "einsum('bsd,btd->bsd', linear(x, A), linear(x, A))", "mean_seq(linear(x, A))"],
+)  # fmt: skip
+def test_a_formula_over_the_sequence_is_not_generated_with(formula: str, tmp_path: Path, model_folder: Any) -> None:
+    content = own(parameters={"A": ["out", "in"]}, delta=formula)
+    with pytest.raises(PeltError, match=r"E208.*whole sequence|E310"):
+        peltc.compile(load_spec(content), model_folder("llama"), tmp_path / "out", generation=True)
+
+
+@pytest.mark.parametrize(
+    "effects",
+    [{"keys": "concat(K, k * s, axis=-2)", "values": "concat(V, v, axis=-2)"}, {"values": "v * s"},
+     {"keys": "concat(k, K, axis=-2)", "values": "concat(v, V, axis=-2)"}],
+    ids=["scaled-behind-a-prefix", "scaled", "behind"],
+)  # fmt: skip
+def test_a_cache_of_what_is_more_than_joined(effects: dict[str, str], tmp_path: Path, shared: Path) -> None:
+    """Tokens that are generated one by one, with a cache, against the naive interpreter on the whole text."""
+    used = {name: shape for name, shape in {**PAIR, "s": ["head_dim"]}.items() if name in "".join(effects.values())}
+    spec = load_spec(own("attention", used, **effects))
+    base, model, _ = opened("llama", shared / "models")
+    plan = make_plan(spec, base.anatomy, base.fingerprint)
+    random = np.random.default_rng(0)
+    values = {name: random.normal(0, 0.3, t.shape).astype(np.float32) for name, t in plan.tensors.items()}
+    peltc.compile(spec, base.folder, tmp_path / "out", values, generation=True, verify=False)
+    text = random.integers(2, 90, (1, 6))
+    found = peltc.Session(tmp_path / "out", ["CPUExecutionProvider"]).generate(
+        input_ids=text, max_new_tokens=8, min_new_tokens=8, do_sample=False)  # fmt: skip
+    for _ in range(8):
+        logits = meaning(model, "llama", plan, values, {"input_ids": text, "attention_mask": np.ones_like(text)})
+        text = np.concatenate([text, logits[:, -1].argmax(-1)[:, None]], 1)
+    assert np.array_equal(np.asarray(found), text)
+
+
+QKV = ["attention.query", "attention.key", "attention.value"]
+
+
+@pytest.mark.parametrize("mode", ["fold", "static"])
+@pytest.mark.parametrize(
+    ("model", "attach"),
+    [
+        *((m, [{"method": "ia3", "at": QKV[0], "position": "input", "mode": "static"},
+               {"method": "bitfit", "at": QKV, "after": "ia3"}]) for m in ("falcon", "phi3")),
+        ("albert", [{"method": "dora", "at": QKV[0], "r": 2}]),
+        ("albert", [{"method": "oft", "at": QKV[0], "block": 8}]),
+        ("albert", [{"method": "bitfit", "at": ["attention.*", "feed_forward.*"]}]),
+        ("albert", [{"method": "norm_tuning", "at": "*norm"}]),
+    ],
+    ids=["falcon-bias", "phi3-bias", "albert-dora", "albert-oft", "albert-bitfit", "albert-norm"],
+)  # fmt: skip
+def test_graphs_of_fused_maps_and_shared_layers(model: str, attach: list[Any], mode: str, tmp_path: Path) -> None:
+    folder = save(model, dict(FAMILIES)[model], tmp_path / "model")
+    spec = load_spec({**listed(*attach), "deploy": {"mode": mode}})
+    plan, _ = plan_for(spec, folder)
+    random = np.random.default_rng(0)
+    values = {name: random.normal(0, 0.2, t.shape).astype(np.float32) for name, t in plan.tensors.items()}
+    manifest = peltc.compile(spec, folder, tmp_path / "out", values)
+    assert manifest["verification"]["worst"] < 1e-5
+
+
+def test_heads_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    folder = save("bloom", dict(FAMILIES)["bloom"], tmp_path / "model")
+    with pytest.raises(PeltError, match="E205 the heads of"):
+        plan_for(load_spec(listed({"method": "prefix", "at": "attention", "length": 3})), folder)
