@@ -60,7 +60,7 @@ RIGHT = {
     "norm2": [("norm2(A)", (4, 1)), ("norm2(x, axis=1)", (B, 1, 6))],
     "mean": [("mean(x)", (B, S, 1)), ("mean(A, axis=0)", (1, 6))],
     "sum": [("sum(x, axis=-2)", (B, 1, 6))],
-    "softmax": [("softmax(x)", (B, S, 6)), ("softmax(x, axis=0)", (B, S, 6))],
+    "softmax": [("softmax(x)", (B, S, 6)), ("softmax(x, axis=1)", (B, S, 6))],
     "mean_seq": [("mean_seq(x)", (B, 1, 6)), ("mean_seq(x, mask)", (B, 1, 6)), ("mean_seq(k)", (B, 1, S, 3))],
     "reshape": [("reshape(A, [6, 2, 2])", (6, 2, 2)), ("reshape(M, [2, d, d])", (2, D, D)), ("reshape(s, [])", ())],
     "transpose": [("transpose(A)", (6, 4)), ("transpose(x)", (B, 6, S))],
@@ -151,7 +151,11 @@ WRONG = {
     "norm2": [("norm2(A, axis=2)", "has no axis 2"), ("norm2(s)", "has no axis -1")],
     "mean": [("mean(A, axis=-3)", "has no axis -3"), ("mean(A, axis=True)", "has no axis True")],
     "sum": [("sum(A, axis=1.0)", "has no axis 1.0"), ("sum('a')", "expected a tensor")],
-    "softmax": [("softmax(x, axis=3)", "has no axis 3"), ("softmax(s)", "has no axis -1")],
+    "softmax": [
+        ("softmax(x, axis=3)", "has no axis 3"),
+        ("softmax(s)", "has no axis -1"),
+        ("softmax(x, axis=0)", "would let the texts of a batch read each other"),
+    ],
     "mean_seq": [
         ("mean_seq(A)", "mean_seq needs [B, S, ...]"),
         ("mean_seq(x, x)", "a mask [B, S]"),
@@ -281,6 +285,21 @@ def test_wrong(text: str, words: str) -> None:
     with pytest.raises(EvaluationError) as caught:
         shape(text)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "mixed"),
+    [
+        ("x * 2", ""), ("mean(x)", ""), ("softmax(x)", ""), ("transpose(x)", ""), ("x @ transpose(x)", ""),
+        ("mean(x, axis=1)", "mean"), ("relu(sum(x, axis=-2)) + x", "sum"), ("softmax(x, axis=1)", "softmax"),
+        ("mean(transpose(x))", "mean"), ("take(x, 0, axis=1) * 2", "take"), ("mean_seq(x)", "mean_seq"),
+        ("einsum('bsd,btd->bsd', x, x)", "einsum"), ("einsum('bsd,btd->bst', x, x)", ""),
+        ("x @ transpose(x) @ x", "matmul"), ("attend(x, x, x)", "attend"),
+    ],
+)  # fmt: skip
+def test_whether_positions_read_each_other(text: str, mixed: str) -> None:
+    """A property of the expression, wherever it moves the sequence's axis."""
+    assert tensor(shape(text)).mixed == mixed
 
 
 def test_every_function_is_tried() -> None:
