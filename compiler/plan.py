@@ -112,7 +112,8 @@ class Claim:
     def shape(self, effect: str) -> Shape:
         """The shape of a definition at the site; `B`, `S` and `T` are symbols."""
         shapes = ShapeInterpreter()
-        values, _ = site_shapes(self.site.kind, self.site.sizes, width=self.width)
+        site = self.mirrors or self.site  # what follows a table is defined there
+        values, _ = site_shapes(site.kind, site.sizes, width=self.width)
         values |= {name: Shape(tensor.shape) for name, tensor in self.tensors.items()}
         values["norm"] = lambda z: z
         return as_tensor(shapes.evaluate(self.effects[effect], self.scope(values, shapes)))
@@ -127,7 +128,8 @@ class Claim:
 
     def narrow(self, effect: str) -> bool:
         """Whether a definition says once what is the same for several features, tokens or texts."""
-        _, expected = site_shapes(self.site.kind, self.site.sizes, width=self.width)
+        site = self.mirrors or self.site
+        _, expected = site_shapes(site.kind, site.sizes, width=self.width)
         return self.shape(effect).dims != expected[effect].dims
 
     @property
@@ -564,7 +566,8 @@ class _Planner:
         if "norm" in claim.site.anchors:
             values["norm"] = partial(normalised, values["y"])
         offered = {*NAMES[claim.method.site]} & {*RUNTIME_NAMES} - {"mask"}
-        if missing := sorted(claim.reads & offered - {*claim.site.values}):
+        missing = sorted(claim.reads & offered - {*claim.site.values})
+        if missing and claim.site.kind != "table":  # a table says itself what it cannot give
             message = f"'{entry.name}' reads '{missing[0]}', which {claim.site.name} does not have"
             self.find("E205", message, _at(entry), one_of(sorted(offered & {*claim.site.values})))
             return False
