@@ -45,26 +45,13 @@ class Map:
             return Map(factors=(self.factors[0] * column, self.factors[1]))
         return Map(matrix=self.dense() * column)
 
-    @property
-    def features(self) -> int:
-        """O; 0 of a diagonal, which does not say."""
-        if self.diagonal is not None:
-            return 0
-        return len(self.dense() if self.factors is None else self.factors[0])
-
-    @property
-    def width(self) -> int:
-        """I; 0 of a diagonal, which does not say."""
-        if self.diagonal is not None:
-            return 0
-        return int((self.dense() if self.factors is None else self.factors[1]).shape[1])
+    def ends(self) -> tuple[Array, Array]:
+        """The matrices that end in M's outputs [O, ...] and begin with its inputs [..., I]: M twice, or its factors."""
+        return self.factors or (self.dense(), self.dense())
 
     def over(self, features: int) -> Map:
         """The same map, its one output repeated for each of so many features; other maps have as many already."""
-        if self.diagonal is not None:
-            return self
-        first = self.dense() if self.factors is None else self.factors[0]
-        if len(first) == features:
+        if self.diagonal is not None or len(first := self.ends()[0]) == features:
             return self
         wide = np.broadcast_to(first, (features, first.shape[1]))
         return Map(matrix=wide) if self.factors is None else Map(factors=(wide, self.factors[1]))
@@ -89,8 +76,8 @@ class Map:
     def plus(self, other: Map) -> Map:
         if self.diagonal is not None and other.diagonal is not None:
             return Map(self.diagonal + other.diagonal)
-        square = next((m for m, n in ((self, other), (other, self)) if n.diagonal is not None), None)
-        features = max(self.features, other.features) if square is None else square.width
+        apart = [m.ends() for m in (self, other) if m.diagonal is None]  # a diagonal is square
+        features = apart[0][1].shape[1] if len(apart) == 1 else max(len(first) for first, _ in apart)
         one, two = self.over(features), other.over(features)
         if one.factors is not None and two.factors is not None:
             (u, v), (p, q) = one.factors, two.factors

@@ -24,7 +24,7 @@ from peltc.spec.cost import Cost, cost_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.dims import Dim, shape_text, simplify
 from peltc.spec.formula import Call, Conditional, Deferred, EvaluationError, Expr, Name, is_static, walk
-from peltc.spec.method import NAMES, RUNTIME_NAMES, Method, Parameter
+from peltc.spec.method import NAMES, ROLES, RUNTIME_NAMES, Method, Parameter
 from peltc.spec.shapes import Shape, ShapeInterpreter
 from peltc.spec.shapes import tensor as as_tensor
 from peltc.spec.specification import Attachment, Spec
@@ -109,11 +109,17 @@ class Claim:
         """What the claim's nodes in the graph carry in their metadata."""
         return {"pelt.attachment": self.attachment, "pelt.method": self.method.name, "pelt.site": self.site.name}
 
+    @property
+    def around(self) -> tuple[dict[str, Any], dict[str, Shape]]:
+        """The shapes of the site's values, and of what each definition stands for; what follows a table is defined
+        there."""
+        site = self.mirrors or self.site
+        return site_shapes(site.kind, site.sizes, width=self.width)
+
     def shape(self, effect: str) -> Shape:
         """The shape of a definition at the site; `B`, `S` and `T` are symbols."""
         shapes = ShapeInterpreter()
-        site = self.mirrors or self.site  # what follows a table is defined there
-        values, _ = site_shapes(site.kind, site.sizes, width=self.width)
+        values, _ = self.around
         values |= {name: Shape(tensor.shape) for name, tensor in self.tensors.items()}
         values["norm"] = lambda z: z
         return as_tensor(shapes.evaluate(self.effects[effect], self.scope(values, shapes)))
@@ -128,9 +134,7 @@ class Claim:
 
     def narrow(self, effect: str) -> bool:
         """Whether a definition says once what is the same for several features, tokens or texts."""
-        site = self.mirrors or self.site
-        _, expected = site_shapes(site.kind, site.sizes, width=self.width)
-        return self.shape(effect).dims != expected[effect].dims
+        return self.shape(effect).dims != self.around[1][effect].dims
 
     @property
     def decisive(self) -> set[str]:
@@ -566,10 +570,11 @@ class _Planner:
         if "norm" in claim.site.anchors:
             values["norm"] = partial(normalised, values["y"])
         offered = {*NAMES[claim.method.site]} & {*RUNTIME_NAMES} - {"mask"}
-        missing = sorted(claim.reads & offered - {*claim.site.values})
+        there = offered & {*claim.site.values}
+        missing = sorted(claim.reads & offered - there)
         if missing and claim.site.kind != "table":  # a table says itself what it cannot give
             message = f"'{entry.name}' reads '{missing[0]}', which {claim.site.name} does not have"
-            self.find("E205", message, _at(entry), one_of(sorted(offered & {*claim.site.values})))
+            self.find("E205", message, _at(entry), one_of(sorted(there)))
             return False
         whole: dict[str, Shape] = {}
         for name, expr in claim.effects.items():
@@ -750,13 +755,9 @@ def _reads_before(reader: Claim, absorbed: Claim) -> bool:
     weight and bias without what was added to the output or made of it."""
     if reader.site.kind == "block":  # it reads what its first map does, and the output of its last
         return False
-    read = (
-        reader.reads | ({"W"} if "weight" in reader.effects else set()) | ({"b"} if "bias" in reader.effects else set())
-    )
+    read = reader.reads | {short for role, short in ROLES.items() if role in reader.effects}
     changed, made = set(absorbed.effects), {"input", "delta", "output"}
-    if (
-        "b" in read and "bias" not in reader.site.parameters
-    ):  # a bias that the base does not have is added to the output
+    if "bias" not in reader.site.parameters and "b" in read:  # a bias that the base lacks is added to the output
         made.add("bias")
     return ("x" in read and "input" in changed) or bool({"W", "b"} & read and made & changed)
 

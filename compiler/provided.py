@@ -16,6 +16,7 @@ from peltc.compiler.numeric import NumericInterpreter
 from peltc.compiler.plan import Claim, Plan, make_plan
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place
 from peltc.spec.formula import Deferred, EvaluationError
+from peltc.spec.method import ROLES
 from peltc.spec.specification import Spec
 
 Array = np.ndarray[Any, Any]
@@ -79,7 +80,7 @@ def _left(plan: Plan, base: Base, name: str) -> list[int]:
     """The rows of a parameter that neither the checkpoint nor a module brings."""
     state = _all(base, name)
     for claim in plan.claims:
-        for role, short in (("weight", "W"), ("bias", "b")):
+        for role, short in ROLES.items():
             if claim.site.parameters.get(role) == name and role in claim.effects:
                 state = _changed(claim, role, short, state, base)
     return np.flatnonzero(~np.isfinite(state.reshape(len(state), -1)).all(1)).tolist()
@@ -97,7 +98,7 @@ def _changed(claim: Claim, role: str, short: str, state: Array, base: Base) -> A
     full = state.T if turn else state
     index = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])
     values: dict[str, Any] = {n: np.broadcast_to(SOME, t.shape) for n, t in claim.tensors.items()}
-    values |= {s: Deferred(partial(_all, base, site.parameters[r])) for r, s in (("weight", "W"), ("bias", "b"))
+    values |= {s: Deferred(partial(_all, base, site.parameters[r])) for r, s in ROLES.items()
                if s != short and r in site.parameters}  # fmt: skip
     try:
         found = numeric.evaluate(claim.effects[role], claim.scope({**values, short: full[index]}, numeric))

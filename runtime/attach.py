@@ -41,13 +41,11 @@ from peltc.spec.diagnostics import Place, fail
 from peltc.spec.dims import Dim
 from peltc.spec.foreign import refuse
 from peltc.spec.formula import Deferred
-from peltc.spec.method import NAMES
+from peltc.spec.method import ROLES
 from peltc.spec.specification import Spec, load_spec
 
 Tensor = torch.Tensor
 INTERFACE = "peltc"
-ROLES = {"weight": "W", "bias": "b"}
-"""What formulas call a map's or a norm's parameters, in the order in which they are defined."""
 
 
 def attach(
@@ -319,17 +317,12 @@ class Attached(nn.Module):
 
     def scope(self, claim: Claim, interpreter: TorchInterpreter, **values: Any) -> dict[str, Any]:
         dtype = interpreter.like.dtype if interpreter.like is not None else torch.float32
-        found: dict[str, Any] = {
-            name: Deferred(partial(self.lifted, tensor.name, dtype)) for name, tensor in claim.tensors.items()
-        }
-        offered = NAMES[claim.method.site]
+        found: dict[str, Any] = {"mask": Deferred(partial(self.mask_of, claim, dtype))}
         for role in ("x", "r", "h"):
-            if role in offered:
-                anchor = claim.site.anchors.get(role, "")
-                found[role] = Deferred(partial(self.recall, anchor, role, claim, dtype))
-        if "mask" in offered:
-            found["mask"] = Deferred(partial(self.mask_of, claim, dtype))
-        return claim.scope(found | values, interpreter)
+            anchor = claim.site.anchors.get(role, "")
+            found[role] = Deferred(partial(self.recall, anchor, role, claim, dtype))
+        own = {name: Deferred(partial(self.lifted, tensor.name, dtype)) for name, tensor in claim.tensors.items()}
+        return claim.scope(found | values | own, interpreter)  # a parameter may have a name of other kinds of site
 
     def lifted(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.parameter(name).to(dtype)
@@ -400,8 +393,7 @@ class Attached(nn.Module):
             x, y = args[0], output
             changed = False
             parameters: dict[str, Tensor] = {}
-            given: dict[str, Any] = {short: Deferred(partial(self.own, site, module, role, parameters))
-                                     for role, short in ROLES.items()}  # fmt: skip
+            given = self.owned(site, module, parameters)
             for claim in claims:
                 if "input" in claim.effects:
                     x, changed = self.evaluate(claim, "input", x, **{**given, "x": x}), True
@@ -409,8 +401,7 @@ class Attached(nn.Module):
                 for claim in claims:
                     if role in claim.effects:
                         self.change(site, module, claim, role, parameters)
-            given = {short: Deferred(partial(self.own, site, module, role, dict(parameters)))
-                     for role, short in ROLES.items()}  # fmt: skip
+            given = self.owned(site, module, dict(parameters))
             extra = parameters.pop("extra", None)
             if changed or parameters:
                 fresh = self.quietly(module, _leaves(site, parameters), x)
@@ -434,10 +425,14 @@ class Attached(nn.Module):
         turned = full.T if role == "weight" and site.transposed else full
         return turned if index is None else turned[index]
 
+    def owned(self, site: Site, module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Deferred]:
+        """A site's weight and bias as formulas call them, for those that read them."""
+        return {short: Deferred(partial(self.own, site, module, role, parameters)) for role, short in ROLES.items()}
+
     def change(self, site: Site, module: nn.Module, claim: Claim, role: str, parameters: dict[str, Tensor]) -> None:
         """A parameter as a claim defines it, [O, I] in the formula, put back into the module's own layout."""
-        own = {short: self.own(site, module, r, parameters) for r, short in ROLES.items()}
-        new = self.evaluate(claim, role, own[ROLES[role]], **own)
+        own = self.owned(site, module, parameters)
+        new = self.evaluate(claim, role, own[ROLES[role]](), **own)
         full = parameters.get(role, getattr(module, _leaf(site, role), None))
         if full is None:
             parameters["extra"] = new
@@ -459,8 +454,7 @@ class Attached(nn.Module):
             self.enter(site)
             if plain:
                 read = OneHot(args[0], site.sizes["in"], getattr(module, "padding_idx", None))
-                table = getattr(module, _leaf(site, "weight"))
-                return self.outputs(site, claims, output, W=table.T, b=torch.zeros_like(table[0]), x=read)
+                return self.outputs(site, claims, output, **_turned(getattr(module, _leaf(site, "weight"))), x=read)
             leaf = _leaf(site, "weight")
             rows = self.rows(claims, getattr(module, leaf))
             before, self.muted = self.muted, True
@@ -481,8 +475,7 @@ class Attached(nn.Module):
         for claim in claims:
             if "bias" in claim.effects:
                 table = table + self.evaluate(claim, "bias", table[0], b=torch.zeros_like(table[0]))
-        given = {"W": table.T, "b": torch.zeros_like(table[0])}
-        return self.outputs(claims[0].site, claims, table, **given, x=OneHot(None, len(table)))
+        return self.outputs(claims[0].site, claims, table, **_turned(table), x=OneHot(None, len(table)))
 
     def install_mirror(self, model: Any, site: Site, claims: list[Claim]) -> None:
         """A map, or another table, that has the rows of the table that it is the same tensor as."""
@@ -703,6 +696,11 @@ def _lifted(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Deferred):
         return Deferred(lambda: _lifted(value(), dtype))
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _turned(table: Tensor) -> dict[str, Deferred]:
+    """A table [V, D] as formulas see it: the weight [D, V] of a linear map of one-hot ids, which has no bias."""
+    return {"W": Deferred(lambda: table.T), "b": Deferred(lambda: torch.zeros_like(table[0]))}
 
 
 def _key(name: str) -> str:

@@ -17,7 +17,7 @@ from peltc.compiler.identity import ELEMENTS, BaseRecord, Read, Sample, pick, pu
 from peltc.compiler.mathematics import spread
 from peltc.compiler.plan import Plan, walk_resolved
 from peltc.spec.formula import Name
-from peltc.spec.method import shipped
+from peltc.spec.method import ROLES, shipped
 
 MODULES = "pelt."
 THAWED = 16
@@ -81,7 +81,7 @@ def replaced(model: Any, plan: Plan) -> set[str]:
     found = set()
     for claim in plan.claims:
         if claim.site.rows is None:
-            for role, short in (("weight", "W"), ("bias", "b")):
+            for role, short in ROLES.items():
                 if role in claim.effects and short not in claim.reads:
                     found.add(claim.site.parameters.get(role, ""))
     uses: dict[int, int] = {}

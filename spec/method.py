@@ -42,6 +42,9 @@ one layer; `causal` says that the site's stack lets tokens see earlier ones alon
 RUNTIME_NAMES = ("x", "y", "r", "h", "q", "k", "v", "mask")
 """Names of values that exist only while the model runs; everything else is known at compile time."""
 
+ROLES = {"weight": "W", "bias": "b"}
+"""What formulas call the parameters of a map or a norm, in the order in which they are defined."""
+
 START = "start value"
 SCOPES = ("site", "layer", "model")
 INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,11 +64,18 @@ def build(family: str, dtype: str = "float32", **changes: Any) -> Any:
 
 
 def save(family: str, folder: Path, dtype: str = "float32", shard: str = "50GB", **changes: Any) -> Path:
-    """Write a tiny model to a folder, once."""
-    if not (folder / "config.json").is_file():
+    """Write a tiny model to a folder, once, whichever of several processes is the first."""
+    if not folder.is_dir():
+        staging = folder.with_name(f".{folder.name}-{os.getpid()}")
         logging.disable(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            build(family, dtype, **changes).save_pretrained(folder, max_shard_size=shard)
+            build(family, dtype, **changes).save_pretrained(staging, max_shard_size=shard)
         logging.disable(logging.NOTSET)
+        try:
+            staging.rename(folder)
+        except OSError:  # another process has been faster, and somebody may read what it wrote
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(staging)
     return folder

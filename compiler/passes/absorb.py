@@ -20,6 +20,7 @@ from peltc.compiler.anatomy import Site
 from peltc.compiler.numeric import NumericInterpreter, OneHot
 from peltc.compiler.plan import Claim
 from peltc.spec.formula import Deferred
+from peltc.spec.method import ROLES
 
 Array = np.ndarray[Any, Any]
 Read = Callable[[str], Array]
@@ -115,7 +116,7 @@ def fold_map(
     for claim in claims:
         if "input" in claim.effects:
             x = _substitute(affine.evaluate(claim.effects["input"], scope(claim, affine)), x, None)
-    for name, key in (("weight", "W"), ("bias", "b")):
+    for name, key in ROLES.items():
         for claim in claims:
             if name in claim.effects:
                 found = np.asarray(numeric.evaluate(claim.effects[name], scope(claim, numeric)), np.float32)
@@ -169,12 +170,11 @@ def _norm(
 ) -> list[Folded]:
     """Claims on a normalisation's gain and bias."""
     numeric = NumericInterpreter()
-    names = {"weight": "W", "bias": "b"}
     zeros = np.zeros(site.sizes["d"], np.float32)
     state = {short: np.asarray(read(site.parameters[role]), np.float32) if role in site.parameters else zeros
-             for role, short in names.items()}  # fmt: skip
+             for role, short in ROLES.items()}  # fmt: skip
     base = dict(state)
-    for role, short in names.items():
+    for role, short in ROLES.items():
         for claim in claims:
             if role in claim.effects:
                 values = {name: tensors[t.name] for name, t in claim.tensors.items()} | state
@@ -182,7 +182,7 @@ def _norm(
                 state[short] = np.broadcast_to(found, zeros.shape)
     labels = tuple(f"{c.attachment} at {c.site.name}" for c in claims)
     folded = []
-    for role, short in names.items():
+    for role, short in ROLES.items():
         new, old = state[short], base[short]
         if new is not old:
             array = new.astype(dtype)

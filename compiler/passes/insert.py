@@ -25,7 +25,7 @@ from peltc.compiler.plan import LEVELS, Claim
 from peltc.compiler.wide import HALF
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula import Call, Deferred, Expr, Name, names
-from peltc.spec.method import NAMES, RUNTIME_NAMES
+from peltc.spec.method import ROLES, RUNTIME_NAMES
 
 Array = np.ndarray[Any, Any]
 Around = tuple[int, int]
@@ -85,14 +85,12 @@ class _Inserter:
 
     def scope(self, claim: Claim, interpreter: OnnxInterpreter, **values: Any) -> dict[str, Any]:
         """What the claim's formulas may read; runtime values of the site by name."""
-        found: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
-        offered = NAMES[claim.method.site]
+        found: dict[str, Any] = {"mask": Deferred(partial(self.mask, claim, interpreter))}
         for role in ("x", "y", "r", "h", "q", "k", "v"):
-            if claim.site.values.get(role) and role in offered:
+            if claim.site.values.get(role):
                 found[role] = Deferred(partial(self.current, claim.site.values[role]))
-        if "mask" in offered:
-            found["mask"] = Deferred(partial(self.mask, claim, interpreter))
-        return claim.scope(found | values, interpreter)
+        own = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
+        return claim.scope(found | values | own, interpreter)  # a parameter may have a name of other kinds of site
 
     def mask(self, claim: Claim, interpreter: OnnxInterpreter) -> ir.Value:
         """The mask of the tokens that a site sees, [B, S], as numbers: ones where the graph takes none."""
@@ -113,8 +111,8 @@ class _Inserter:
         interpreter = OnnxInterpreter(self.emitter(claim, like))
         own = self.parameters(claim.site, interpreter.emitter) if claim.method.site in ("linear", "norm") else {}
         found = interpreter.evaluate(claim.effects[effect], self.scope(claim, interpreter, **{**own, **values}))
-        if effect in ("input", "output") and claim.narrow(effect):  # what is the same for all is said once
-            found = interpreter.expanded(found, like)
+        if effect in ("input", "output"):
+            found = filled(claim, effect, found, like, interpreter)
         return found, interpreter
 
     def write(self, old: ir.Value, new: ir.Value, keep: set[ir.Node]) -> None:
@@ -294,7 +292,7 @@ class _Inserter:
             own = self.parameters(site, wide.emitter)
             W = own["W"]()
             new = wide.evaluate(claim.effects["weight"], self.scope(claim, wide, **own))
-            new = wide.expanded(new, W) if claim.narrow("weight") else wide.value(new)
+            new = filled(claim, "weight", new, W, wide)
             if parameter.dtype in HALF:
                 assert parameter.dtype is not None
                 new = _cast(new, parameter.dtype, wide.emitter)
@@ -327,7 +325,7 @@ class _Inserter:
             value.shape = ir.Shape([site.sizes[size] for size in sizes])
             return value
 
-        return {short: Deferred(partial(own, role)) for role, short in (("weight", "W"), ("bias", "b"))}
+        return {short: Deferred(partial(own, role)) for role, short in ROLES.items()}
 
     def biases(self, site: Site, claims: list[Claim], product: ir.Node) -> None:
         """A map's own bias, or a new one, which is added to its output."""
@@ -357,21 +355,21 @@ class _Inserter:
         else:
             own = self.parameters(site, emitter)
             new = interpreter.evaluate(claim.effects["bias"], self.scope(claim, interpreter, **own))
-            new = interpreter.expanded(new, own["b"]()) if claim.narrow("bias") else interpreter.value(new)
+            new = filled(claim, "bias", new, own["b"], interpreter)
             changed = self.weights[name] = _assemble(full, site.rows, new, self.extent(site), emitter)
         readers = {product, *(use.node for use in product.outputs[0].uses())}
-        for use in (*self.values[name].uses(), *full.uses()):
+        for use in tuple((self.values[name] if claim.follows else full).uses()):
             if use.node in readers:
                 use.node.replace_input_with(use.idx, changed)
 
     def norm(self, site: Site, claims: list[Claim]) -> None:
         """A normalisation's gain and bias, or its output."""
-        for role in ("weight", "bias"):
+        for role in ROLES:
             for claim in claims:
                 if role in claim.effects and not claim.follows:  # what follows has the same parameters, changed already
                     parameter = self.weights.get(site.parameters[role], self.values[site.parameters[role]])
                     value, interpreter = self.evaluate(claim, role, parameter)
-                    new = interpreter.expanded(value, parameter) if claim.narrow(role) else interpreter.value(value)
+                    new = filled(claim, role, value, parameter, interpreter)
                     replace_uses(parameter, new, interpreter.emitter.added, self.graph)
                     self.weights[site.parameters[role]] = new
         self.outputs(site, claims, {})
@@ -521,6 +519,17 @@ class _Inserter:
 
     def embedding(self, site: Site, claims: list[Claim]) -> None:
         """Tokens before the sequence: `prepend` has its own pass."""
+
+
+def filled(claim: Claim, effect: str, value: Any, like: Any, interpreter: OnnxInterpreter) -> ir.Value:
+    """A definition's value, in the shape of what it stands for: what is the same for all may be said once.
+
+    Args:
+        like: what it stands for; or `Deferred`, where that is computed if need be.
+    """
+    if not claim.narrow(effect):
+        return interpreter.value(value)
+    return interpreter.expanded(value, like() if isinstance(like, Deferred) else like)
 
 
 def _joins(expr: Expr, role: str) -> bool:

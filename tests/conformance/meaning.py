@@ -118,9 +118,5 @@ def disagreements(content: dict[str, Any], family: str, folder: Path) -> tuple[s
         with tempfile.TemporaryDirectory() as out:
             build(each, base, values, Path(out))
             hold(f"the graph ({mode})", Session(out, ["CPUExecutionProvider"], threads=1)(**given)["logits"])
-    reached = {name for claim in plan.claims for expr in claim.effects.values() for name in calls(expr)}
-    return (
-        "equal",
-        max(shares),
-        reached | {name for claim in plan.claims for _, expr in claim.method.let for name in calls(expr)},
-    )
+    formulas = [expr for claim in plan.claims for _, expr in (*claim.effects.items(), *claim.method.let)]
+    return "equal", max(shares), {name for expr in formulas for name in calls(expr)}
