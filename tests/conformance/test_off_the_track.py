@@ -206,7 +206,7 @@ QKV = ["attention.query", "attention.key", "attention.value"]
         *((m, [{"method": "ia3", "at": QKV[0], "position": "input", "mode": "static"},
                {"method": "bitfit", "at": QKV, "after": "ia3"}]) for m in ("falcon", "phi3")),
         ("albert", [{"method": "dora", "at": QKV[0], "r": 2}]),
-        ("albert", [{"method": "oft", "at": QKV[0], "block": 8}]),
+        ("albert", [{"method": "oft", "at": QKV[2], "block": 8}]),
         ("albert", [{"method": "bitfit", "at": ["attention.*", "feed_forward.*"]}]),
         ("albert", [{"method": "norm_tuning", "at": "*norm"}]),
     ],
