@@ -585,7 +585,7 @@ class Attached(nn.Module):
         seq2seq = self.seq2seq
         behind, early = site.role == "embedding", claims[0].cut == "head"
         added = sum(Dim.of(claim.shape("prepend").dims[0]).constant or 0 for claim in claims)
-        length = {"whole": 0}
+        length, own = {"whole": 0}, None
 
         def join(text: Tensor) -> Tensor:
             tokens = torch.cat([self.evaluate(c, "prepend", text) for c in claims])
@@ -594,6 +594,7 @@ class Attached(nn.Module):
             return longer
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal own
             self.enter(site)
             kwargs = _named(module, args, kwargs)
             if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
@@ -601,6 +602,10 @@ class Attached(nn.Module):
                            hint="call the model with use_cache=False, without generate()")  # fmt: skip
             text = kwargs.get("inputs_embeds")
             text = kwargs["input_ids"] if text is None else text
+            own = kwargs.get("position_ids")
+            if own is not None:  # the text's begin where the tokens' end
+                steps = torch.arange(added, device=own.device)
+                kwargs["position_ids"] = torch.cat([own.amin(-1, keepdim=True) + steps, own + added], -1)
             if not behind:
                 text = table(text) if kwargs.get("inputs_embeds") is None else text
                 kwargs |= {"input_ids": None, "inputs_embeds": join(text)}
@@ -626,6 +631,10 @@ class Attached(nn.Module):
                     output[name] = cut(output[name])
             return output
 
+        def own_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            named = _named(module, args, kwargs)
+            return ((), named | {"position_ids": own}) if named.get("position_ids") is not None else None
+
         def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             return None if self.muted else output[:, added:]
 
@@ -633,6 +642,7 @@ class Attached(nn.Module):
         if behind:
             module = model.get_submodule(site.anchors["y"])
             self.handles.append(module.register_forward_hook(lambda m, args, output: join(output)))
+            self.handles.append(module.register_forward_pre_hook(own_positions, with_kwargs=True))
         if early:
             self.handles.append(_owner(model, site.anchors["end"]).register_forward_hook(leave))
         self.handles.append(model.register_forward_hook(after, with_kwargs=True))

@@ -10,11 +10,26 @@ from types import MappingProxyType
 from typing import Any
 
 from peltc.compiler.artifact import CACHE, read_manifest
-from peltc.runtime.inputs import NO_LIMITS, check_lengths, count_tokens, shown, translating
+from peltc.runtime.inputs import (
+    NO_LIMITS,
+    check_lengths,
+    check_shapes,
+    check_values,
+    count_tokens,
+    shown,
+    translating,
+)
 from peltc.spec.diagnostics import Place, fail
 
 EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_values", "logits_to_keep"})
 """What `generate` may call `forward` with though no graph takes it."""
+
+HINTS = {
+    "output_attentions": "a torch model with the modules attached gives them: peltc.attach",
+    "output_hidden_states": "a torch model with the modules attached gives them: peltc.attach",
+    "inputs_embeds": "give the text as input_ids",
+}
+"""What may help who asks a graph for what it does not have, by name."""
 
 CACHES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
           "tensor(double)": "float64"}  # fmt: skip
@@ -51,6 +66,7 @@ def generator(
         model = made._from_config(config, dtype=torch.float32).eval()
     if options is not None:
         model.generation_config = options
+        options.cache_implementation = None  # how the torch model keeps its cache; a graph's grows
     model.use(sessions, records, starts, limits)
     return model
 
@@ -141,20 +157,19 @@ class _Generator:
         """One call of `forward`: the logits of new tokens, and the cache that they are added to.
 
         Raises:
-            TypeError: an input that the graph was not exported with.
-            PeltError: E616 the text has grown longer than the model's positions; E612 what ONNX Runtime says.
+            PeltError: E606 an input that the graphs were not exported with, or of another shape; E615 token ids that
+                the model's tables do not have; E616 the text has grown longer than the model's positions; E612 what
+                ONNX Runtime says.
         """
         import torch
 
         given = {name: value for name, value in kwargs.items() if value is not None}
         if input_ids is not None:
             given["input_ids"] = input_ids
-        strange = [k for k, v in given.items() if k not in self._known and v is not False]
-        if strange:
-            raise TypeError(f"the graphs were exported without '{strange[0]}'")
+        cache = given.pop("past_key_values", None)
+        self._check_known(given, cache)
         tokens = given["decoder_input_ids" if self._encoder is not None else "input_ids"]
         batch, length = tokens.shape
-        cache = given.pop("past_key_values", None)
         past = cache.get_seq_length() if cache is not None else 0
         runner, known = self._runners["decode"], self._leaves["decode"]
         kept = given.pop("logits_to_keep", 0)
@@ -166,12 +181,12 @@ class _Generator:
             if self._encoder is not None:
                 seen = given["encoder_outputs"].last_hidden_state.shape[:2]
             given["attention_mask"] = torch.ones(seen, dtype=torch.long)
+        self._check_text(past + length, given)
         leaves = {k: v for k, v in given.items() if k == "logits_to_keep" or k not in EXTRA}
         if past:
             leaves["past_key_values"] = cache
         else:
             leaves |= self._empty(batch, given.get("encoder_outputs"))
-        self._check_length(past + length, given)
         with translating(shown({name: given[name] for name in self.takes if name in given})):
             result = runner(**leaves)
         _count_text(result["past_key_values"], self._starts)
@@ -183,8 +198,32 @@ class _Generator:
             return type(result)(logits=result["logits"])
         return result
 
-    def _check_length(self, length: int, given: Mapping[str, Any]) -> None:
-        """Hold the text so far, that in the cache included, against the position table."""
+    def _check_known(self, given: Mapping[str, Any], cache: Any) -> None:
+        """Refuse what the graphs have no input or output for, and a cache of another kind than theirs, which grows."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if not isinstance(own, DynamicCache | None):
+            raise fail("E606", f"the graphs do not take the cache that they are given, a {type(own).__name__}",
+                       expected="a DynamicCache, which grows with the text",
+                       hint="leave cache_implementation out: its form changes no token")  # fmt: skip
+        strange = [name for name, value in given.items() if name not in self._known and value is not False]
+        if strange:
+            raise fail("E606", f"the graphs were exported without '{strange[0]}'",
+                       expected=", ".join(sorted(self._known - EXTRA)), hint=HINTS.get(strange[0], ""))  # fmt: skip
+
+    def _check_text(self, length: int, given: Mapping[str, Any]) -> None:
+        """Hold what a graph reads against its tables, and the mask against the text so far, that in the cache included.
+
+        Args:
+            length: of the text so far.
+        """
+        feeds = {name: given[name].numpy(force=True) for name in self.takes if name in given}
+        check_values(feeds, self._limits)
+        seen = {"attention_mask": [*given["encoder_outputs"].last_hidden_state.shape[:2]]
+                if self._encoder is not None else [len(feeds["input_ids"]), length]}  # fmt: skip
+        hint = "prefill_chunk_size is for a decoder alone" * (self._encoder is not None)
+        check_shapes({name: feeds[name] for name in seen if name in feeds}, seen, hint)
         name, axis = ("input_ids", "sequence") if self._encoder is None else ("decoder_input_ids", "target")
         if axis in self._limits["lengths"]:
             mask = given.get("attention_mask") if self._encoder is None else None
@@ -242,10 +281,16 @@ class Encoder:
 
     def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
         """Hidden states, with the keys and values of the cross-attention beside them, so that `generate` expands them
-        for beams like the states."""
+        for beams like the states.
+
+        Raises:
+            PeltError: E606 no token ids; E612 what ONNX Runtime says.
+        """
         import torch
         from transformers.modeling_outputs import BaseModelOutput
 
+        if input_ids is None:
+            raise fail("E606", "the input 'input_ids' is missing", hint=HINTS["inputs_embeds"])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         given = {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -126,9 +126,12 @@ def shown(feeds: Mapping[str, Array]) -> str:
 
 
 def check_shapes(
-    feeds: Mapping[str, Array], shapes: Mapping[str, list[int | str]]
-) -> dict[str, tuple[int, str]]:  # fmt: skip
+    feeds: Mapping[str, Array], shapes: Mapping[str, list[int | str]], hint: str = ""
+) -> dict[str, tuple[int, str]]:
     """Hold shapes against those of a graph's inputs, whose axes have sizes or names.
+
+    Args:
+        hint: what may help where a size differs.
 
     Returns:
         For each axis that has a name, its size and the first input that has it.
@@ -149,7 +152,7 @@ def check_shapes(
         for size, axis in zip(array.shape, shapes[name], strict=True):
             if isinstance(axis, int) and size != axis:
                 raise fail("E606", f"the input '{name}' has the shape {list(array.shape)}",
-                           expected=_sizes(shapes[name]))  # fmt: skip
+                           expected=_sizes(shapes[name]), hint=hint)  # fmt: skip
             if isinstance(axis, str) and axis:
                 other, first = sizes.setdefault(axis, (size, name))
                 if other != size:

@@ -11,9 +11,12 @@ from typing import Any
 import cases
 import numpy as np
 import pytest
+import torch
 
 import peltc
+from peltc.runtime.attach import attach_plan
 from peltc.runtime.compile import plan_for
+from peltc.runtime.verify import load_model
 
 JOINS = ("embedding", "embedding.word")
 
@@ -42,6 +45,22 @@ def test_rotary_models_join_after_the_embedding_too(model_folder: Callable[..., 
     entry = {"method": "prompt", "at": "embedding", "length": 3}
     found = artifact(model_folder("llama"), tmp_path / "out", entry)["verification"]
     assert found["worst"] <= found["tolerance"]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("at", JOINS)
+def test_positions_that_are_given_move_with_the_text(family: str, at: str, model_folder: Callable[..., Path]) -> None:
+    """The positions that a model counts by itself, given: nothing changes. Rotary ones may begin anywhere."""
+    spec = peltc.load_spec({"pelt": 1, "attach": [{"method": "prompt", "at": at, "length": 3}]})
+    plan, base = plan_for(spec, model_folder(family))
+    model = attach_plan(load_model(base), plan, cases.tensors(plan, 1.0)).eval()
+    text = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
+    first = 2 if family == "roberta" else 0  # behind the padding's
+    with torch.no_grad():
+        counted = model(input_ids=text).logits
+        for start in (first, first + 5) if family == "llama" else (first,):
+            given = model(input_ids=text, position_ids=torch.arange(start, start + 6)[None].expand(2, 6)).logits
+            assert (given - counted).abs().max() < 1e-5
 
 
 def logits(folder: Path, length: int = 6) -> np.ndarray:
