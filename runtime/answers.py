@@ -113,12 +113,12 @@ def _answers(
     for batch, length, padding, inputs in cases(base):
         found.cases.append(Case(batch, length, padding, inputs.get("attention_mask"), run(inputs)))
     if generate is not None:
-        _generate(generate, base, found)
+        generate_into(found, generate, base)
     return found
 
 
-def _generate(generate: Callable[..., Any], base: Base, found: Answers) -> None:
-    """Generate greedily after a prompt with padding."""
+def generate_into(found: Answers, generate: Callable[..., Any], base: Base) -> None:
+    """Generate greedily after a prompt with padding, and note the texts and logits."""
     import torch
 
     batch, length, padding, tokens = GENERATED

@@ -447,11 +447,13 @@ def verify(
         rows += [(str(f["batch"]), str(f["length"]), str(f["padding"]), f["output"], f"{share(f):.1e}",
                   f"{f['reference']:.3g}") for f in found["shapes"]]  # fmt: skip
         _table(rows)
-    if found["arithmetic"]:
+    for errors in (found.get("rounding"), (found["arithmetic"] or {}).get("outputs")):
+        if not errors:
+            continue
         rows = [("OUTPUT", "ONNX RUNTIME", "PYTORCH", "TOLERANCE")]
         rows += [(o["output"], *("-" if o[key] is None else f"{o[key]:.1e}"
                                  for key in ("onnxruntime", "pytorch", "limit")))
-                 for o in found["arithmetic"]["outputs"]]  # fmt: skip
+                 for o in errors]  # fmt: skip
         _table(rows)
     for line in _verified(manifest):
         click.echo(line)

@@ -144,7 +144,8 @@ class Session:
         Args:
             inputs: arrays [B, S] by input name, torch tensors, or nested lists. A mask that is left out is all ones,
                 token types that are left out are all zeros. Whole numbers of any type become the graph's own; floats
-                are none, whatever their values.
+                are none, whatever their values. A text that the mask hides throughout changes no other text, and what
+                is answered for it itself means nothing.
 
         Raises:
             PeltError: E606 an input that the model does not have, one that is missing, or one of the wrong rank; E613

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,18 @@ import naive
 import numpy as np
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from meaning import disagreements, meaning, opened
 
 import peltc
-from peltc.compiler.plan import Plan, make_plan
-from peltc.runtime.compile import plan_for
-from peltc.runtime.verify import TOLERANCE, load_model
+from peltc.compiler.artifact import read_manifest
+from peltc.compiler.pipeline import build
+from peltc.compiler.plan import Claim, Plan, make_plan
+from peltc.runtime import attach, exact, verify
+from peltc.runtime.cli import run
+from peltc.runtime.compile import plan_for, save_adapter
+from peltc.runtime.samples import example
+from peltc.runtime.verify import TOLERANCE, load_model, verify_folder
 from peltc.spec.check import check_formulas
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
@@ -260,3 +267,105 @@ def test_heads_that_cannot_be_told_apart(tmp_path: Path) -> None:
     folder = save("bloom", dict(FAMILIES)["bloom"], tmp_path / "model")
     with pytest.raises(PeltError, match="E205 the heads of"):
         plan_for(load_spec(listed({"method": "prefix", "at": "attention", "length": 3})), folder)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_a_text_that_is_padding_throughout_changes_no_other(family: str, shared: Path, tmp_path: Path) -> None:
+    """What is answered for it itself depends on the kernel: PyTorch's own sees all of it, or nothing."""
+    content = listed({"method": "prefix", "at": "attention", "length": 3, "hidden": 8})
+    base, _, values = attached_with(content, family, shared)
+    peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
+    session = peltc.Session(tmp_path / "out", ["CPUExecutionProvider"])
+    given = example(base, 3, 7, 2, 1)
+    hidden = {**given, "attention_mask": given["attention_mask"] * np.array([[1], [0], [1]])}
+    for name, with_it in session(**hidden).items():
+        without = session(**given)[name]
+        assert np.isfinite(with_it).all()
+        for row in (0, 2):
+            assert np.abs(with_it[row] - without[row]).max() <= TOLERANCE["float32"] * np.abs(without).max()
+
+
+# what verification sees by itself, though PyTorch's side is as wrong as the graph's
+
+
+def attached_with(content: Content, family: str, shared: Path, scale: float = 0.3) -> Any:
+    base, _, _ = opened(family, shared / "models")
+    plan, _ = plan_for(load_spec(content), base.folder)
+    random = np.random.default_rng(0)
+    return base, plan, {n: random.normal(0, scale, t.shape).astype(np.float32) for n, t in plan.tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "law"),
+    [("bert", "depends on its padding"), ("llama", "depends on later ones"), ("t5", "depends on later ones")],
+)
+def test_a_mask_that_is_widened_on_the_wrong_side(
+    family: str, law: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, values = attached_with(content := EQUAL["keys-behind"][1], family, shared)
+    peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
+    longer = attach._longer
+    monkeypatch.setattr(attach, "_longer", lambda mask, before, behind, fill: longer(mask, before + behind, 0, fill))
+    with pytest.raises(PeltError, match=f"E706 .*{law}"):
+        peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
+
+
+def test_a_mask_of_another_text(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"method": "lora", "at": "attention.key", "r": 2, "gate": {"mask_padding": True}}
+    base, _, values = attached_with(content := listed(entry), "bert", shared)
+    peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
+    right = attach.Attached.mask_of
+    monkeypatch.setattr(attach.Attached, "mask_of", lambda self, *others: right(self, *others).flip(0))
+    with pytest.raises(PeltError, match="E706"):
+        peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
+
+
+def test_a_cache_that_does_not_hold_what_is_read(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A formula over the sequence, were it not refused: a step reads its own token alone."""
+    content = own(parameters={"A": ["out", "in"]}, delta="mean_seq(linear(x, A))")
+    base, _, values = attached_with(content, "llama", shared)
+    monkeypatch.setattr(Claim, "mixed", "")
+    with pytest.raises(PeltError, match=r"E706 .*a token at a time"):
+        peltc.compile(load_spec(content), base.folder, tmp_path / "out", values, generation=True)
+
+
+# rounding
+
+
+MIXTURES = listed(*({"method": "mole", "name": f"m{i}", "at": ["attention.query", "attention.value", DOWN], "r": 4,
+                     **({"after": f"m{i - 1}"} if i else {})} for i in range(3)))  # fmt: skip
+
+
+def test_rounding_alone_is_no_fault(shared: Path, tmp_path: Path, capsys: Any) -> None:
+    """Large values and sharp softmaxes, where PyTorch itself is off by more than the tolerance of two float32."""
+    base, _, values = attached_with(MIXTURES, "llama", shared, scale=1.0)
+    found = peltc.compile(load_spec(MIXTURES), base.folder, tmp_path / "out", values)["verification"]
+    assert found["tolerance"] > TOLERANCE["float32"] and found["worst"] <= found["tolerance"]
+    assert {output["output"] for output in found["rounding"]} == {"logits"}
+    schema = json.loads((Path(peltc.__file__).parents[1] / "schemas/manifest.schema.json").read_text())
+    Draft202012Validator(schema).validate(read_manifest(tmp_path / "out"))
+    assert run(["verify", str(tmp_path / "out"), "-q"]) == 0
+    assert "PYTORCH" in capsys.readouterr().out
+
+
+def test_a_fault_is_not_taken_for_rounding(shared: Path, tmp_path: Path) -> None:
+    base, plan, values = attached_with(MIXTURES, "llama", shared, scale=1.0)
+    name = next(name for name in values if name.endswith(".B"))
+    build(plan, base, {**values, name: np.float32(1.001) * values[name]}, tmp_path)
+    save_adapter(tmp_path, plan, values)
+    with pytest.raises(PeltError, match=r"E701 (.|\n)*twice what PyTorch itself is off"):
+        verify_folder(tmp_path, plan, base, values)
+
+
+def test_in_float64_nothing_is_rounded_to_float32(shared: Path) -> None:
+    """The reference is good to more digits than it is asked for: two that differ by a last place agree to 1e-12."""
+    base, plan, values = attached_with(MIXTURES, "llama", shared)
+    model = verify.attached(load_model(base), plan, values).double()
+    inputs = {name: torch.from_numpy(array) for name, array in example(base, 2, 9, 3, 1).items()}
+    with torch.no_grad(), exact.double():
+        one = model(**inputs).logits
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-14)
+        other = model(**inputs).logits
+    assert one.dtype == torch.float64
+    assert 0 < (one - other).abs().max() < 1e-10 * one.abs().max()
