@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.base import Base
-from peltc.compiler.integrity import check_unchanged, digest_file, stamp
+from peltc.compiler.base.base import Base
+from peltc.compiler.files.integrity import check_unchanged, digest_file, stamp
+from peltc.compiler.files.staging import OLD, staging, sweep
 from peltc.compiler.passes.absorb import MAX_LOSS, Folded
-from peltc.compiler.plan import Plan
-from peltc.compiler.staging import OLD, staging, sweep
+from peltc.compiler.plan.claims import Plan
 from peltc.spec.diagnostics import Place, fail
 
 MANIFEST = "pelt.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peltc.compiler.artifact import MANIFEST, read_manifest
-from peltc.compiler.base import Base
+from peltc.compiler.base.base import Base
 from peltc.spec.diagnostics import PeltError, Place, fail, printable
 from peltc.spec.document import parse
 from peltc.spec.specification import Spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,17 +17,17 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from safetensors.numpy import save
 
-from peltc.compiler.anatomy import Site
 from peltc.compiler.artifact import CACHE, DataFile, digest, write_artifact
-from peltc.compiler.base import Base
-from peltc.compiler.limits import artifact_limits
+from peltc.compiler.base.base import Base
+from peltc.compiler.base.limits import Limits, values_below
+from peltc.compiler.graphs.wide import hold
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, absorb
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
-from peltc.compiler.plan import LEVELS, Claim, Plan
-from peltc.compiler.wide import hold
+from peltc.compiler.plan.claims import LEVELS, Claim, Plan
+from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
@@ -155,3 +156,18 @@ def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Fold
 def map_site(sites: Iterable[Site], weight: str) -> Site | None:
     """The linear site of a weight."""
     return next((s for s in sites if s.kind == "linear" and s.parameters["weight"] == weight), None)
+
+
+def artifact_limits(model: ir.Model, base: Base, plan: Plan, embeds: Base | None = None) -> Limits:
+    """The limits of a finished graph: its own tables, and the lengths of the base that it was made from, less the
+    tokens that the plan puts before the sequence where these take positions.
+
+    Args:
+        embeds: the base on embedded tokens, where the plan prepends tokens.
+    """
+    lengths: Mapping[str, Any] = copy.deepcopy(dict(base.limits["lengths"]))
+    claims = [claim for claim in plan.claims if "prepend" in claim.effects]
+    if embeds is not None and claims and claims[0].site.role != "embedding":
+        tokens = sum(int(str(claim.shape("prepend").dims[0])) for claim in claims)
+        lengths = {axis: {**limit, "most": limit["most"] - tokens} for axis, limit in embeds.limits["lengths"].items()}
+    return {"values": values_below(model.graph), "lengths": lengths}

@@ -16,30 +16,39 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peltc.compiler.anatomy import Anatomy as Anatomy
-    from peltc.compiler.anatomy import Site as Site
-    from peltc.compiler.plan import Plan as Plan
+    from peltc.compiler.plan.claims import Plan as Plan
+    from peltc.compiler.survey.anatomy import Anatomy as Anatomy
+    from peltc.compiler.survey.anatomy import Site as Site
     from peltc.runtime.api import plan as plan
     from peltc.runtime.api import survey as survey
-    from peltc.runtime.attach import attach as attach
-    from peltc.runtime.compile import compile as compile
-    from peltc.runtime.compile import verify as verify
-    from peltc.runtime.session import Session as Session
-    from peltc.runtime.training import consistency_loss as consistency_loss
-    from peltc.runtime.training import parameter_groups as parameter_groups
+    from peltc.runtime.building.compile import compile as compile
+    from peltc.runtime.building.compile import verify as verify
+    from peltc.runtime.running.session import Session as Session
+    from peltc.runtime.training.attach import attach as attach
+    from peltc.runtime.training.loop import consistency_loss as consistency_loss
+    from peltc.runtime.training.loop import parameter_groups as parameter_groups
     from peltc.spec.diagnostics import Diagnostic as Diagnostic
     from peltc.spec.diagnostics import PeltError as PeltError
     from peltc.spec.specification import Spec as Spec
     from peltc.spec.specification import load_spec as load_spec
 
 _WHERE = {
-    "load_spec": "peltc.spec.specification", "Spec": "peltc.spec.specification",
-    "PeltError": "peltc.spec.diagnostics", "Diagnostic": "peltc.spec.diagnostics",
-    "Anatomy": "peltc.compiler.anatomy", "Site": "peltc.compiler.anatomy", "Plan": "peltc.compiler.plan",
-    "survey": "peltc.runtime.api", "plan": "peltc.runtime.api", "compile": "peltc.runtime.compile",
-    "verify": "peltc.runtime.compile", "attach": "peltc.runtime.attach", "Session": "peltc.runtime.session",
-    "consistency_loss": "peltc.runtime.training", "parameter_groups": "peltc.runtime.training",
-}  # fmt: skip
+    "load_spec": "peltc.spec.specification",
+    "Spec": "peltc.spec.specification",
+    "PeltError": "peltc.spec.diagnostics",
+    "Diagnostic": "peltc.spec.diagnostics",
+    "Anatomy": "peltc.compiler.survey.anatomy",
+    "Site": "peltc.compiler.survey.anatomy",
+    "Plan": "peltc.compiler.plan.claims",
+    "survey": "peltc.runtime.api",
+    "plan": "peltc.runtime.api",
+    "compile": "peltc.runtime.building.compile",
+    "verify": "peltc.runtime.building.compile",
+    "attach": "peltc.runtime.training.attach",
+    "Session": "peltc.runtime.running.session",
+    "consistency_loss": "peltc.runtime.training.loop",
+    "parameter_groups": "peltc.runtime.training.loop",
+}
 
 __all__ = [
     "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "compile", "consistency_loss",

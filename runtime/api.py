@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peltc.compiler.anatomy import Anatomy
-from peltc.compiler.base import is_known, open_base, survey_model
+from peltc.compiler.base.live import is_known, survey_model
+from peltc.compiler.base.opening import open_base
 from peltc.compiler.earlier import check_model
-from peltc.compiler.plan import Plan, make_plan
+from peltc.compiler.plan.claims import Plan
+from peltc.compiler.plan.planner import make_plan
+from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.specification import Spec, load_spec
 
 
@@ -54,7 +56,7 @@ def plan(
         spec = load_spec(spec)
     check_model(model)
     if isinstance(model, (str, Path)):
-        from peltc.runtime.compile import plan_for
+        from peltc.runtime.building.compile import plan_for
 
         return plan_for(spec, model, architecture=architecture, text_only=text_only)[0]
     anatomy, fingerprint = _surveyed(model, inputs)
@@ -64,7 +66,7 @@ def plan(
 def _surveyed(model: Any, inputs: Mapping[str, Any] | None) -> tuple[Anatomy, str]:
     """The anatomy of a torch model, modules that are attached to it apart, and what identifies its kind."""
     if inputs or not is_known(model):
-        from peltc.runtime.attach import bare
+        from peltc.runtime.training.attach import bare
 
         model = bare(model)
     return survey_model(model, inputs)

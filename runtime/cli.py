@@ -147,7 +147,7 @@ def compile_command(
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens."""
     with permanent():
-        from peltc.runtime.compile import compile
+        from peltc.runtime.building.compile import compile
 
     with talking(quiet) as talk:
         manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,
@@ -190,7 +190,7 @@ def _verified(manifest: dict[str, Any]) -> Iterator[str]:
 @_json
 def check(spec: str, as_json: bool) -> None:
     """Read SPEC and say what is wrong with it; no model is needed."""
-    from peltc.spec.check import check_formulas
+    from peltc.spec.interpreters.check import check_formulas
     from peltc.spec.specification import load_spec
 
     loaded = load_spec(spec)
@@ -212,7 +212,7 @@ def sites(
     model: str, svg: str | None, architecture: str | None, text_only: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
     """Show where modules can attach in MODEL."""
-    from peltc.compiler.base import open_base
+    from peltc.compiler.base.opening import open_base
     from peltc.compiler.earlier import check_model
 
     check_model(model)
@@ -220,7 +220,7 @@ def sites(
         base = open_base(model, architecture=architecture, text_only=text_only, talk=talk)
     anatomy = base.anatomy
     if svg:
-        from peltc.compiler.drawing import draw
+        from peltc.compiler.survey.picture import draw
 
         Path(svg).write_text(draw(anatomy, f"{base.architecture}"), encoding="utf-8")
     if as_json:
@@ -273,7 +273,7 @@ def plan(
     spec: str, model: str, mode: str | None, architecture: str | None, text_only: bool, as_json: bool, quiet: bool
 ) -> None:  # fmt: skip
     """Show every decision about SPEC on MODEL; nothing is written."""
-    from peltc.runtime.compile import plan_for
+    from peltc.runtime.building.compile import plan_for
     from peltc.spec.specification import load_spec
 
     with talking(quiet) as talk:
@@ -386,7 +386,7 @@ def methods(name: str | None, as_json: bool) -> None:
 
 def _facts(kind: str, one: Any) -> dict[str, Any]:
     """A method, recipe or combinator as plain data."""
-    from peltc.spec.typology import row_of
+    from peltc.spec.interpreters.typology import row_of
 
     facts = {kind: one.name, "title": one.title, "source": one.source, "notes": one.notes,
              "options": {o.name: dict(o.schema) for o in one.options}}  # fmt: skip
@@ -398,7 +398,7 @@ def _facts(kind: str, one: Any) -> dict[str, Any]:
 def _show(kind: str, one: Any) -> None:
     """Print all about a method, recipe or combinator."""
     from peltc.spec.document import dump
-    from peltc.spec.typology import PROPERTIES, row_of
+    from peltc.spec.interpreters.typology import PROPERTIES, row_of
 
     click.echo(f"{one.title}\n{one.source}")
     if kind == "method":
@@ -432,8 +432,8 @@ def verify(
     In half precision that is two steps. The function: the graph on its own bytes, computed in float32, is PyTorch's.
     The arithmetic: rounding costs ONNX Runtime no more than twice what it costs PyTorch.
     """
-    from peltc.runtime.answers import share
-    from peltc.runtime.compile import verify as verify_again
+    from peltc.runtime.building.compile import verify as verify_again
+    from peltc.runtime.verification.answers import share
 
     with talking(quiet) as talk:
         manifest = verify_again(out, model, step=step, providers=providers or None, talk=talk)
@@ -467,7 +467,7 @@ def run_command(out: str, texts: tuple[str, ...], as_json: bool) -> None:
     """Run the artifact OUT on texts, for a look."""
     import numpy as np
 
-    from peltc.runtime.session import Session
+    from peltc.runtime.running.session import Session
 
     session = Session(out)
     results = session(**session.tokenize(texts))
@@ -490,8 +490,8 @@ def bank(adapters: tuple[Path, ...], out: Path) -> None:
     """Stack ADAPTERS of one spec, safetensors files, into a bank that masks choose from."""
     from safetensors.numpy import save
 
+    from peltc.compiler.adapter.bank import silent_files, stack_bank
     from peltc.compiler.artifact import write_whole
-    from peltc.compiler.bank import silent_files, stack_bank
 
     stacked = stack_bank(list(adapters))
     if silent := silent_files(list(adapters)):

@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil, prod
 from pathlib import Path
 
-from peltc.compiler.anatomy import Anatomy
-from peltc.compiler.drawing import Attached, draw
-from peltc.compiler.plan import Claim, Plan
-from peltc.compiler.profile import packed
-from peltc.runtime.compile import Talk, plan_for, silent
-from peltc.spec.check import check_formulas
-from peltc.spec.cost import Cost
+from peltc.compiler.adapter.profile import packed
+from peltc.compiler.plan.claims import Claim, Plan
+from peltc.compiler.survey.anatomy import Anatomy
+from peltc.compiler.survey.picture import Attached, draw
+from peltc.runtime.building.compile import Talk, plan_for, silent
 from peltc.spec.diagnostics import fail, nearest, one_of
+from peltc.spec.interpreters.check import check_formulas
+from peltc.spec.interpreters.cost import Cost
+from peltc.spec.interpreters.typology import PROPERTIES, Row, row_at
 from peltc.spec.recipe import recipes
 from peltc.spec.specification import Attachment, Spec, load_spec
-from peltc.spec.typology import PROPERTIES, Row, row_at
 
 RECIPE = "recipe:"
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -91,3 +91,9 @@ def one_of(words: Sequence[str], limit: int = 40) -> str:
     """`one of: a, b, c`, cut after `limit` words."""
     shown = ", ".join(words[:limit])
     return f"one of: {shown}" + (f", ... ({len(words)} in all)" if len(words) > limit else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, at most 300 characters; its name where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -9,7 +9,7 @@ from typing import Any
 
 from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.document import Document
-from peltc.spec.formula import Call, Expr, Interpreter, Name, calls, names, parse
+from peltc.spec.formula.language import Call, Expr, Interpreter, Name, calls, names, parse
 from peltc.spec.shelf import Shelf
 
 KINDS = ("linear", "norm", "attention", "block", "embedding")

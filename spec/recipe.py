@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from peltc.spec.document import Document
-from peltc.spec.formula import Interpreter, parse
+from peltc.spec.formula.language import Interpreter, parse
 from peltc.spec.method import Option
 from peltc.spec.shelf import Shelf
 

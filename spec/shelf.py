@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from peltc.spec.diagnostics import Diagnostic, PeltError
 from peltc.spec.document import Document, parse
+from peltc.spec.validation import check_defaults, validate
 
 T = TypeVar("T")
 
@@ -35,8 +36,6 @@ class Shelf(Mapping[str, T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self.read:
-            from peltc.spec.schema import check_defaults, validate
-
             document = parse(self.files[name].read_text(encoding="utf-8"), self.files[name].name)
             validate(document, self.kind)
             findings = list(check_defaults(document, "options"))

@@ -14,7 +14,8 @@ from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.foreign import refuse
 from peltc.spec.method import Method, build, shipped
 from peltc.spec.recipe import recipes
-from peltc.spec.schema import RESERVED, check_defaults, spec_schema, validate
+from peltc.spec.schema import RESERVED, spec_schema
+from peltc.spec.validation import check_defaults, validate
 
 MAX_LISTED = 1 << 20
 """How many whole numbers an option may list."""

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tokenize
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +133,7 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "peltc" else [module]
+            names = [f"{module}.{alias.name}" for alias in node.names] if module.split(".")[0] == "peltc" else [module]
             yield from ((node.lineno, name) for name in names)
 
 
@@ -160,6 +162,64 @@ def test_arrows_point_one_way(folder: str) -> None:
 def test_no_bare_or_relative_imports(folder: str) -> None:
     """`import spec` finds the folder as a second module of another name; a user's `schemas.py` would hijack it."""
     assert offenders(folder, lambda name: name.split(".")[0] in {"", *FOLDERS} - {"peltc"}) == []
+
+
+LONG = ("peltc.compiler.survey.cores", "peltc.compiler.export.cached", "peltc.spec.formula.language",
+        "peltc.spec.interpreters.shapes", "peltc.runtime.building.compile", "peltc.compiler.interpreters.onnx",
+        "peltc.runtime.cli", "peltc.compiler.survey.blocks", "peltc.spec.interpreters.typology",
+        "peltc.compiler.passes.insert", "peltc.compiler.survey.picture", "peltc.runtime.training.attach")  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """The modules of the language, the compiler and the runtime, by import name."""
+    files = (file for folder in ("spec", "compiler", "runtime") for file in python_files(folder))
+    return {package_of(f.parent) if f.stem == "__init__" else f"{package_of(f.parent)}.{f.stem}": f for f in files}
+
+
+def arrows() -> set[tuple[str, str]]:
+    """Which module imports which."""
+    known = modules()
+    found = set()
+    for name, file in known.items():
+        for _, what in imports(file):
+            other = what if what in known else what.rpartition(".")[0]
+            if other in known and other != name:
+                found.add((name, other))
+    return found
+
+
+def room(module: str) -> str:
+    """The folder of a module; what lies beside the folders of the three great ones stands for itself."""
+    return ".".join(module.split(".")[:3])
+
+
+def circles(pairs: set[tuple[str, str]]) -> list[list[str]]:
+    graph = nx.DiGraph((a, b) for a, b in pairs if a != b)
+    return [sorted(found) for found in nx.strongly_connected_components(graph) if len(found) > 1]
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(arrows()) == []
+
+
+def test_no_rooms_import_each_other() -> None:
+    """Data flows from room to room in one direction, and so do the imports."""
+    assert circles({(room(a), room(b)) for a, b in arrows()}) == []
+
+
+def test_circles_are_seen() -> None:
+    assert circles({("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")}) == [["a", "b", "c"]]
+
+
+def test_files_hold_one_idea() -> None:
+    """What cannot be said in 400 lines is more than one; the first sentence of a file says which it is."""
+    sizes = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in modules().items()
+             if file.stem != "__init__"}  # fmt: skip
+    assert {name: lines for name, lines in sizes.items() if lines > 400 and name not in LONG} == {}
+    assert statistics.median(sizes.values()) < 170
+    for name, file in modules().items():
+        said = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+        assert said.endswith((".", ":")) and said[0].isupper(), f"{name}: {said!r}"
 
 
 @pytest.mark.parametrize(

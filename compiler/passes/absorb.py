@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.affine import Affine, AffineInterpreter, Map
-from peltc.compiler.anatomy import Site
-from peltc.compiler.numeric import NumericInterpreter, OneHot
-from peltc.compiler.plan import Claim
-from peltc.spec.formula import Deferred
+from peltc.compiler.interpreters.affine import Affine, AffineInterpreter, Map
+from peltc.compiler.interpreters.numeric import NumericInterpreter, OneHot
+from peltc.compiler.plan.claims import Claim
+from peltc.compiler.survey.anatomy import Site
+from peltc.spec.formula.language import Deferred
 from peltc.spec.method import ROLES
 
 Array = np.ndarray[Any, Any]

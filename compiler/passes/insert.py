@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.anatomy import Rows, Site
-from peltc.compiler.emit import Emitter, OnnxInterpreter, clone_between, replace_uses
-from peltc.compiler.flow import last_size
-from peltc.compiler.numeric import NumericInterpreter, OneHot
-from peltc.compiler.plan import LEVELS, Claim
-from peltc.compiler.wide import HALF
+from peltc.compiler.graphs.flow import last_size
+from peltc.compiler.graphs.wide import HALF
+from peltc.compiler.interpreters.numeric import NumericInterpreter, OneHot
+from peltc.compiler.interpreters.onnx import Emitter, OnnxInterpreter, clone_between, replace_uses
+from peltc.compiler.plan.claims import LEVELS, Claim
+from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import fail
-from peltc.spec.formula import Call, Deferred, Expr, Name, names
+from peltc.spec.formula.language import Call, Deferred, Expr, Name, names
 from peltc.spec.method import ROLES, RUNTIME_NAMES
 
 Array = np.ndarray[Any, Any]

@@ -17,11 +17,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from peltc.compiler.anatomy import Site
-from peltc.compiler.base import Base
-from peltc.compiler.emit import Emitter, replace_uses
-from peltc.compiler.numeric import NumericInterpreter
-from peltc.compiler.plan import Claim
+from peltc.compiler.base.base import Base
+from peltc.compiler.interpreters.numeric import NumericInterpreter
+from peltc.compiler.interpreters.onnx import Emitter, replace_uses
+from peltc.compiler.plan.claims import Claim
+from peltc.compiler.survey.anatomy import Site
 
 Array = np.ndarray[Any, Any]
 

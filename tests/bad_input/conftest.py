@@ -94,8 +94,8 @@ def own_cache(
 ) -> tuple[Path, Path]:
     """A cache that no other process writes to, so that what is left in it was left here, with the model's base in it;
     and the model."""
-    from peltc.compiler.base import open_base
-    from peltc.compiler.integrity import digest_file, remember
+    from peltc.compiler.base.opening import open_base
+    from peltc.compiler.files.integrity import digest_file, remember
 
     model = model_folder("bert")
     base = open_base(model)

@@ -14,12 +14,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peltc
-from peltc.compiler.checkpoint import read_metadata
-from peltc.compiler.identity import BaseRecord
-from peltc.compiler.mathematics import Mathematics
-from peltc.compiler.plan import Plan
-from peltc.compiler.provenance import KEY, MAX_CHARACTERS, check_file, read_provenance
-from peltc.runtime.compile import plan_for
+from peltc.compiler.adapter.identity import BaseRecord
+from peltc.compiler.adapter.mathematics import Mathematics
+from peltc.compiler.adapter.provenance import KEY, MAX_CHARACTERS, check_file, read_provenance
+from peltc.compiler.files.checkpoint import read_metadata
+from peltc.compiler.plan.claims import Plan
+from peltc.runtime.building.compile import plan_for
 from peltc.spec.diagnostics import PeltError
 
 SPEC: dict[str, Any] = {
@@ -148,7 +148,7 @@ def test_odd_values_anywhere(odd: Any, plan: Plan, good: Path, monkeypatch: pyte
             with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
                 tree["digest"] = Mathematics.from_json(tree["mathematics"]).digest
         text = json.dumps(tree)
-        monkeypatch.setattr("peltc.compiler.provenance.read_metadata", lambda file, text=text: {KEY: text})
+        monkeypatch.setattr("peltc.compiler.adapter.provenance.read_metadata", lambda file, text=text: {KEY: text})
         try:
             sentences = held(plan, good)
         except PeltError as error:

@@ -34,7 +34,7 @@ POINTS = [
     ("shutil", "copyfile"),
     ("peltc.compiler.artifact", "manifest_of"),
     ("peltc.compiler.artifact", "write_manifest"),
-    ("peltc.runtime.compile", "save_adapter"),
+    ("peltc.runtime.building.compile", "save_adapter"),
     ("peltc.compiler.artifact", "_exchange"),
 ]
 
@@ -76,16 +76,17 @@ def test_cache_has_no_half_entry(desk: Any, failure: str, monkeypatch: pytest.Mo
     """A base that could not be written whole is not there; the export itself stands in for the slow one."""
     import onnx_ir as ir
 
-    from peltc.compiler import export
-    from peltc.compiler.base import open_base
+    from peltc.compiler.base.opening import open_base
+    from peltc.compiler.export import graph
+    from peltc.compiler.export.exported import Exported
 
     known = open_base(desk.model)
-    made = export.Exported(
+    made = Exported(
         known.load_graph(), {n: p.shape for n, p in known.parameters.items()}, {}, "bert", dict(known.export)
     )
     cache = desk.folder / "cache"
     monkeypatch.setenv("PELTC_CACHE", str(cache))
-    monkeypatch.setattr(export, "export_graph", lambda *arguments: made)
+    monkeypatch.setattr(graph, "export_graph", lambda *arguments: made)
     save = ir.save
 
     def fail(*arguments: Any) -> None:
@@ -180,11 +181,11 @@ LIVE = """\
 import sys, time
 from transformers import BertForSequenceClassification
 import peltc
-import peltc.compiler.base as base
+from peltc.compiler.base import building
 def slow(*arguments):
     print("half-way", flush=True)
     time.sleep(60)
-base._write = slow
+building.write_base = slow
 peltc.compile("spec.yaml", BertForSequenceClassification.from_pretrained(sys.argv[1]), "out")
 """
 
@@ -214,7 +215,7 @@ def test_cache_that_cannot_be_written(desk: Any, place: str, monkeypatch: pytest
 
 def test_cache_that_need_not_be_written(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A known base, on a file system that takes no more: nothing is written to the cache, and nothing is said."""
-    from peltc.compiler import cache, integrity
+    from peltc.compiler.files import cache, integrity
 
     def full(*arguments: Any, **options: Any) -> Any:
         raise OSError(errno.EROFS, "Read-only file system")

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peltc
-from peltc.compiler import refusals
+from peltc.compiler.export import refusals
 from peltc.spec.diagnostics import PeltError
 
 LORA = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
@@ -317,8 +317,8 @@ def test_numbers_that_are_too_large_for_the_type(desk: Any) -> None:
 
 
 def test_soundness_by_itself(desk: Any) -> None:
-    from peltc.compiler.base import open_base
-    from peltc.runtime.sound import check_sound
+    from peltc.compiler.base.opening import open_base
+    from peltc.runtime.verification.sound import check_sound
 
     base = open_base(desk.model)
     check_sound({"a": np.ones(2)}, base)

@@ -46,7 +46,7 @@ LlamaForCausalLM._from_config(config, dtype=torch.float16).save_pretrained(sys.a
 
 OURS_COLD = """
 import sys
-from peltc.compiler.base import open_base
+from peltc.compiler.base.opening import open_base
 open_base(sys.argv[1])
 """
 
@@ -243,11 +243,11 @@ class Bench:
         import numpy as np
 
         os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
-        from peltc.compiler.base import open_base
+        from peltc.compiler.base.opening import open_base
         from peltc.compiler.pipeline import build
-        from peltc.compiler.plan import Plan
-        from peltc.runtime.compile import compile, plan_for
-        from peltc.runtime.session import Session
+        from peltc.compiler.plan.claims import Plan
+        from peltc.runtime.building.compile import compile, plan_for
+        from peltc.runtime.running.session import Session
         from peltc.spec.document import parse
         from peltc.spec.specification import Spec, build_spec
 

@@ -16,15 +16,17 @@ import naive
 import numpy as np
 import torch
 
-from peltc.compiler.base import Base, open_base
+from peltc.compiler.base.base import Base
+from peltc.compiler.base.opening import open_base
 from peltc.compiler.pipeline import build
-from peltc.compiler.plan import Plan, make_plan
-from peltc.runtime.attach import attach_plan
-from peltc.runtime.session import Session
-from peltc.runtime.verify import TOLERANCE, load_model
-from peltc.spec.check import check_formulas
+from peltc.compiler.plan.claims import Plan
+from peltc.compiler.plan.planner import make_plan
+from peltc.runtime.running.session import Session
+from peltc.runtime.training.attach import attach_plan
+from peltc.runtime.verification.verify import TOLERANCE, load_model
 from peltc.spec.diagnostics import PeltError
-from peltc.spec.formula import calls
+from peltc.spec.formula.language import calls
+from peltc.spec.interpreters.check import check_formulas
 from peltc.spec.specification import load_spec
 
 Array = np.ndarray[Any, Any]

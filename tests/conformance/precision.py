@@ -35,7 +35,7 @@ def cells(families: Iterable[str] = models.FAMILIES) -> list[Cell]:
 
 def measure(cell: Cell, folder: Callable[[str, str], Path], out: Path) -> dict[str, Any]:
     """Compile a cell, and what its verification found; `refused` says why it failed."""
-    from peltc.runtime.compile import compile, plan_for
+    from peltc.runtime.building.compile import compile, plan_for
     from peltc.spec.diagnostics import PeltError
     from peltc.spec.specification import load_spec
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from meaning import FAMILIES, disagreements
 
-from peltc.spec.functions import FUNCTIONS
+from peltc.spec.formula.functions import FUNCTIONS
 
 
 def drawn(

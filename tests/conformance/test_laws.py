@@ -18,12 +18,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from peltc.compiler.base import open_base
+from peltc.compiler.base.opening import open_base
 from peltc.compiler.pipeline import build
-from peltc.compiler.plan import Plan
-from peltc.runtime.compile import compile, plan_for
-from peltc.runtime.session import Session
-from peltc.runtime.verify import TOLERANCE, example, verify_folder
+from peltc.compiler.plan.claims import Plan
+from peltc.runtime.building.compile import compile, plan_for
+from peltc.runtime.running.session import Session
+from peltc.runtime.verification.verify import TOLERANCE, example, verify_folder
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.method import shipped
 from peltc.spec.specification import Spec, load_spec

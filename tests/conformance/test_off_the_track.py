@@ -17,14 +17,16 @@ from meaning import disagreements, meaning, opened
 import peltc
 from peltc.compiler.artifact import read_manifest
 from peltc.compiler.pipeline import build
-from peltc.compiler.plan import Claim, Plan, make_plan
-from peltc.runtime import attach, exact, verify
+from peltc.compiler.plan.claims import Claim, Plan
+from peltc.compiler.plan.planner import make_plan
+from peltc.runtime.building.compile import plan_for, save_adapter
 from peltc.runtime.cli import run
-from peltc.runtime.compile import plan_for, save_adapter
-from peltc.runtime.samples import example
-from peltc.runtime.verify import TOLERANCE, load_model, verify_folder
-from peltc.spec.check import check_formulas
+from peltc.runtime.training import attach
+from peltc.runtime.verification import exact, verify
+from peltc.runtime.verification.samples import example
+from peltc.runtime.verification.verify import TOLERANCE, load_model, verify_folder
 from peltc.spec.diagnostics import PeltError
+from peltc.spec.interpreters.check import check_formulas
 from peltc.spec.specification import load_spec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))

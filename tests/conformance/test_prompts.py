@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import peltc
-from peltc.runtime.attach import attach_plan
-from peltc.runtime.compile import plan_for
-from peltc.runtime.verify import load_model
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.training.attach import attach_plan
+from peltc.runtime.verification.verify import load_model
 
 JOINS = ("embedding", "embedding.word")
 

@@ -24,15 +24,15 @@ from jsonschema import Draft202012Validator
 
 import peltc
 from peltc.compiler.artifact import read_manifest, write_manifest
-from peltc.compiler.base import Base
+from peltc.compiler.base.base import Base
 from peltc.compiler.pipeline import build
-from peltc.compiler.plan import Plan
-from peltc.runtime.answers import MEASURE
-from peltc.runtime.compile import plan_for, save_adapter
-from peltc.runtime.rewritten import Exposed
-from peltc.runtime.session import Session
-from peltc.runtime.stored import Deviation, last_place
-from peltc.runtime.verify import UNIT, example, floor, verify_folder
+from peltc.compiler.plan.claims import Plan
+from peltc.runtime.building.compile import plan_for, save_adapter
+from peltc.runtime.running.session import Session
+from peltc.runtime.verification.answers import MEASURE
+from peltc.runtime.verification.rewritten import Exposed
+from peltc.runtime.verification.stored import Deviation, last_place
+from peltc.runtime.verification.verify import UNIT, example, floor, verify_folder
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 

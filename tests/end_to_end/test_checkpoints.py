@@ -17,9 +17,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import peltc
-from peltc.compiler.base import open_base
-from peltc.runtime.compile import compile, plan_for
-from peltc.runtime.session import Session
+from peltc.compiler.base.opening import open_base
+from peltc.runtime.building.compile import compile, plan_for
+from peltc.runtime.running.session import Session
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from peltc.runtime.building.compile import plan_for
 from peltc.runtime.cli import run
-from peltc.runtime.compile import plan_for
 from peltc.runtime.describe import Report, describe, read, told
 from peltc.spec.combinators import COMBINATORS
+from peltc.spec.interpreters.typology import PROPERTIES
 from peltc.spec.method import shipped
 from peltc.spec.recipe import recipes
 from peltc.spec.specification import load_spec
-from peltc.spec.typology import PROPERTIES
 
 SVG = "{http://www.w3.org/2000/svg}"
 SYSTEMS = ["unipelt", "unipelt_prompt", "adamix", "xpeft", "hyperpelt"]
@@ -225,7 +225,7 @@ def test_picture_tells_layers_apart(model_folder: Folder) -> None:
 
 def test_picture_without_modules_is_that_of_sites(model_folder: Folder) -> None:
     """Marking modules changes nothing in the picture of a bare model."""
-    from peltc.compiler.drawing import draw
+    from peltc.compiler.survey.picture import draw
 
     report = on(model_folder("bert"), LORA)
     assert "ink" not in draw(report.anatomy, "BERT") and "ink0" in report.picture()

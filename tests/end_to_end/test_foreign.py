@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 import peltc
-from peltc.compiler.checkpoint import read_header
+from peltc.compiler.files.checkpoint import read_header
 from peltc.runtime.cli import run
 from peltc.spec.diagnostics import PeltError
 
@@ -252,7 +252,7 @@ def test_verified_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_verification_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peltc.runtime import verify
+    from peltc.runtime.verification import verify
 
     whole = verify.load_model
 

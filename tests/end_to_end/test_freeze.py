@@ -13,8 +13,8 @@ import pytest
 
 import peltc
 from peltc import schemas
-from peltc.runtime.compile import plan_for
-from peltc.runtime.freeze import freeze
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.building.freeze import freeze
 
 TEXTS = ["Return the number of edges.", "Draw error bars at each point of the line, please.", "Simplify."]
 GATED = {"recipe": "unipelt", "r": 4, "hidden": 16}

@@ -12,10 +12,10 @@ import torch
 from transformers import MaxLengthCriteria, StoppingCriteriaList, TextStreamer
 
 import peltc
-from peltc.compiler.base import open_base
-from peltc.runtime.attach import attach_plan
-from peltc.runtime.compile import plan_for
-from peltc.runtime.verify import load_model
+from peltc.compiler.base.opening import open_base
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.training.attach import attach_plan
+from peltc.runtime.verification.verify import load_model
 from peltc.spec.diagnostics import PeltError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))

@@ -19,10 +19,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from peltc import schemas
-from peltc.compiler import integrity
-from peltc.runtime import compile as compiling
-from peltc.runtime.compile import compile, verify
-from peltc.runtime.session import Session
+from peltc.compiler.files import integrity
+from peltc.runtime.building import compile as compiling
+from peltc.runtime.building.compile import compile, verify
+from peltc.runtime.running.session import Session
 from peltc.spec.diagnostics import PeltError
 
 LORA = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
@@ -177,7 +177,7 @@ OPENING = """\
 import sys
 from pathlib import Path
 from peltc import Session
-from peltc.compiler.integrity import amend
+from peltc.compiler.files.integrity import amend
 def forget(manifest):
     manifest["base"]["files"][0]["mtime_ns"] = 0
 for _ in range(20):

@@ -19,11 +19,11 @@ from conformance.cases import CASES, spec
 from safetensors.numpy import load_file, save_file
 
 import peltc
-from peltc.compiler.checkpoint import read_metadata
-from peltc.compiler.mathematics import whole_digest
-from peltc.compiler.provenance import DIGEST, KEY, read_provenance
+from peltc.compiler.adapter.mathematics import whole_digest
+from peltc.compiler.adapter.provenance import DIGEST, KEY, read_provenance
+from peltc.compiler.files.checkpoint import read_metadata
+from peltc.runtime.building.compile import adapter_tensors, plan_for
 from peltc.runtime.cli import run
-from peltc.runtime.compile import adapter_tensors, plan_for
 from peltc.spec.diagnostics import PeltError
 
 LORA: dict[str, Any] = {"method": "lora", "at": ["attention.query", "attention.value"], "r": 4}

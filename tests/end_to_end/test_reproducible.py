@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from peltc.compiler import pipeline
-from peltc.runtime.compile import compile
+from peltc.runtime.building.compile import compile
 
 SPEC = """\
 pelt: 1

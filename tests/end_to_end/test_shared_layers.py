@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import peltc
-from peltc.compiler.base import open_base
-from peltc.runtime.compile import plan_for
-from peltc.runtime.verify import load_model
+from peltc.compiler.base.opening import open_base
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.verification.verify import load_model
 from peltc.spec.diagnostics import PeltError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import peltc
-from peltc.runtime.compile import compile, plan_for
-from peltc.runtime.session import Session
-from peltc.runtime.verify import TOLERANCE
+from peltc.runtime.building.compile import compile, plan_for
+from peltc.runtime.running.session import Session
+from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 

@@ -13,9 +13,12 @@ import pytest
 import torch
 import transformers
 
-from peltc.compiler.base import Base, open_base, survey_model
-from peltc.compiler.plan import Plan, make_plan
-from peltc.compiler.weights import start_tensors
+from peltc.compiler.adapter.weights import start_tensors
+from peltc.compiler.base.base import Base
+from peltc.compiler.base.live import survey_model
+from peltc.compiler.base.opening import open_base
+from peltc.compiler.plan.claims import Plan
+from peltc.compiler.plan.planner import make_plan
 from peltc.spec.specification import load_spec
 
 Array = np.ndarray[Any, Any]

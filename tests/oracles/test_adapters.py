@@ -21,11 +21,12 @@ import transformers
 from safetensors.numpy import load_file
 
 import peltc
-from peltc.compiler.base import survey_model
-from peltc.compiler.plan import Claim, Plan, make_plan
-from peltc.runtime.session import Session
-from peltc.runtime.verify import TOLERANCE
-from peltc.spec.formula import Name
+from peltc.compiler.base.live import survey_model
+from peltc.compiler.plan.claims import Claim, Plan
+from peltc.compiler.plan.planner import make_plan
+from peltc.runtime.running.session import Session
+from peltc.runtime.verification.verify import TOLERANCE
+from peltc.spec.formula.language import Name
 from peltc.spec.specification import load_spec
 
 Array = np.ndarray[Any, Any]

@@ -18,7 +18,7 @@ import torch
 
 import peltc
 from peltc.compiler.pipeline import fold
-from peltc.runtime.compile import plan_for
+from peltc.runtime.building.compile import plan_for
 from peltc.spec.specification import load_spec
 
 Array = np.ndarray[Any, Any]

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peltc.compiler.base import survey_model
-from peltc.compiler.plan import Plan, make_plan
-from peltc.compiler.profile import pack
+from peltc.compiler.adapter.profile import pack
+from peltc.compiler.base.live import survey_model
+from peltc.compiler.plan.claims import Plan
+from peltc.compiler.plan.planner import make_plan
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import peltc
-from peltc.compiler.anatomy import Site
 from peltc.compiler.pipeline import fold
-from peltc.compiler.plan import Plan
-from peltc.runtime.compile import plan_for
-from peltc.runtime.session import Session
-from peltc.runtime.verify import TOLERANCE
+from peltc.compiler.plan.claims import Plan
+from peltc.compiler.survey.anatomy import Site
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.running.session import Session
+from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.specification import load_spec
 
 Array = np.ndarray[Any, Any]

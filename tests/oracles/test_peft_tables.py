@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import peltc
-from peltc.runtime.compile import compile
-from peltc.runtime.session import Session
-from peltc.runtime.verify import TOLERANCE
+from peltc.runtime.building.compile import compile
+from peltc.runtime.running.session import Session
+from peltc.runtime.verification.verify import TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 

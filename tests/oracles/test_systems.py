@@ -36,7 +36,7 @@ from oracles.test_closed_forms import (
 )
 
 import peltc
-from peltc.compiler.numeric import NumericInterpreter
+from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import Place
 from peltc.spec.method import shipped

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import peltc
-from peltc.runtime.verify import TOLERANCE
+from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.method import shipped
 
 Entry = dict[str, Any]

@@ -100,8 +100,8 @@ def exporter_timed() -> Iterator[list[float]]:
 def examine(model_type: str, architecture: str, folder: Path) -> Found:
     """Compile the specs on a tiny instance, folded and static, and compare with PyTorch."""
     import peltc
-    from peltc.compiler.base import open_base
-    from peltc.runtime.compile import plan_for
+    from peltc.compiler.base.opening import open_base
+    from peltc.runtime.building.compile import plan_for
     from peltc.spec.diagnostics import PeltError
 
     logging.disable(logging.WARNING)

@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 
-from peltc.compiler.anatomy import Anatomy
-from peltc.compiler.base import survey_model
-from peltc.compiler.drawing import draw
+from peltc.compiler.base.live import survey_model
+from peltc.compiler.survey.anatomy import Anatomy
+from peltc.compiler.survey.picture import draw
 from peltc.runtime.cli import run
 
 sys.path.insert(0, str(Path(__file__).parent))

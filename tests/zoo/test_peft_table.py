@@ -24,8 +24,8 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from peltc.compiler.anatomy import Anatomy, Site
-from peltc.compiler.base import survey_model
+from peltc.compiler.base.live import survey_model
+from peltc.compiler.survey.anatomy import Anatomy, Site
 
 sys.path.insert(0, str(Path(__file__).parent))
 from instances import FAMILIES, build, config_of

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peltc.compiler.affine import Affine, AffineInterpreter, Map, NotAffine
-from peltc.compiler.numeric import NumericInterpreter
-from peltc.spec.formula import EvaluationError, parse
-from peltc.spec.functions import FUNCTIONS
+from peltc.compiler.interpreters.affine import Affine, AffineInterpreter, Map, NotAffine
+from peltc.compiler.interpreters.numeric import NumericInterpreter
+from peltc.spec.formula.functions import FUNCTIONS
+from peltc.spec.formula.language import EvaluationError, parse
 
 Array = np.ndarray[Any, Any]
 INPUTS, OUTPUTS, RANK = 5, 7, 2

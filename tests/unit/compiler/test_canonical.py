@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from peltc.compiler.canonical import DRAWS, PASSES, Settler, text
-from peltc.compiler.identity import Sample, pick, public_name
-from peltc.compiler.mathematics import spans, spread
-from peltc.compiler.numeric import NumericInterpreter
-from peltc.spec.formula import parse
-from peltc.spec.functions import FUNCTIONS
+from peltc.compiler.adapter.canonical import DRAWS, PASSES, Settler, text
+from peltc.compiler.adapter.identity import Sample, pick, public_name
+from peltc.compiler.adapter.mathematics import spans, spread
+from peltc.compiler.interpreters.numeric import NumericInterpreter
+from peltc.spec.formula.functions import FUNCTIONS
+from peltc.spec.formula.language import parse
 
 
 def settled(formula: str, **constants: Any) -> str:

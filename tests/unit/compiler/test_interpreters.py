@@ -18,12 +18,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from peltc.compiler.emit import Emitter, OnnxInterpreter
-from peltc.compiler.numeric import NumericInterpreter
-from peltc.runtime.torch_interpreter import TorchInterpreter
-from peltc.spec.formula import EvaluationError, calls, parse
-from peltc.spec.functions import ACTIVATIONS, COMPILE_TIME, FUNCTIONS
-from peltc.spec.shapes import Shape, ShapeInterpreter
+from peltc.compiler.interpreters.numeric import NumericInterpreter
+from peltc.compiler.interpreters.onnx import Emitter, OnnxInterpreter
+from peltc.runtime.training.interpreter import TorchInterpreter
+from peltc.spec.formula.functions import ACTIVATIONS, COMPILE_TIME, FUNCTIONS
+from peltc.spec.formula.language import EvaluationError, calls, parse
+from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
 
 Array = np.ndarray[Any, Any]
 TOLERANCE = 1e-6

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import pytest
 
 import peltc
-from peltc.compiler.base import open_base
-from peltc.compiler.limits import graph_limits, values_below
-from peltc.runtime.session import Session
+from peltc.compiler.base.limits import graph_limits, values_below
+from peltc.compiler.base.opening import open_base
+from peltc.runtime.running.session import Session
 from peltc.spec.diagnostics import PeltError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "zoo"))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peltc.compiler.mismatch import mismatches
+from peltc.compiler.adapter.mismatch import mismatches
 from peltc.spec.diagnostics import Place
 
 F32, I32 = np.dtype(np.float32), np.dtype(np.int32)

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peltc
-from peltc.compiler.anatomy import Anatomy
-from peltc.compiler.base import open_base
-from peltc.compiler.order import STAGE, commute, follows
-from peltc.compiler.plan import Claim, make_plan
+from peltc.compiler.base.opening import open_base
+from peltc.compiler.plan.claims import Claim
+from peltc.compiler.plan.order import STAGE, commute, follows
+from peltc.compiler.plan.planner import make_plan
+from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.recipe import Recipe
 from peltc.spec.specification import load_spec

@@ -16,10 +16,15 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
-from peltc.compiler import export, repeat
-from peltc.compiler.export import Exported, export_model, quiet, unbacked
-from peltc.compiler.generation import export_stage
-from peltc.compiler.repeat import Irregular, Stack, compare, find_stacks, grow, rehearse, same, shortened
+from peltc.compiler.export import whole
+from peltc.compiler.export.cached import export_stage
+from peltc.compiler.export.exported import Exported
+from peltc.compiler.export.growth import grow
+from peltc.compiler.export.inputs import example_inputs
+from peltc.compiler.export.rehearsal import compare, rehearse, repetitions
+from peltc.compiler.export.stacks import Irregular, Stack, _repetition, find_stacks, same, shortened
+from peltc.compiler.export.torch_model import quiet, unbacked
+from peltc.compiler.export.whole import export_model
 
 Array = np.ndarray[Any, Any]
 LENGTH = {"bert": "num_hidden_layers", "roberta": "num_hidden_layers", "gpt2": "n_layer", "llama": "num_hidden_layers",
@@ -136,7 +141,7 @@ def test_a_model_is_whole_again_after_its_export() -> None:
     stacks = find_stacks(model)
     with shortened(model, stacks):
         assert len(model.bert.encoder.layer) == 3
-    repeat.plan(model, export.example_inputs(model, "ids"))
+    repetitions(model, example_inputs(model, "ids"))
     assert [name for name, _ in model.named_parameters()] == names
     assert {name: list(vars(module)) for name, module in model.named_modules()} == state
 
@@ -146,7 +151,7 @@ def test_a_failure_leads_to_the_whole_export(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise Irregular("two units differ")
 
-    monkeypatch.setattr(repeat, "grow", refuse)
+    monkeypatch.setattr(whole, "grow", refuse)
     exported = export_model(empty("gpt2", 5))
     assert exported.repeats == "every layer is exported: two units differ"
     assert histogram(exported.model.graph)["", "Softmax", ""] == 5
@@ -325,7 +330,7 @@ def test_same(one: Any, other: Any, equal: bool) -> None:
     ],
 )
 def test_repetition(kinds: str, found: tuple[int, int] | None) -> None:
-    assert repeat._repetition([ord(kind) for kind in kinds]) == found
+    assert _repetition([ord(kind) for kind in kinds]) == found
 
 
 # what the layers do
@@ -416,7 +421,7 @@ def branching(layers: Any, x: Any, shared: Any) -> Any:
 
 
 def test_a_straight_loop_repeats() -> None:
-    assert repeat.plan(Toy(straight), {"x": torch.zeros(2, 4, device="meta")}) == [Stack("layers", 8, 0, 1)]
+    assert repetitions(Toy(straight), {"x": torch.zeros(2, 4, device="meta")}) == [Stack("layers", 8, 0, 1)]
 
 
 class Caching(torch.nn.Module):
@@ -465,7 +470,7 @@ def entries(count: int) -> dict[str, Any]:
 
 
 def test_a_loop_with_a_cache_repeats() -> None:
-    assert repeat.plan(Caching(cached), entries(8), entries(3)) == [Stack("layers", 8, 0, 1, ("past",))]
+    assert repetitions(Caching(cached), entries(8), entries(3)) == [Stack("layers", 8, 0, 1, ("past",))]
 
 
 @pytest.mark.parametrize(
@@ -479,7 +484,7 @@ def test_a_loop_with_a_cache_repeats() -> None:
 )
 def test_a_loop_that_treats_a_cache_differently_does_not(loop: Callable[..., Any], reason: str) -> None:
     with pytest.raises(Irregular, match=reason):
-        repeat.plan(Caching(loop), entries(8), entries(3))
+        repetitions(Caching(loop), entries(8), entries(3))
 
 
 @pytest.mark.parametrize(
@@ -500,7 +505,7 @@ def test_a_loop_that_treats_a_cache_differently_does_not(loop: Callable[..., Any
 )
 def test_a_loop_that_treats_layers_differently_does_not(loop: Callable[[Any, Any, Any], Any], reason: str) -> None:
     with pytest.raises(Irregular, match=reason):
-        repeat.plan(Toy(loop), {"x": torch.zeros(2, 4, device="meta")})
+        repetitions(Toy(loop), {"x": torch.zeros(2, 4, device="meta")})
 
 
 def test_a_tape_with_a_changed_operation_is_told_apart() -> None:
@@ -524,7 +529,7 @@ def test_what_a_forward_keeps_is_put_back() -> None:
         return straight(layers, x, shared)
 
     model = Toy(keeping)
-    repeat.plan(model, {"x": torch.zeros(2, 4, device="meta")})
+    repetitions(model, {"x": torch.zeros(2, 4, device="meta")})
     assert not hasattr(model.layers, "table") and not list(model.buffers()) and len(model.layers) == 8
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from peltc.compiler.staging import staging, sweep
+from peltc.compiler.files.staging import staging, sweep
 
 BUILDER = """\
 import sys, time
 from pathlib import Path
-from peltc.compiler.staging import staging
+from peltc.compiler.files.staging import staging
 with staging(Path(sys.argv[1]), sys.argv[2]) as folder:
     (folder / "half").write_text("x")
     if len(sys.argv) > 3:

@@ -13,7 +13,7 @@ import torch
 from tiny import answer, batch
 
 import peltc
-from peltc.runtime import attach as attaching
+from peltc.runtime.training import attach as attaching
 from peltc.spec.diagnostics import PeltError
 
 DROPOUT = {"method": "lora", "at": "attention.query", "r": 2, "dropout": 0.5}

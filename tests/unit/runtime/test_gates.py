@@ -113,7 +113,7 @@ def test_a_constant_gate_is_its_number(attached: Any, inputs: Any) -> None:
 
 
 def test_a_mean_over_the_batch_shows(attached: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peltc.runtime import torch_interpreter
+    from peltc.runtime.training import interpreter as torch_interpreter
 
     model = attached(SMALL)
     mean = torch_interpreter._MEANING["mean_seq"]

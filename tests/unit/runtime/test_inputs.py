@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import peltc
-from peltc.runtime.inputs import converted
+from peltc.runtime.running.inputs import converted
 from peltc.spec.diagnostics import PeltError
 
 SPEC: dict[str, Any] = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query"}]}

@@ -13,9 +13,9 @@ from tiny import answer, shake
 from torch import nn
 
 import peltc
-from peltc.compiler.numeric import top_k_mask
-from peltc.runtime.torch_interpreter import TorchInterpreter
-from peltc.spec.formula import parse
+from peltc.compiler.interpreters.numeric import top_k_mask
+from peltc.runtime.training.interpreter import TorchInterpreter
+from peltc.spec.formula.language import parse
 
 N, K, SIZE = 9, 4, 4
 BANK = {"method": "bottleneck", "at": "feed_forward.block", "size": SIZE, "bank": {"size": N, "k": K}}

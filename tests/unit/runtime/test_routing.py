@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tiny import answer
 from torch import nn
 
-from peltc.runtime.torch_interpreter import TorchInterpreter
+from peltc.runtime.training.interpreter import TorchInterpreter
 
 ADAMIX = {"recipe": "adamix", "experts": 2, "size": 4}
 APART = {**ADAMIX, "share": ""}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import peltc
-from peltc.spec.check import check_formulas
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.combinators.combinator import groups
+from peltc.spec.interpreters.check import check_formulas
 from peltc.spec.method import Method, shipped
 
 PLACES = {"linear": "attention.query", "block": "feed_forward.block", "attention": "attention", "norm": "*norm",

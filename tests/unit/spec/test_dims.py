@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peltc.spec.dims import Dim, product, same, shape_text, simplify
+from peltc.spec.formula.dims import Dim, product, same, shape_text, simplify
 
 NAMES = ("a", "b", "c")
 values = st.fixed_dictionaries({name: st.integers(1, 12) for name in NAMES})

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peltc.spec.diagnostics import PeltError, Place
-from peltc.spec.dims import Dim
-from peltc.spec.formula import (
+from peltc.spec.formula.dims import Dim
+from peltc.spec.formula.functions import FUNCTIONS
+from peltc.spec.formula.language import (
     MAX_CHARACTERS,
     MAX_DEPTH,
     MAX_EXPONENT,
@@ -34,7 +35,6 @@ from peltc.spec.formula import (
     shown,
     walk,
 )
-from peltc.spec.functions import FUNCTIONS
 
 
 def refusal(text: str, *functions: str) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from peltc.spec.check import check_formulas, check_method, fits, site_shapes
 from peltc.spec.diagnostics import PeltError
-from peltc.spec.dims import Dim
 from peltc.spec.document import parse
-from peltc.spec.formula import FormulaError, Name, Number
+from peltc.spec.formula.dims import Dim
+from peltc.spec.formula.language import FormulaError, Name, Number
+from peltc.spec.interpreters.check import check_formulas, check_method, fits, site_shapes
+from peltc.spec.interpreters.shapes import Shape
 from peltc.spec.method import EFFECTS, KINDS, NAMES, Method, build, initialiser, shipped
-from peltc.spec.shapes import Shape
 from peltc.spec.specification import load_spec
 
 FILES = sorted(f.name for f in resources.files("peltc.spec.methods").iterdir() if f.name.endswith(".yaml"))

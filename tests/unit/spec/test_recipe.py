@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import peltc
-from peltc.spec.check import check_formulas
+from peltc.spec.interpreters.check import check_formulas
 from peltc.spec.recipe import recipes
 
 

@@ -10,7 +10,8 @@ from jsonschema import Draft202012Validator
 from peltc.spec.diagnostics import Diagnostic, PeltError
 from peltc.spec.document import parse
 from peltc.spec.method import shipped
-from peltc.spec.schema import MODES, PRECISIONS, RESERVED, check_defaults, option_schema, spec_schema, validate
+from peltc.spec.schema import MODES, PRECISIONS, RESERVED, option_schema, spec_schema
+from peltc.spec.validation import check_defaults, validate
 
 
 def findings(text: str, schema: Any) -> list[Diagnostic]:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peltc.spec.dims import Dim, shape_text
-from peltc.spec.formula import EvaluationError, FormulaError, calls, parse
-from peltc.spec.functions import COMPILE_TIME, FUNCTIONS
-from peltc.spec.shapes import MAX_ELEMENTS, Shape, ShapeInterpreter, axis_index, broadcast, tensor
+from peltc.spec.formula.dims import Dim, shape_text
+from peltc.spec.formula.functions import COMPILE_TIME, FUNCTIONS
+from peltc.spec.formula.language import EvaluationError, FormulaError, calls, parse
+from peltc.spec.interpreters.shapes import MAX_ELEMENTS, Shape, ShapeInterpreter, axis_index, broadcast, tensor
 
 B, S, D = Dim.of("B"), Dim.of("S"), Dim.of("d")
 SCOPE: dict[str, Any] = {

@@ -11,9 +11,9 @@ import yaml
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.document import parse
+from peltc.spec.interpreters.typology import PROPERTIES, counted, row_at, row_of, selected, workspace
 from peltc.spec.method import build, shipped
 from peltc.spec.specification import Attachment, load_spec
-from peltc.spec.typology import PROPERTIES, counted, row_at, row_of, selected, workspace
 
 Entry = dict[str, Any]
 AT = {"linear": "attention.query", "norm": "*norm", "block": "feed_forward.block", "attention": "attention",

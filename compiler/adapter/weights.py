@@ -1,0 +1,186 @@
+"""The adapter's tensors: from a safetensors file, or their start values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.adapter.mismatch import mismatches, names
+from peltc.compiler.adapter.profile import is_profile, unpack
+from peltc.compiler.files.checkpoint import read_header
+from peltc.compiler.interpreters.numeric import start_value
+from peltc.compiler.plan.claims import Claim, Plan, Tensor
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.foreign import refuse
+from peltc.spec.formula.language import Deferred, EvaluationError
+from peltc.spec.interpreters.check import site_shapes
+from peltc.spec.interpreters.shapes import ShapeInterpreter
+from peltc.spec.method import START, initialiser
+
+Array = np.ndarray[Any, Any]
+Read = Callable[[str], Array]
+
+
+def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
+    """The tensors that a plan asks for, float32; a profile's masks are unpacked.
+
+    Raises:
+        PeltError: E401 no safetensors file; E402 missing, E403 left-over, E404 misshapen tensors, all of them; E407
+            a profile of another bank; E410 another library's adapter.
+    """
+    refuse(file, "weights")
+    place = Place(str(file))
+    stored = read_header(file)
+    if is_profile(file):
+        apart = sourced(plan)
+        return finite(unpack(plan, file, apart) | apart, place)
+    apart = sourced(plan, stored)
+    check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, place)
+    own = {name: np.array(stored[name].array(), np.float32) for name in stored}
+    return finite({name: own[name] if name in own else apart[name] for name in plan.tensors}, place)
+
+
+def overridden(plan: Plan, given: Iterable[str]) -> frozenset[str]:
+    """Of tensors by name, those that stand in place of what the spec's own sources hold."""
+    return frozenset(name for name in given if name in plan.tensors and plan.tensors[name].source)
+
+
+def sourced(plan: Plan, given: Container[str] = ()) -> dict[str, Array]:
+    """The tensors that are no part of a weights file: those of other files that the spec names, and start values.
+
+    Args:
+        given: names that are not asked for.
+
+    Raises:
+        PeltError: as `load_tensors`, about those files.
+    """
+    found: dict[str, Array] = {}
+    files: dict[str, list[Tensor]] = {}
+    for tensor in plan.tensors.values():
+        if tensor.source and tensor.source != START and tensor.name not in given:
+            files.setdefault(tensor.source, []).append(tensor)
+    for name, wanted in files.items():
+        file = inside(plan.spec.folder, name, plan.spec.path, "bank.file")
+        refuse(file, "weights")
+        stored = read_header(file)
+        given = {t.name: (stored[t.name].shape, stored[t.name].dtype) for t in wanted if t.name in stored}
+        check_these(wanted, given, Place(str(file)))
+        found |= finite({t.name: np.array(stored[t.name].array(), np.float32) for t in wanted}, Place(str(file)))
+    for claim in plan.claims:
+        for tensor in claim.tensors.values():
+            if tensor.source == START and tensor.name not in found and tensor.name not in given:
+                found[tensor.name] = _start(claim, tensor, _unread, plan.spec.seed)
+    return found
+
+
+def _unread(name: str) -> Array:
+    raise KeyError(f"a start value that the seed decides cannot read '{name}'")
+
+
+def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays by tensor name, held against a plan; float32.
+
+    Raises:
+        PeltError: E402, E403, E404; E410 another library's tensors.
+    """
+    refuse(arrays, "weights", Place("<arrays>"))
+    check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
+    apart = sourced(plan, arrays)
+    full = {name: arrays[name] if name in arrays else apart[name] for name in plan.tensors}
+    return finite({name: np.asarray(array, np.float32) for name, array in full.items()}, Place("<arrays>"))
+
+
+def finite(tensors: dict[str, Array], place: Place) -> dict[str, Array]:
+    """The tensors, all of whose values are numbers."""
+    bad = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+    if bad:
+        what = f"the tensor {names(bad)} holds" if len(bad) == 1 else f"{len(bad)} tensors hold"
+        raise fail("E404", f"{what} values that are no numbers{'' if len(bad) == 1 else f': {names(bad)}'}", place,
+                   "finite values")  # fmt: skip
+    return tensors
+
+
+def check(plan: Plan, given: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], place: Place) -> None:
+    """Hold names, shapes and types of tensors against a plan. Those of other sources may be there, and need not."""
+    wanted = [t for t in plan.tensors.values() if not t.source or t.name in given]
+    left = [name for name in given if name not in plan.tensors]
+    check_these(wanted, given, place, left)
+
+
+def check_these(
+    wanted: Iterable[Tensor],
+    given: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    place: Place,
+    left: Iterable[str] = (),
+) -> None:
+    """Hold names, shapes and types against what is wanted.
+
+    Raises:
+        PeltError: E402 missing, E403 left over, E404 misshapen; one finding each.
+    """
+    findings = mismatches({tensor.name: tensor.shape for tensor in wanted}, given, list(left), place)
+    if findings:
+        raise PeltError(findings)
+
+
+def start_tensors(plan: Plan, read: Read) -> dict[str, Array]:
+    """Every tensor's start value, float32.
+
+    Args:
+        read: base parameters by name, [O, I] or as stored; formulas of start values may read them.
+
+    Raises:
+        PeltError: E405 a start value that cannot be computed.
+    """
+    values = sourced(plan)
+    for claim in plan.claims:
+        for tensor in claim.tensors.values():
+            if tensor.name not in values:
+                values[tensor.name] = _start(claim, tensor, read, plan.spec.seed)
+    return values
+
+
+def _start(claim: Claim, tensor: Tensor, read: Read, seed: int) -> Array:
+    site = claim.site
+
+    def weight() -> Array:
+        array = np.asarray(read(site.parameters["weight"]), np.float32)
+        array = array.T if site.transposed else array
+        return np.asarray(array[_index(claim)])
+
+    def bias() -> Array:
+        return np.asarray(np.asarray(read(site.parameters["bias"]), np.float32)[_index(claim)])
+
+    scope = {**claim.constants, "W": Deferred(weight), "b": Deferred(bias)}
+    try:
+        if initialiser(tensor.init) is None:  # sizes first: a formula may ask for more than there is memory
+            values, _ = site_shapes(site.kind, site.sizes, site.name)
+            ShapeInterpreter().evaluate(
+                tensor.init, {**claim.constants, **{n: values[n] for n in ("W", "b") if n in values}}
+            )
+        return start_value(tensor.name, tensor.shape, tensor.init, scope, seed)
+    except (EvaluationError, ValueError, KeyError) as error:
+        raise PeltError(
+            Diagnostic("E405", f"the start value of '{tensor.name}' cannot be computed: {error}", claim.method.place)
+        ) from None
+
+
+def _index(claim: Claim) -> Any:
+    rows = claim.site.rows
+    return slice(None) if rows is None else np.concatenate([np.arange(a, b) for a, b in rows])
+
+
+def inside(folder: Path, name: str, spec: str, key: str = "weights") -> Path:
+    """A file that a spec names under a key, which must lie in or under the spec's folder.
+
+    Raises:
+        PeltError: E406 the path leads out.
+    """
+    file = Path() if "\0" in name else (folder / name).resolve()
+    if "\0" in name or not file.is_relative_to(folder.resolve()):
+        raise fail("E406", f"the file {name!r} lies outside the spec's folder", Place(spec, key=key),
+                   "a path inside it", "give the file by --weights" if key == "weights" else "")  # fmt: skip
+    return file

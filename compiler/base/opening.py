@@ -1,0 +1,123 @@
+"""The base: a model's ONNX graph without its weights, and where each weight lies.
+
+    MODEL (folder or hub id) ── config, headers ──► fingerprint ──► cache hit: read graph and anatomy (no torch)
+                                                         └────────► miss: export on parameters without memory, survey
+
+    torch module, example inputs ── export over its own memory, survey ──► the same, in a folder of the caller's
+
+A cached base is a folder `<cache>/bases/<key>/` with `graph.onnx` (parameters are graph inputs there), `base.json`
+and `anatomy.json`. Where the checkpoint's tensors are not the model's own (renamed, merged, pickled), they are
+written once into `<cache>/weights/<key>/` and referenced from there. The base of a torch module that `transformers`
+does not have is never cached: its code may change, so that only the exported graph itself could be the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peltc.compiler.export.exported import OPSET
+from peltc.compiler.export.refusals import (
+    check_stored,
+    check_text,
+)
+from peltc.compiler.files.cache import cache_folder, tidy_cache
+from peltc.compiler.survey.anatomy import Anatomy
+from peltc.spec.diagnostics import Place, fail
+from peltc.spec.specification import AS_IT_SAYS, ModelChoice
+
+if TYPE_CHECKING:
+    pass
+from peltc.compiler.base.base import Base, ParameterInfo, Talk
+from peltc.compiler.base.building import build_base
+from peltc.compiler.base.conversion import materialise, safe_checkpoint
+from peltc.compiler.base.key import VOLATILE, key_of
+from peltc.compiler.base.source import chosen_config, find_model, read_config
+
+
+def open_base(
+    model: str | Path,
+    *,
+    architecture: str | None = None,
+    choice: ModelChoice = AS_IT_SAYS,
+    precision: str = "checkpoint",
+    variant: str = "ids",
+    text_only: bool = False,
+    talk: Talk = lambda line: None,
+) -> Base:
+    """The base of a model, from the cache or built now.
+
+    The checkpoint need not hold every parameter of the architecture: `Base.lacks` tells which are for modules to bring.
+
+    Args:
+        model: a model folder or a hub id.
+        architecture: a class of `transformers`; that of the choice, or the config's own, where absent.
+        choice: what the model is, where its config does not say it.
+        precision: `checkpoint` keeps the stored type (bfloat16 is computed in float32), or a float type's name.
+        variant: `ids`, `embeds` for a graph that reads embedded tokens, `decode` or `encoder` for those that generation
+            takes. These share the parameters of `ids`, which alone says where all of them lie.
+        text_only: compile a model that reads more than text through its text alone.
+        talk: told what takes time.
+
+    Raises:
+        PeltError: E5xx what is wrong with the model, or why it cannot be exported.
+    """
+    folder = find_model(model)
+    config = read_config(folder)
+    check_stored(config, folder)
+    named = config.get("architectures") or []
+    own = str(named[0]) if isinstance(named, list) and named else None
+    wanted = architecture or choice.architecture or None
+    architecture, chosen = wanted or own, wanted not in (None, own)
+    if architecture is None:
+        raise fail(
+            "E502",
+            "the model's config names no architecture, so its task is not known",
+            Place(str(folder / "config.json")),
+            "a key 'architectures'",
+            "give the class of transformers by --architecture",
+        )
+    before, config = config, chosen_config(config, architecture, choice)
+    tidy_cache()
+    checkpoint, converted = safe_checkpoint(folder, talk)
+    stored = str(checkpoint.float_dtype)
+    computed = {"checkpoint": "float32" if stored in ("bfloat16", "float64") else stored}.get(precision, precision)
+    stable = {k: v for k, v in config.items() if k not in VOLATILE}
+    key = key_of(OPSET, architecture, stable, computed, variant, checkpoint.header_digest)[:24]
+    home = cache_folder() / "bases" / key
+    if not (home / "base.json").is_file():
+        build_base(folder, config, architecture, chosen, computed, variant, checkpoint, home, text_only, talk)
+    record = json.loads((home / "base.json").read_text(encoding="utf-8"))
+    beyond, parts = record["beyond"]
+    check_text(architecture, beyond, parts, text_only, Place(str(folder)))
+    if record["materialise"] and variant in ("ids", "embeds"):
+        checkpoint, converted = materialise(folder, architecture, checkpoint, record["materialise"], talk)
+    stable_text = json.dumps(stable, sort_keys=True)
+    return read_base(
+        home,
+        folder=folder,
+        architecture=architecture,
+        config=config,
+        precision=computed,
+        variant=variant,
+        fingerprint=hashlib.sha256((architecture + stable_text + checkpoint.fingerprint).encode()).hexdigest(),
+        checkpoint=checkpoint,
+        converted=converted,
+        changed=config != before,
+        text_only=bool(beyond),
+    )
+
+
+def read_base(home: Path, **known: Any) -> Base:
+    """The base whose graph, anatomy and record lie in a folder; the rest is `known`."""
+    record = json.loads((home / "base.json").read_text(encoding="utf-8"))
+    return Base(
+        parameters={n: ParameterInfo(tuple(p["shape"]), p["stored"]) for n, p in record["parameters"].items()},
+        anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
+        export=record["export"],
+        limits=record["limits"],
+        graph_file=home / "graph.onnx",
+        **known,
+    )

@@ -1,0 +1,40 @@
+"""What an export gives, and the sizes and names that it is made with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+OPSET = 20
+GRAPHS = ("decode", "encoder")
+"""The variants of a model that generates: graphs with a cache of keys and values; see `generation`."""
+BATCH, SEQUENCE, TARGET = 2, 8, 6
+"""Example sizes: at least 2, since torch takes an axis of size 1 for a constant."""
+AXES = ("sequence", "target")
+"""What the axes after the batch are called, by their lengths in the example inputs, in order of appearance."""
+
+
+def stages(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which graphs generation with a model takes, by its config."""
+    return GRAPHS if config.get("is_encoder_decoder") else GRAPHS[:1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An exported graph: its parameters are graph inputs, named as in the model.
+
+    Attributes:
+        parameters: shapes by fully qualified name, of those that the graph reads.
+        ties: other names of the same tensor.
+        stem: what precedes the base model's names in a task model.
+        metadata: `transformers`' own record of the export.
+        repeats: which layers were exported for all that equal them, or why none were.
+    """
+
+    model: Any
+    parameters: dict[str, tuple[int, ...]]
+    ties: dict[str, tuple[str, ...]]
+    stem: str
+    metadata: dict[str, Any]
+    repeats: str = ""

@@ -1,0 +1,1 @@
+"""What is asked of any ONNX graph, whatever model it is of."""

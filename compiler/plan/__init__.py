@@ -1,0 +1,1 @@
+"""Every decision, before anything is written."""

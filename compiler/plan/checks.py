@@ -1,0 +1,133 @@
+"""Whether claims are possible: shapes, tokens before the sequence, and tables that others follow."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+from peltc.compiler.plan.claims import Claim
+from peltc.compiler.plan.findings import Findings, at
+from peltc.compiler.plan.tables import not_of_ids
+from peltc.compiler.survey.anatomy import Anatomy
+from peltc.spec.diagnostics import one_of
+from peltc.spec.formula.language import EvaluationError
+from peltc.spec.interpreters.check import fits, joined, normalised, readable, site_shapes
+from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
+from peltc.spec.interpreters.shapes import tensor as as_tensor
+from peltc.spec.method import NAMES, RUNTIME_NAMES
+from peltc.spec.specification import Attachment, Spec
+
+
+class Checks:
+    """What is asked of claims, one by one and together.
+
+    Args:
+        spec: theirs.
+        anatomy: the sites of the model.
+        findings: where to say what is wrong with them.
+    """
+
+    def __init__(self, spec: Spec, anatomy: Anatomy, findings: Findings):
+        self.spec, self.anatomy, self.find = spec, anatomy, findings.find
+
+    def shapes(self, entry: Attachment, claim: Claim, shapes: ShapeInterpreter) -> bool:
+        """Hold each definition's shape against what the site needs."""
+        values, expected = site_shapes(claim.site.kind, claim.site.sizes, claim.site.name, self.anatomy.width)
+        for name, tensor in claim.tensors.items():
+            declared = next(p for p in claim.method.parameters if p.name == name)
+            origin = f"parameter {name} [{', '.join(a.text for a in declared.shape)}]"
+            values[name] = Shape(tensor.shape, origin)
+        if "norm" in claim.site.anchors:
+            values["norm"] = partial(normalised, values["y"])
+        offered = {*NAMES[claim.method.site]} & {*RUNTIME_NAMES} - {"mask"}
+        there = offered & {*claim.site.values}
+        missing = sorted(claim.reads & offered - there)
+        if missing and claim.site.kind != "table":  # a table says itself what it cannot give
+            message = f"'{entry.name}' reads '{missing[0]}', which {claim.site.name} does not have"
+            self.find("E205", message, at(entry), one_of(sorted(there)))
+            return False
+        whole: dict[str, Shape] = {}
+        for name, expr in claim.effects.items():
+            place = entry.method.place
+            try:
+                found = as_tensor(shapes.evaluate(expr, claim.scope(readable(values, name), shapes)))
+                wanted, whole[name] = expected[name], found
+                if not fits(found, wanted, name):
+                    self.find("E310", f"'{name}' of '{claim.method.name}' has the shape {found} at {claim.site.name}",
+                              place, f"the shape {wanted}")  # fmt: skip
+                    return False
+            except EvaluationError as error:
+                self.find("E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: {error}", place)
+                return False
+            except Exception as error:
+                self.find(
+                    "E310", f"'{name}' of '{claim.method.name}' at {claim.site.name}: in '{expr.text}': {error}", place
+                )
+                return False
+        if problem := joined(whole, expected):
+            self.find("E310", f"'{claim.method.name}' at {claim.site.name}: {problem}", entry.method.place,
+                      "keys and values of the same positions")  # fmt: skip
+            return False
+        if claim.site.kind == "table" and (reason := not_of_ids(claim)):
+            self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", at(entry),
+                      "a method that takes linear maps of its input, such as lora, or changes weights")  # fmt: skip
+            return False
+        return True
+
+    def prepend(self, entry: Attachment, claim: Claim) -> bool:
+        """Whether tokens can be put before the sequence at a site, and leave it where they should."""
+        site, several = claim.site, len({s.stack for s in self.anatomy if s.stack}) > 1
+        message = hint = ""
+        if several and site.stack == "decoder":
+            message = "tokens before the sequence of an encoder-decoder model's decoder are not available"
+            hint = "encoder.embedding.word"
+        elif site.role == "embedding" and (several or not site.anchors.get("y")):
+            message = f"'{site.name}' has no module of its own in this model, after which tokens could join"
+            hint = f"{site.name}.word"
+        elif claim.cut not in ("head", "outputs"):
+            message = f"'cut' of '{claim.method.name}' is '{claim.cut}'"
+        elif claim.cut == "head" and (several or not site.values.get("end")):
+            message = "this model's last layer does not end in a norm, after which tokens could leave before the head"
+        if message:
+            expected = f"the site '{hint}'" if hint else "a model whose last layer ends in a norm"
+            self.find("E208", message, at(entry), expected, f"attach to '{hint}'" if hint else "")
+        return not message
+
+    def prepends(self, claims: list[Claim]) -> None:
+        """Tokens of several attachments join at one place and leave at one, and tables beside them are the base's."""
+        entries = {entry.name: entry for entry in self.spec.attach}
+        prepended = [claim for claim in claims if "prepend" in claim.effects]
+        for claim in claims if prepended else ():
+            if claim.site.kind == "table" and claim.mirrors is None:
+                message = (
+                    f"'{claim.attachment}' changes {claim.site.name}, and '{prepended[0].attachment}' puts tokens"
+                    " before the embedded sequence, where tables are the base's own"
+                )
+                self.find("E208", message, at(entries[claim.attachment]), "one of them")
+        for first, second in pairwise(prepended):
+            if (first.site.role, first.cut) != (second.site.role, second.cut):
+                message = (
+                    f"the tokens of '{first.attachment}' and '{second.attachment}' join or leave at different places"
+                )
+                self.find("E208", message, at(entries[second.attachment]), "one place for all")
+
+    def mirrors(self, claims: list[Claim]) -> None:
+        """What follows a table has nothing of its own."""
+        entries = {entry.name: entry for entry in self.spec.attach}
+        followers = {claim.site.key: claim for claim in claims if claim.mirrors is not None}
+        for claim in claims:
+            if claim.mirrors is None and (follower := followers.get(claim.site.key)):
+                self.find(
+                    "E208",
+                    f"{claim.site.name} follows its table, which '{follower.attachment}' changes, and"
+                    f" '{claim.attachment}' changes it besides",
+                    at(entries[claim.attachment]),
+                    "one of them",
+                    f"leave out `tied: together` in '{follower.attachment}'",
+                )
+        followed = {(c.attachment, c.mirrors.key) for c in claims if c.mirrors is not None}
+        for claim in claims:
+            if claim.site.key in {key for _, key in followed} and (claim.attachment, claim.site.key) not in followed:
+                self.find("E208", f"{claim.site.name} is changed by '{claim.attachment}', which is apart, and by others"
+                          " together with what is tied to it", at(entries[claim.attachment]),
+                          "one `tied` for all that change a table")  # fmt: skip

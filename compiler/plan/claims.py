@@ -1,0 +1,268 @@
+"""What a plan is made of: claims, each of which is one attachment at one site, and the tensors that they have.
+
+The passes carry claims out; none of them decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.survey.anatomy import Site
+from peltc.spec.formula.dims import Dim, simplify
+from peltc.spec.formula.language import Call, Conditional, Deferred, EvaluationError, Expr, Name, walk
+from peltc.spec.interpreters.check import site_shapes
+from peltc.spec.interpreters.cost import Cost, cost_of
+from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
+from peltc.spec.interpreters.shapes import tensor as as_tensor
+from peltc.spec.method import NAMES, RUNTIME_NAMES, Method
+from peltc.spec.specification import Spec
+
+LEVELS = {"table": -1, "linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
+"""What lies inside takes effect before what contains it, whatever the order in the file."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the weights file; or of the `source`, where it has one."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Expr
+    frozen: bool
+    scope: str
+    source: str = ""
+    part: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """One attachment at one site.
+
+    Attributes:
+        attachment: its name.
+        options: values at this site; a per-layer list is resolved.
+        tensors: the method's parameters that exist here.
+        effects: definitions that change something, in the order of their effect.
+        index, count: this site's number among the attachment's.
+        constants: names known at compile time: options and sizes.
+        width: the model's.
+        mode: emission mode.
+        absorbed: the name of the weight that takes the claim in, or "".
+        reason: why it is not absorbed; names the sub-expression.
+        follows: the first of the sites that share this one's parameters, whose tensors and options it has; "" there.
+        mirrors: the table that the site's weight is the same tensor as, and stays: the claim changes it there.
+    """
+
+    attachment: str
+    method: Method
+    site: Site
+    options: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    effects: Mapping[str, Expr]
+    index: int
+    count: int
+    constants: Mapping[str, Any]
+    width: int
+    mode: str
+    absorbed: str = ""
+    reason: str = ""
+    follows: str = ""
+    mirrors: Site | None = None
+
+    def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
+        """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
+        offered = set(NAMES[self.method.site])
+        known = {n: v for n, v in values.items() if n in offered or n in self.tensors or n not in RUNTIME_NAMES}
+        scope: dict[str, Any] = {**self.constants, **known}
+        for name, expr in self.method.let:
+            scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
+        return scope
+
+    @property
+    def cost(self) -> Cost:
+        """What the claim costs in the graph; nothing where a weight takes it in."""
+        if self.absorbed or self.mirrors is not None:
+            return Cost()
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        return cost_of(
+            self.site.kind, self.site.sizes, self.width, self.effects, self.method.let, self.constants, shapes
+        )
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """What the claim's nodes in the graph carry in their metadata."""
+        return {"pelt.attachment": self.attachment, "pelt.method": self.method.name, "pelt.site": self.site.name}
+
+    @property
+    def around(self) -> tuple[dict[str, Any], dict[str, Shape]]:
+        """The shapes of the site's values, and of what each definition stands for; what follows a table is defined
+        there."""
+        site = self.mirrors or self.site
+        return site_shapes(site.kind, site.sizes, width=self.width)
+
+    def shape(self, effect: str) -> Shape:
+        """The shape of a definition at the site; `B`, `S` and `T` are symbols."""
+        shapes = ShapeInterpreter()
+        values, _ = self.around
+        values |= {name: Shape(tensor.shape) for name, tensor in self.tensors.items()}
+        values["norm"] = lambda z: z
+        return as_tensor(shapes.evaluate(self.effects[effect], self.scope(values, shapes)))
+
+    def added(self, effect: str) -> tuple[int, int]:
+        """How many keys or values a definition puts before the text's own, and behind them."""
+        found = self.shape(effect)
+        before = found.lead or 0
+        behind = simplify(Dim.of(found.dims[-2]) - Dim.of("T") - before)
+        assert isinstance(before, int) and isinstance(behind, int), "the plan lets nothing else pass"
+        return before, behind
+
+    def narrow(self, effect: str) -> bool:
+        """Whether a definition says once what is the same for several features, tokens or texts."""
+        return self.shape(effect).dims != self.around[1][effect].dims
+
+    @property
+    def decisive(self) -> set[str]:
+        """The names in conditions of the method's formulas, which decide what they are."""
+        exprs = [*self.effects.values(), *(expr for _, expr in self.method.let)]
+        return self.read_by(node.test for expr in exprs for node in walk(expr) if isinstance(node, Conditional))
+
+    @property
+    def mixed(self) -> str:
+        """The function by which one position reads another; "" where none does."""
+        return next((by for name in self.effects if (by := self.shape(name).mixed)), "")
+
+    @cached_property
+    def cut(self) -> str:
+        """Where tokens that the claim puts before the sequence leave it again: `head` or `outputs`."""
+        if self.method.cut is None:
+            return "outputs"
+        return str(ShapeInterpreter().evaluate(self.method.cut, self.constants))
+
+    @cached_property
+    def reads(self) -> set[str]:
+        """Runtime names that the effects read, `let:` bindings resolved, branches not taken left out."""
+        return self.read_by(self.effects.values())
+
+    def read_by(self, exprs: Iterable[Expr]) -> set[str]:
+        """Runtime names that expressions of the method read, as `reads`."""
+        found: set[str] = set()
+        bindings = dict(self.method.let)
+        pending, seen = list(exprs), set[str]()
+        while pending:
+            expr = resolve(pending.pop(), self.constants)
+            for node in walk_resolved(expr, self.constants):
+                name = node.id if isinstance(node, Name) else node.function if isinstance(node, Call) else ""
+                if name and name not in seen:
+                    seen.add(name)
+                    if name in bindings:
+                        pending.append(bindings[name])
+                    else:
+                        found.add(name)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A spec on a model, decided."""
+
+    spec: Spec
+    fingerprint: str
+    claims: tuple[Claim, ...]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the weights file by name."""
+        return {tensor.name: tensor for claim in self.claims for tensor in claim.tensors.values()}
+
+    @property
+    def prepends(self) -> bool:
+        """Whether tokens are put before the sequence, so that the graph must read embedded tokens."""
+        return any("prepend" in claim.effects for claim in self.claims)
+
+    def trained(self) -> int:
+        """The number of trained values."""
+        return sum(int(np.prod(t.shape)) for t in self.tensors.values() if not t.frozen)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know beside errors, one line each."""
+        groups: dict[tuple[str, str], int] = {}
+        for claim in self.claims:
+            if claim.follows and claim.mirrors is None:
+                groups[claim.attachment, claim.follows] = groups.get((claim.attachment, claim.follows), 1) + 1
+        told = [f"'{name}' at {site} acts in {count} places, which share these parameters"
+                for (name, site), count in groups.items()]  # fmt: skip
+        mirrored = {(c.attachment, c.site.path) for c in self.claims if c.mirrors is not None}
+        for claim in self.claims:
+            if claim.site.ties and claim.mirrors is None:
+                changed = [path for path in claim.site.ties if (claim.attachment, path) in mirrored]
+                kept = [path for path in claim.site.ties if path not in changed]
+                told += [f"'{claim.attachment}' changes {claim.site.name} and, as the same tensor, {path}"
+                         for path in changed]  # fmt: skip
+                told += [f"'{claim.attachment}' changes {claim.site.name}; {path}, the same tensor in the checkpoint,"
+                         " keeps its values" for path in kept]  # fmt: skip
+        return told
+
+    @property
+    def cost(self) -> Cost:
+        """What all claims cost in the graph."""
+        return sum((claim.cost for claim in self.claims), Cost())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, for `pelt plan --json` and the manifest."""
+        return {
+            "name": self.spec.name,
+            "base": self.fingerprint,
+            "trained": self.trained(),
+            "cost": {"flops_per_token": self.cost.flops, "stored": self.cost.stored, "nodes": self.cost.nodes},
+            "claims": [
+                {
+                    "attachment": claim.attachment,
+                    "method": claim.method.name,
+                    "site": claim.site.name,
+                    "options": dict(claim.options),
+                    "effects": {name: expr.text or str(expr) for name, expr in claim.effects.items()},
+                    "mode": claim.mode,
+                    "absorbed": claim.absorbed or None,
+                    "reason": claim.reason or None,
+                    "tensors": {name: tensor.name for name, tensor in claim.tensors.items()},
+                }
+                for claim in self.claims
+            ],
+            "tensors": {
+                t.name: {"shape": list(t.shape), "frozen": t.frozen, "scope": t.scope} for t in self.tensors.values()
+            },
+        }
+
+
+def resolve(expr: Expr, constants: Mapping[str, Any]) -> Expr:
+    """An expression without the conditionals that constants decide at its root."""
+    interpreter = ShapeInterpreter()
+    while isinstance(expr, Conditional):
+        try:
+            chosen = interpreter.evaluate(expr.test, constants)
+        except EvaluationError:
+            return expr
+        expr = expr.then if chosen else expr.other
+    return expr
+
+
+def walk_resolved(expr: Expr, constants: Mapping[str, Any]) -> list[Expr]:
+    """The expression and its parts, without branches that constants rule out."""
+    expr = resolve(expr, constants)
+    parts: list[Expr] = [expr]
+    children: tuple[Expr, ...] = ()
+    if isinstance(expr, Call):
+        children = (*expr.args, *(value for _, value in expr.keywords))
+    elif isinstance(expr, Conditional):
+        children = (expr.test, expr.then, expr.other)
+    elif hasattr(expr, "elements"):
+        children = expr.elements
+    for child in children:
+        parts.extend(walk_resolved(child, constants))
+    return parts

@@ -1,0 +1,1 @@
+"""From a graph to the sites that modules attach to."""

@@ -1,0 +1,460 @@
+"""`peltc.compile`: from a spec and a model to a verified artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.adapter.identity import BaseRecord, public_name, stored_record, stored_samples
+from peltc.compiler.adapter.mathematics import Mathematics, mathematics, whole_digest
+from peltc.compiler.adapter.provenance import (
+    DIGEST,
+    check_file,
+    from_files,
+    other_mathematics,
+    provenance,
+    read_provenance,
+    silent_about,
+)
+from peltc.compiler.adapter.weights import check_arrays, inside, load_tensors, overridden, start_tensors
+from peltc.compiler.artifact import (
+    CACHE,
+    COMPANIONS,
+    MANIFEST,
+    MODEL,
+    free,
+    link,
+    read_manifest,
+    staged,
+    tidy,
+    write_manifest,
+)  # fmt: skip
+from peltc.compiler.base.base import Base
+from peltc.compiler.base.live import is_known, module_base
+from peltc.compiler.base.opening import open_base
+from peltc.compiler.base.source import find_model, read_config
+from peltc.compiler.earlier import check_model, replacing
+from peltc.compiler.export.exported import GRAPHS, stages
+from peltc.compiler.export.refusals import check_live
+from peltc.compiler.files.checkpoint import read_header
+from peltc.compiler.files.integrity import check_record, check_unchanged
+from peltc.compiler.files.staging import staging
+from peltc.compiler.pipeline import build
+from peltc.compiler.plan.choice import Told, check_choice, choice_of
+from peltc.compiler.plan.claims import Plan
+from peltc.compiler.plan.provided import plan_on
+from peltc.spec.diagnostics import PeltError, Place, fail
+from peltc.spec.document import parse
+from peltc.spec.foreign import refuse
+from peltc.spec.method import START
+from peltc.spec.specification import Spec, build_spec, load_spec
+
+Array = np.ndarray[Any, Any]
+Talk = Callable[[str], None]
+ADAPTER = "adapter.safetensors"
+MODULES = "pelt."
+"""What the names of attached modules' tensors start with in a torch model's own state."""
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def plan_for(
+    spec: Spec,
+    model: str | Path,
+    *,
+    architecture: str | None = None,
+    mode: str | None = None,
+    text_only: bool = False,
+    talk: Talk = silent,
+) -> tuple[Plan, Base]:
+    """The plan of a spec on a model, and the model's base.
+
+    Raises:
+        PeltError: what is wrong with the model or keeps the spec from fitting it; E507 the model is an artifact.
+    """
+    check_model(model)
+    folder = find_model(model)
+    choice = choice_of(spec, told(spec, None), read_config(folder))
+    base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision, text_only=text_only,
+                     talk=talk)  # fmt: skip
+    return plan_on(spec, base, mode), base
+
+
+def compile(
+    spec: Spec | str | Path | Mapping[str, Any],
+    model: str | Path | Any,
+    out: str | Path,
+    weights: str | Path | Mapping[str, Array] | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    mode: str | None = None,
+    generation: bool | None = None,
+    verify: bool | str = True,
+    self_contained: bool = False,
+    text_only: bool = False,
+    talk: Talk = silent,
+) -> dict[str, Any]:
+    """Compile a spec on a model into an artifact.
+
+    Args:
+        spec: a spec, its file, or its content.
+        model: a model folder, a hub id, a torch model of `transformers`, or any other torch module; one with modules
+            attached brings their tensors along.
+        out: the artifact's folder; an artifact that is there is replaced when all went well.
+        weights: a safetensors file or arrays by tensor name, in place of the spec's own.
+        inputs: for a module that `transformers` does not have: example inputs by name, as its forward takes them.
+            Axis 0 is the batch; axis 1, where there is one, a length, which inputs of equal example lengths share; both
+            are of any size in the artifact, and at least 2 here. Verification draws others like them, no longer.
+        architecture: a class of `transformers` in place of the config's.
+        mode: `fold` or `static`, in place of the spec's.
+        generation: add the graphs that `Session.generate` runs, in place of what the spec says.
+        verify: hold the artifact against PyTorch before it takes its place. In half precision that is two steps;
+            `function` or `arithmetic` is one of them alone.
+        self_contained: copy the checkpoint into the artifact rather than link it.
+        text_only: compile a model that reads more than text through its text alone, which is refused otherwise.
+        talk: told, line by line, what happens and what to know.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        PeltError: whatever the spec, the model, the weights or the disk do not allow; and E701 to E705 where
+            verification fails. `out` is left as it was.
+    """
+    if not isinstance(spec, Spec):
+        spec = load_spec(spec)
+    if generation is not None:
+        spec = replace(spec, generation=generation)
+    place = free(Path(out))  # before anything takes time
+    check_model(model, Path(out))
+    refuse(weights if weights is not None or not spec.weights else inside(spec.folder, spec.weights, spec.path),
+           "weights")  # fmt: skip
+    tidy(place)
+    known = told(spec, weights)
+    with opened(model, Path(out), spec, known, inputs, architecture, talk, text_only) as (base_of, attached):
+        return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
+                        self_contained, talk)  # fmt: skip
+
+
+def _compile(
+    spec: Spec,
+    base_of: Callable[[str], Base],
+    out: Path,
+    weights: Weights,
+    mode: str | None,
+    verify: bool | str,
+    self_contained: bool,
+    talk: Talk,
+) -> dict[str, Any]:
+    """Compile on a model's base, by variant."""
+    base = base_of("ids")
+    plan = plan_on(spec, base, mode)
+    if base.converted:
+        talk(f"the checkpoint cannot be referenced where it lies: {base.converted}")
+    for line in plan.notes:
+        talk(line)
+    if line := replacing(out, spec, base):
+        talk(line)
+    tensors, source, own = adapter_tensors(plan, base, weights, talk)
+    check_sources(plan, base, own)
+    gates = None
+    if plan.spec.freeze_gates:
+        from peltc.runtime.building.freeze import freeze_for
+
+        talk("measuring gates on the calibration texts")
+        frozen = freeze_for(plan, base, tensors, mode)
+        plan, tensors, gates = frozen.plan, frozen.tensors, frozen.report
+        talk(f"warning: {len(gates['gates'])} gates are frozen; outputs on the calibration texts differ by up to"
+             f" {gates['difference']:.1%} of the largest value")  # fmt: skip
+    embeds = base_of("embeds") if plan.prepends else None
+    staged_bases = {name: base_of(name) for name in stages(base.config)} if spec.generation else {}
+    with staged(out) as folder:
+        manifest = build(plan, base, tensors, folder, embeds=embeds, stages=staged_bases, weights_from=source,
+                         self_contained=self_contained)  # fmt: skip
+        manifest["frozen_gates"] = gates
+        write_manifest(folder, manifest)
+        save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))
+        for entry in manifest["folded"]:
+            if entry["warning"]:
+                talk(
+                    f"warning: storing '{entry['parameter']}' in {base.precision} takes {entry['rounding_loss']:.0%} of"
+                    f" the change; `mode: static` keeps it, and so does `precision: float32`"
+                )
+        if verify:
+            from peltc.runtime.verification.verify import verify_folder
+
+            talk("verifying against PyTorch")
+            step = None if verify is True else verify
+            manifest["verification"] = verify_folder(folder, plan, base, tensors, str(out), step=step)
+            tell_open(manifest["verification"], talk)
+            write_manifest(folder, manifest)
+        for each in (base, *((embeds,) if embeds else ()), *staged_bases.values()):
+            check_unchanged(each.checkpoint.stamps)
+    return manifest
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a live model's attached modules hold and compute."""
+
+    tensors: Mapping[str, Array]
+    mathematics: Mathematics
+
+
+Weights = str | Path | Mapping[str, Array] | Live | None
+
+
+def tell_open(verification: Mapping[str, Any], talk: Talk) -> None:
+    """Say what verification could not do here."""
+    found = verification["arithmetic"]
+    if found and found["status"] == "open":
+        talk(f"warning: the arithmetic in {found['precision']} is not verified, for {', '.join(found['providers'])}"
+             f" cannot compute it: {found['reason']}; `pelt verify --provider` does it where one can")  # fmt: skip
+
+
+@contextmanager
+def opened(
+    model: str | Path | Any,
+    out: Path,
+    spec: Spec,
+    known: Told,
+    inputs: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    talk: Talk = silent,
+    text_only: bool = False,
+) -> Iterator[tuple[Callable[[str], Base], Live | None]]:
+    """How to get a model's base by variant, and the modules that are attached to it. A torch model becomes a folder
+    beside the artifact for as long as it takes, whose files the artifact can link.
+
+    Args:
+        known: what the modules' tensors tell of the model.
+
+    Raises:
+        PeltError: E506 example inputs for a model that has a folder; E410 another library's adapter; E508 a quantised
+            torch model.
+    """
+    if isinstance(model, (str, Path)):
+        if inputs:
+            raise fail("E506", "example inputs are given for a model folder", expected="a torch module with them",
+                       hint="the class of transformers says what it reads")  # fmt: skip
+        found = find_model(model)
+        choice = choice_of(spec, known, read_config(found))
+        yield lambda variant: open_base(found, architecture=architecture, choice=choice, precision=spec.precision,
+                                        variant=variant, text_only=text_only, talk=talk), None  # fmt: skip
+        return
+    refuse(model, "the model")
+    check_live(model)
+    attached = getattr(model, "pelt", None)
+    tensors = Live(attached.tensors(), attached.mathematics) if attached is not None else None
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with staging(out.absolute().parent, MODEL) as folder:
+        if is_known(model) and not inputs:
+            state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
+            model.save_pretrained(folder, state_dict=state)
+            check_choice(spec, type(model).__name__, model.config.to_dict())
+            yield lambda variant: open_base(folder, architecture=architecture, choice=spec.model,
+                                            precision=spec.precision, variant=variant, text_only=text_only,
+                                            talk=talk), tensors  # fmt: skip
+            return
+        from peltc.runtime.training.attach import bare
+
+        module = bare(model)
+        yield lambda variant: module_base(module, inputs, folder, precision=spec.precision, variant=variant,
+                                          text_only=text_only, talk=talk), tensors  # fmt: skip
+
+
+def told(spec: Spec, weights: str | Path | Mapping[str, Array] | None) -> Told:
+    """What the modules' tensors tell of the model, as far as a file or arrays are given."""
+    if isinstance(weights, Mapping):
+        return Told({name: np.shape(array) for name, array in weights.items()})
+    file = weights_file(spec, weights)
+    return Told() if file is None else told_by(file)
+
+
+def told_by(file: Path) -> Told:
+    """What an adapter's file tells of the model."""
+    said = read_provenance(file)
+    labels = said.base.labels if said is not None and said.base is not None else ()
+    return Told({name: tensor.shape for name, tensor in read_header(file).items()}, labels)
+
+
+def weights_file(spec: Spec, weights: str | Path | None) -> Path | None:
+    """The file with the weights: the one given, or the spec's own.
+
+    Raises:
+        PeltError: E406 the spec's leads out of its folder.
+    """
+    if weights is None and spec.weights:
+        return inside(spec.folder, spec.weights, spec.path)
+    return None if weights is None else Path(weights)
+
+
+def adapter_tensors(
+    plan: Plan, base: Base, weights: Weights, talk: Talk
+) -> tuple[dict[str, Array], str, frozenset[str]]:
+    """The adapter's tensors, where they come from, and which stand in place of the spec's own sources.
+
+    Raises:
+        PeltError: what is wrong with the tensors; E408 they were trained with other mathematics than the plan's.
+    """
+    if isinstance(weights, Live):
+        own = mathematics(plan, frozenset(weights.tensors), from_files(plan))
+        if own.digest != weights.mathematics.digest:
+            raise PeltError(other_mathematics(plan, "the model with modules attached", weights.mathematics, own))
+        weights = weights.tensors
+    if isinstance(weights, Mapping):
+        return check_arrays(plan, weights), "arrays", overridden(plan, weights)
+    weights = weights_file(plan.spec, weights)
+    if weights is not None:
+        here = BaseRecord(base.architecture, public_name(str(base.folder)))
+        sentences = check_file(plan, weights, here, stored_samples(base))
+        tensors = load_tensors(plan, weights)
+        for sentence in sentences:
+            talk(f"warning: {sentence}")
+        return tensors, weights.name, overridden(plan, read_header(weights))
+    inside_model = {n.removeprefix(MODULES): t for n, t in base.checkpoint.tensors.items() if n.startswith(MODULES)}
+    if inside_model:  # the model was saved with its modules attached
+        talk("the modules' tensors are those in the checkpoint")
+        digest = inside_model.pop(DIGEST, None)
+        if digest is None:
+            talk(f"warning: {silent_about(base.folder)}")
+        elif np.asarray(digest.array()).tobytes().hex() != whole_digest(plan):
+            raise PeltError(other_mathematics(plan, f"what '{base.folder.name}' holds", None, None))
+        arrays = {n.replace("/", "."): t.array() for n, t in inside_model.items()}
+        return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
+    if plan.tensors:
+        talk("warning: no weights given; the modules have their start values")
+    return start_tensors(plan, base.whole), "start values", frozenset()
+
+
+def kept_provenance(plan: Plan, base: Base, weights: Weights, own: frozenset[str]) -> dict[str, str]:
+    """What the adapter's file in the artifact says of how it was trained: nothing where nobody knows."""
+    held = frozenset(name for name, tensor in plan.tensors.items() if not tensor.source or name in own)
+    trained_on = None
+    if isinstance(weights, Live):
+        trained_on = stored_record(base)
+    elif not isinstance(weights, Mapping) and (file := weights_file(plan.spec, weights)) is not None:
+        said = read_provenance(file)
+        trained_on = said.base if said is not None else None
+    if trained_on is None:
+        return {}
+    return provenance(mathematics(plan, held, from_files(plan)), trained_on).metadata()
+
+
+def sources(plan: Plan, own: frozenset[str]) -> list[str]:
+    """The files that a plan's tensors are read from."""
+    return sorted({t.source for t in plan.tensors.values() if t.name not in own} - {"", START})
+
+
+def check_sources(plan: Plan, base: Base, own: frozenset[str]) -> None:
+    """Whether the files that a spec names can lie in an artifact, under their names.
+
+    Raises:
+        PeltError: E406.
+    """
+    taken = {ADAPTER, MANIFEST, "model.onnx", "model.onnx.data", "export.json", CACHE, *COMPANIONS}
+    taken |= {f"{name}.onnx" for name in GRAPHS}
+    taken |= {file.name for file in base.checkpoint.files}
+    for name in sources(plan, own):
+        if Path(name).is_absolute() or ".." in Path(name).parts or name in taken:
+            raise fail("E406", f"the file '{name}' cannot be kept in the artifact under this name",
+                       Place(plan.spec.path), "a relative path, and none that the artifact uses itself")  # fmt: skip
+
+
+def save_adapter(
+    folder: Path,
+    plan: Plan,
+    tensors: Mapping[str, Array],
+    own: frozenset[str] = frozenset(),
+    copy: bool = False,
+    said: dict[str, str] | None = None,
+) -> None:
+    """Keep the adapter's tensors in the artifact, with what is `said` of how they were trained, and the files that the
+    spec names: it can be verified again."""
+    from safetensors.numpy import save
+
+    kept = [name for name, t in plan.tensors.items() if not t.source or name in own]
+    (folder / ADAPTER).write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in kept}, said or None))
+    for name in sources(plan, own):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link(inside(plan.spec.folder, name, plan.spec.path, "bank.file"), target, copy)
+
+
+def verify(
+    out: str | Path,
+    model: str | Path | Any = None,
+    *,
+    step: str | None = None,
+    providers: Sequence[str] | None = None,
+    talk: Talk = silent,
+) -> dict[str, Any]:
+    """Hold an artifact against PyTorch once more, and write the figures into its manifest.
+
+    Args:
+        model: the base, as a folder, a hub id or a torch model; the checkpoint in the artifact where absent. An
+            artifact of a module that `transformers` does not have needs the module.
+        step: `function` or `arithmetic`, for one of the two steps of half precision; the figures of the other stay.
+        providers: execution providers of the arithmetic in half precision; the CPU's where absent.
+
+    Raises:
+        PeltError: E603 no artifact; E604 an execution provider that is not there; E608 another base; E609 a changed
+            file; E610 the module is needed; E701 to E705 what differs.
+    """
+    from peltc.compiler.artifact import digest
+    from peltc.runtime.verification.verify import verify_folder
+
+    folder = Path(out)
+    manifest = read_manifest(folder)
+    check_record(folder / MANIFEST, manifest)
+    spec = build_spec(parse(manifest["spec"], f"{folder / MANIFEST}"), manifest["spec"])
+    known = manifest["base"]
+    like, architecture = known.get("inputs"), known["architecture"]
+    if like is not None and (model is None or isinstance(model, (str, Path))):
+        raise fail("E610", f"the artifact was compiled from a live torch module, {architecture}", Place(str(folder)),
+                   "the module itself, which no folder holds", "in Python: peltc.verify(out, module)")  # fmt: skip
+    inputs = examples(like) if like else None
+    adapter, place = told_by(folder / ADAPTER), folder if model is None else model
+    text_only = bool(known.get("text_only"))
+    with opened(place, folder, spec, adapter, inputs, architecture, talk, text_only) as (base_of, _):
+        base = base_of("ids")
+        plan = plan_on(spec, base)
+        if base.fingerprint != known["fingerprint"]:
+            what = (
+                f"'{model or out}'" if model is None or isinstance(model, (str, Path)) else f"the {base.architecture}"
+            )
+            raise fail(
+                "E608",
+                f"{what} is not the model that this artifact was compiled from",
+                Place(str(folder)),
+                f"the base with the fingerprint {known['fingerprint'][:12]}...",
+                "" if like is None else "the fingerprint is of weights, code and the versions of the tools",
+            )
+        tensors = load_tensors(plan, folder / ADAPTER)
+        for name, array in tensors.items():
+            if digest(np.ascontiguousarray(array)) != manifest["weights"]["tensors"][name]["sha256"]:
+                raise fail("E609", f"the tensor '{name}' has changed since the artifact was written",
+                           Place(str(folder)))  # fmt: skip
+        found = verify_folder(folder, plan, replace(base, inputs=like), tensors, step=step, providers=providers)
+    if step is not None and (before := manifest["verification"]):
+        found = {key: before.get(key) if value is None else value for key, value in found.items()}
+    manifest["verification"] = found
+    tell_open(found, talk)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def examples(like: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Example inputs of the shapes and types that a manifest tells of."""
+    import torch
+
+    return {n: torch.full(entry["shape"], entry["low"], dtype=getattr(torch, entry["dtype"]))
+            for n, entry in like.items()}  # fmt: skip

@@ -1,0 +1,204 @@
+"""Sessions: an artifact loaded on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.artifact import MANIFEST, read_manifest
+from peltc.compiler.files.integrity import check_record
+from peltc.runtime.running.inputs import NO_LIMITS, check, checked_options, converted, shown, translating
+from peltc.spec.diagnostics import Place, fail
+
+Array = np.ndarray[Any, Any]
+
+
+def providers(wanted: Sequence[str] | None = None) -> list[str]:
+    """Execution providers in order of preference: CUDA where this build and the machine have it, the CPU always.
+
+    Raises:
+        PeltError: E604 a provider that this ONNX Runtime does not have.
+    """
+    import onnxruntime as ort
+
+    available = ort.get_available_providers()
+    if wanted is not None:
+        for name in wanted:
+            if name not in available:
+                raise fail("E604", f"this ONNX Runtime has no {name}", expected=f"one of: {', '.join(available)}")
+        return list(wanted)
+    return [p for p in ("CUDAExecutionProvider",) if p in available and _has_gpu()] + ["CPUExecutionProvider"]
+
+
+def _has_gpu() -> bool:
+    """Whether a CUDA device answers: the GPU build runs on machines without one, and says so on every session."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+class Session:
+    """An artifact, ready to run: `Session("out")(input_ids=..., attention_mask=...)` gives outputs by name.
+
+    Args:
+        folder: what `pelt-compile` wrote.
+        providers: execution providers in order of preference.
+        threads: threads of one operator; ONNX Runtime's choice where absent.
+        spinning: whether idle threads wait busily, which answers sooner and keeps the cores from others.
+
+    Raises:
+        PeltError: E603 no artifact; E604 an execution provider that is not there; E605 ONNX Runtime cannot open it;
+            E621 the base's file is not the one that was compiled.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        spinning: bool = True,
+    ):
+        import onnxruntime as ort
+
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        check_record(self.folder / MANIFEST, self.manifest)
+        self.options = ort.SessionOptions()
+        self.options.log_severity_level = 4  # what goes wrong is raised, and said once
+        if threads is not None:
+            self.options.intra_op_num_threads = threads
+        if not spinning:
+            self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.providers = globals()["providers"](providers)
+        if "decode" not in self.manifest.get("graphs", ()):
+            self.inference  # noqa: B018  # what is wrong with it, now rather than later
+
+    def open(self, file: str) -> Any:
+        """ONNX Runtime's session of one of the artifact's graphs.
+
+        Raises:
+            PeltError: E605 it cannot be opened; E621 the base's file is not the one that was compiled.
+        """
+        import onnxruntime as ort
+
+        check_record(self.folder / MANIFEST, self.manifest)  # a graph may be opened long after the session
+        try:
+            return ort.InferenceSession(str(self.folder / file), self.options, providers=self.providers)
+        except Exception as error:
+            reason = str(error).splitlines()[0][:300]
+            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", Place(str(self.folder))) from None
+
+    @cached_property
+    def inference(self) -> Any:
+        """The session of the graph without a cache; who generates alone never opens it."""
+        return self.open("model.onnx")
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What the model takes, by name."""
+        return {i.name: i for i in self.inference.get_inputs()}
+
+    @property
+    def limits(self) -> Mapping[str, Any]:
+        """What the model's tables allow; nothing is known of it in artifacts of earlier versions."""
+        limits: Mapping[str, Any] = self.manifest.get("limits") or NO_LIMITS
+        return limits
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        """The names of what it gives."""
+        return [o.name for o in self.inference.get_outputs()]
+
+    @cached_property
+    def generator(self) -> Any:
+        """The artifact as a model of `transformers` that generates; it has no parameters of its own.
+
+        Raises:
+            PeltError: E611 the artifact was compiled without generation.
+        """
+        from peltc.runtime.running.generation import open_generator
+
+        return open_generator(self.folder, self.open)
+
+    def generate(self, **options: Any) -> Any:
+        """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
+
+        Args:
+            options: `input_ids` [B, S] and `attention_mask` [B, S], padded on the left for a decoder alone, as torch
+                tensors, arrays or lists; and whatever `generate` takes.
+
+        Returns:
+            What `generate` returns: token ids [B, S], those of the prompt included for a decoder alone.
+
+        Raises:
+            PeltError: E611 the artifact was compiled without generation; E606, E612 to E617 as when called, the length
+                at the token that has no position any more.
+        """
+        return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
+
+    def __call__(self, **inputs: Any) -> dict[str, Array]:
+        """Run the model.
+
+        Args:
+            inputs: arrays [B, S] by input name, torch tensors, or nested lists. A mask that is left out is all ones,
+                token types that are left out are all zeros. Whole numbers of any type become the graph's own; floats
+                are none, whatever their values. A text that the mask hides throughout changes no other text, and what
+                is answered for it itself means nothing.
+
+        Raises:
+            PeltError: E606 an input that the model does not have, one that is missing, or one of the wrong rank; E613
+                inputs that share an axis and differ in it; E614 values that the input's type does not hold; E615 token
+                ids or types that the model's tables do not have; E616 a text that is longer than its positions; E617
+                no text, or an empty one; E612 what ONNX Runtime says besides.
+        """
+        unknown = [name for name in inputs if name not in self.inputs]
+        if unknown:
+            raise fail("E606", f"the model takes no input '{unknown[0]}'", expected=", ".join(self.inputs))
+        feeds = self._filled({name: converted(name, value, self.inputs[name].type)
+                              for name, value in inputs.items() if value is not None})  # fmt: skip
+        check(feeds, {name: self.inputs[name].shape for name in feeds}, self.limits)
+        with translating(shown(feeds), str(self.folder)):
+            results = self.inference.run(None, feeds)
+        return dict(zip(self.outputs, results, strict=True))
+
+    def _filled(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        """Every input in the graph's order, a mask and token types too where they are left out."""
+        feeds = {}
+        for name, spec in self.inputs.items():
+            if name in given:
+                feeds[name] = given[name]
+            elif name in ("attention_mask", "token_type_ids") and "input_ids" in given:
+                ones = np.full(given["input_ids"].shape, int(name == "attention_mask"))
+                feeds[name] = converted(name, ones, spec.type)
+            else:
+                raise fail("E606", f"the input '{name}' is missing", expected=", ".join(self.inputs))
+        return feeds
+
+    def tokenize(self, text: str | Sequence[str]) -> dict[str, Array]:
+        """Inputs from text, by the tokenizer in the artifact.
+
+        Raises:
+            PeltError: E607 the artifact has no tokenizer; E617 no text, or one without tokens.
+        """
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise fail("E607", "the artifact has no tokenizer.json", Place(str(self.folder)),
+                       hint="put the model's tokenizer beside it and compile again")  # fmt: skip
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.enable_padding(length=None)
+        texts = [text] if isinstance(text, str) else list(text)
+        encoded = tokenizer.encode_batch(texts)
+        empty = [i for i, found in enumerate(encoded) if not any(found.attention_mask)]
+        if empty or not encoded:
+            which = f"text {empty[0]}, {texts[empty[0]][:60]!r}, has no tokens" if encoded else "there is no text"
+            raise fail("E617", which, expected="texts of at least one token")
+        found = {
+            "input_ids": np.array([e.ids for e in encoded], np.int64),
+            "attention_mask": np.array([e.attention_mask for e in encoded], np.int64),
+            "token_type_ids": np.array([e.type_ids for e in encoded], np.int64),
+        }
+        return {name: array for name, array in found.items() if name in self.inputs}

@@ -1,0 +1,58 @@
+"""Sessions of an artifact's graphs in another form, over the artifact's own bytes; nothing is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peltc.runtime.running.session import Session
+from peltc.spec.diagnostics import Place, fail
+
+FILES = "session.model_external_initializers_file_folder_path"
+"""The option of ONNX Runtime that says where a graph from memory has its weights."""
+
+
+class Rewritten(Session):
+    """An artifact whose graphs are changed before they are opened."""
+
+    def rewrite(self, model: Any) -> None:
+        """Change a graph in place."""
+        raise NotImplementedError
+
+    def open(self, file: str) -> Any:
+        import onnx_ir as ir
+        import onnxruntime as ort
+
+        model = ir.load(self.folder / file)
+        self.rewrite(model)
+        self.options.add_session_config_entry(FILES, str(self.folder.absolute()))
+        content = ir.to_proto(model).SerializeToString()
+        try:
+            return ort.InferenceSession(content, self.options, providers=self.providers)
+        except Exception as error:
+            reason = str(error).splitlines()[0][:300]
+            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", Place(str(self.folder))) from None
+
+
+class Widened(Rewritten):
+    """An artifact in half precision that computes in float32.
+
+    ONNX Runtime leaves the graph as it is: weights are cast and turned when they are needed, one at a time, so that
+    none is in memory in float32 for longer.
+    """
+
+    def rewrite(self, model: Any) -> None:
+        import onnxruntime as ort
+
+        from peltc.compiler.graphs.wide import widen
+
+        widen(model)
+        self.options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+
+class Exposed(Rewritten):
+    """An artifact in half precision that computes as it does, and takes and gives float32: numpy has no bfloat16."""
+
+    def rewrite(self, model: Any) -> None:
+        from peltc.compiler.graphs.wide import expose
+
+        expose(model)
