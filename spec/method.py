@@ -9,7 +9,9 @@ from typing import Any
 
 from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, nearest, one_of
 from peltc.spec.document import Document
-from peltc.spec.formula.language import Call, Expr, Interpreter, Name, calls, names, parse
+from peltc.spec.formula.interpreter import Interpreter
+from peltc.spec.formula.reader import parse
+from peltc.spec.formula.syntax import Call, Expr, Name, calls, names
 from peltc.spec.shelf import Shelf
 
 KINDS = ("linear", "norm", "attention", "block", "embedding")

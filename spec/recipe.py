@@ -9,7 +9,8 @@ from functools import cache
 from typing import Any
 
 from peltc.spec.document import Document
-from peltc.spec.formula.language import Interpreter, parse
+from peltc.spec.formula.interpreter import Interpreter
+from peltc.spec.formula.reader import parse
 from peltc.spec.method import Option
 from peltc.spec.shelf import Shelf
 

@@ -11,18 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from peltc.spec.formula.functions import FUNCTIONS, REQUIRED
-from peltc.spec.formula.language import (
-    STATIC,
-    Call,
-    Conditional,
-    Expr,
-    FormulaError,
-    Items,
-    Name,
-    Number,
-    Text,
-    static_call,
-)
+from peltc.spec.formula.interpreter import STATIC, FormulaError, static_call
+from peltc.spec.formula.syntax import Call, Conditional, Expr, Items, Name, Number, Text
 
 PLACES = ("index", "count", "layer", "layers", "role", "roles")
 """Constants that number an attachment's sites; they stay names, for the sites decide them."""

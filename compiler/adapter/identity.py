@@ -14,7 +14,7 @@ import numpy as np
 from peltc.compiler.adapter.mathematics import spread
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.checkpoint import DTYPES, is_float
-from peltc.spec.formula.language import shown
+from peltc.spec.formula.syntax import shown
 
 PARAMETERS, ELEMENTS = 64, 4
 MAX_NAME = 200

@@ -18,7 +18,7 @@ import numpy as np
 
 from peltc.compiler.adapter.canonical import PLACES, Settler, text
 from peltc.compiler.plan.claims import Claim, Plan, Tensor
-from peltc.spec.formula.language import Text, names
+from peltc.spec.formula.syntax import Text, names
 from peltc.spec.method import START
 from peltc.spec.specification import Attachment
 

@@ -16,7 +16,7 @@ from peltc.compiler.adapter.weights import inside
 from peltc.compiler.files.checkpoint import StoredTensor, read_header, read_metadata
 from peltc.compiler.plan.claims import Plan, Tensor
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
-from peltc.spec.formula.language import shown
+from peltc.spec.formula.syntax import shown
 from peltc.spec.specification import Attachment
 
 KEY, VERSION = "pelt.provenance", 1

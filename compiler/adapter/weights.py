@@ -15,7 +15,7 @@ from peltc.compiler.interpreters.numeric import start_value
 from peltc.compiler.plan.claims import Claim, Plan, Tensor
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.foreign import refuse
-from peltc.spec.formula.language import Deferred, EvaluationError
+from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.interpreters.check import site_shapes
 from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import START, initialiser

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.interpreters.numeric import NumericInterpreter, linear
-from peltc.spec.formula.language import FormulaError, is_static
+from peltc.spec.formula.interpreter import FormulaError, is_static
 
 Array = np.ndarray[Any, Any]
 

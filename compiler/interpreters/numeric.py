@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from peltc.spec.formula.language import Expr, FormulaError, Interpreter, Number
+from peltc.spec.formula.interpreter import FormulaError, Interpreter
+from peltc.spec.formula.syntax import Expr, Number
 from peltc.spec.method import initialiser
 
 Array = np.ndarray[Any, Any]

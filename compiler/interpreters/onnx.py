@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from peltc.compiler.graphs.wide import HALF
 from peltc.compiler.interpreters.numeric import EPSILON, HIDDEN, PASSING, NumericInterpreter, OneHot, looked_up
-from peltc.spec.formula.language import FormulaError, is_static
+from peltc.spec.formula.interpreter import FormulaError, is_static
 
 Array = np.ndarray[Any, Any]
 

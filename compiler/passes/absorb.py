@@ -19,7 +19,7 @@ from peltc.compiler.interpreters.affine import Affine, AffineInterpreter, Map
 from peltc.compiler.interpreters.numeric import NumericInterpreter, OneHot
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
-from peltc.spec.formula.language import Deferred
+from peltc.spec.formula.interpreter import Deferred
 from peltc.spec.method import ROLES
 
 Array = np.ndarray[Any, Any]

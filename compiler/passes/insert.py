@@ -24,7 +24,8 @@ from peltc.compiler.interpreters.onnx import Emitter, OnnxInterpreter, clone_bet
 from peltc.compiler.plan.claims import LEVELS, Claim
 from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import fail
-from peltc.spec.formula.language import Call, Deferred, Expr, Name, names
+from peltc.spec.formula.interpreter import Deferred
+from peltc.spec.formula.syntax import Call, Expr, Name, names
 from peltc.spec.method import ROLES, RUNTIME_NAMES
 
 Array = np.ndarray[Any, Any]

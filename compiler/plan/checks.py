@@ -10,7 +10,7 @@ from peltc.compiler.plan.findings import Findings, at
 from peltc.compiler.plan.tables import not_of_ids
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import one_of
-from peltc.spec.formula.language import EvaluationError
+from peltc.spec.formula.interpreter import EvaluationError
 from peltc.spec.interpreters.check import fits, joined, normalised, readable, site_shapes
 from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
 from peltc.spec.interpreters.shapes import tensor as as_tensor

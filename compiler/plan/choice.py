@@ -8,7 +8,7 @@ from typing import Any
 
 from peltc.compiler.base.source import vocabulary_of
 from peltc.spec.diagnostics import Place, fail
-from peltc.spec.formula.language import Name
+from peltc.spec.formula.syntax import Name
 from peltc.spec.specification import ModelChoice, Spec
 
 HEAD, TABLE = "head", "embedding.word"

@@ -14,7 +14,8 @@ import numpy as np
 
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.formula.dims import Dim, simplify
-from peltc.spec.formula.language import Call, Conditional, Deferred, EvaluationError, Expr, Name, walk
+from peltc.spec.formula.interpreter import Deferred, EvaluationError
+from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, walk
 from peltc.spec.interpreters.check import site_shapes
 from peltc.spec.interpreters.cost import Cost, cost_of
 from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter

@@ -12,7 +12,7 @@ from peltc.compiler.interpreters.affine import Affine, AffineInterpreter, NotAff
 from peltc.compiler.plan.claims import LEVELS, Claim
 from peltc.compiler.plan.tables import depends_on_id_alone
 from peltc.compiler.survey.anatomy import Anatomy, Site
-from peltc.spec.formula.language import Deferred, EvaluationError, is_static
+from peltc.spec.formula.interpreter import Deferred, EvaluationError, is_static
 from peltc.spec.method import ROLES
 
 

@@ -18,7 +18,7 @@ from itertools import combinations
 
 from peltc.compiler.plan.claims import Claim
 from peltc.spec.diagnostics import Diagnostic, Place
-from peltc.spec.formula.language import Call, Expr, Name
+from peltc.spec.formula.syntax import Call, Expr, Name
 from peltc.spec.specification import Attachment
 
 STAGE = {"input": 0, "weight": 1, "bias": 1, "delta": 2, "output": 2}

@@ -17,7 +17,8 @@ from peltc.compiler.plan.tables import depends_on_id_alone
 from peltc.compiler.survey.anatomy import Anatomy, Site
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.formula.dims import Dim, shape_text, simplify
-from peltc.spec.formula.language import EvaluationError, Expr, Name
+from peltc.spec.formula.interpreter import EvaluationError
+from peltc.spec.formula.syntax import Expr, Name
 from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import Parameter
 from peltc.spec.specification import Attachment, Spec

@@ -16,7 +16,7 @@ from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place
-from peltc.spec.formula.language import Deferred, EvaluationError
+from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.method import ROLES
 from peltc.spec.specification import Spec
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from peltc.compiler.interpreters.numeric import NumericInterpreter, OneHot
 from peltc.compiler.plan.claims import Claim
-from peltc.spec.formula.language import EvaluationError
+from peltc.spec.formula.interpreter import EvaluationError
 
 Array = np.ndarray[Any, Any]
 TRIED = 3

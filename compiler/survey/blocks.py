@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from peltc.compiler.graphs.flow import Flow, Linear, Norm, last_size, rank
 from peltc.compiler.survey.anatomy import Rows
-from peltc.compiler.survey.cores import Core, bends, holder, nearest_linear, owned_features
+from peltc.compiler.survey.cores import Core
+from peltc.compiler.survey.owned import bends, holder, nearest_linear, owned_features
 from peltc.compiler.survey.probe import ranges
 
 SCALES = {"Mul", "Div", "Cast", "Identity"}

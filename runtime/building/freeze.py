@@ -23,7 +23,7 @@ from peltc.runtime.verification.answers import reference
 from peltc.runtime.verification.verify import load_model
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import dump, parse
-from peltc.spec.formula.language import Name
+from peltc.spec.formula.syntax import Name
 from peltc.spec.specification import Spec, build_spec
 
 Array = np.ndarray[Any, Any]

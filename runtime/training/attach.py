@@ -41,7 +41,7 @@ from peltc.runtime.training.saving import describe_base, digest_tensor, live_sam
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.foreign import refuse
 from peltc.spec.formula.dims import Dim
-from peltc.spec.formula.language import Deferred
+from peltc.spec.formula.interpreter import Deferred
 from peltc.spec.method import ROLES
 from peltc.spec.specification import Spec, load_spec
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from peltc.compiler.interpreters.numeric import EPSILON, HIDDEN, PASSING, OneHot, looked_up
-from peltc.spec.formula.language import FormulaError, Interpreter
+from peltc.spec.formula.interpreter import FormulaError, Interpreter
 
 Tensor = torch.Tensor
 

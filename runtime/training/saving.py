@@ -16,7 +16,7 @@ from peltc.compiler.adapter.mathematics import spread
 from peltc.compiler.base.live import is_known
 from peltc.compiler.plan.claims import Plan, walk_resolved
 from peltc.compiler.survey.anatomy import Anatomy, Site
-from peltc.spec.formula.language import Name
+from peltc.spec.formula.syntax import Name
 from peltc.spec.method import ROLES, shipped
 
 MODULES = "pelt."

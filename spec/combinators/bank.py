@@ -21,7 +21,7 @@ from peltc.spec.combinators.combinator import (
     starts_at_zero,
 )  # fmt: skip
 from peltc.spec.diagnostics import Place
-from peltc.spec.formula.language import Number
+from peltc.spec.formula.syntax import Number
 from peltc.spec.method import START, Method, Parameter, initialiser
 
 LETTERS = "abcdefghijklm"

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peltc.spec.diagnostics import Place, fail
-from peltc.spec.formula.language import Call, Expr, Name, Number, names, parse, walk
+from peltc.spec.formula.reader import parse
+from peltc.spec.formula.syntax import Call, Expr, Name, Number, names, walk
 from peltc.spec.method import INITIALISERS, NAMES, Method, Option, Parameter, initialiser
 
 Settings = Mapping[str, Any]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, option, refused
 from peltc.spec.diagnostics import Place
-from peltc.spec.formula.language import Call, Conditional, Expr, Name, names
+from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, names
 from peltc.spec.method import NAMES, Method, Parameter
 
 READS = {"linear": "x", "norm": "x", "block": "y", "attention": "x"}

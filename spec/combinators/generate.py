@@ -10,7 +10,7 @@ from dataclasses import replace
 from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, number, option, refused
 from peltc.spec.combinators.prototype import product
 from peltc.spec.diagnostics import Place
-from peltc.spec.formula.language import Call, Expr, Items, Number
+from peltc.spec.formula.syntax import Call, Expr, Items, Number
 from peltc.spec.method import Method, Parameter, initialiser
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, number, option, refused
 from peltc.spec.diagnostics import Place
-from peltc.spec.formula.language import Call, Expr, Items
+from peltc.spec.formula.syntax import Call, Expr, Items
 from peltc.spec.method import Method
 
 

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from peltc.spec.formula.dims import Dim
-from peltc.spec.formula.language import Deferred, Expr
+from peltc.spec.formula.interpreter import Deferred
+from peltc.spec.formula.syntax import Expr
 from peltc.spec.interpreters.check import site_shapes
 from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from peltc.spec.formula.dims import Dim, Size, product, same, shape_text, simplify
 from peltc.spec.formula.functions import ACTIVATIONS, COMPILE_TIME
-from peltc.spec.formula.language import FormulaError, Interpreter
+from peltc.spec.formula.interpreter import FormulaError, Interpreter
 
 MAX_ELEMENTS = 2**31
 BATCH, POSITIONS = frozenset("B"), frozenset("ST")

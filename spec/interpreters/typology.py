@@ -18,16 +18,8 @@ from typing import Any
 
 from peltc.spec.formula.dims import Dim
 from peltc.spec.formula.functions import ACTIVATIONS
-from peltc.spec.formula.language import (
-    Conditional,
-    Deferred,
-    EvaluationError,
-    Expr,
-    Interpreter,
-    Number,
-    Undecided,
-    is_static,
-)
+from peltc.spec.formula.interpreter import Deferred, EvaluationError, Interpreter, Undecided, is_static
+from peltc.spec.formula.syntax import Conditional, Expr, Number
 from peltc.spec.method import NAMES, RUNTIME_NAMES, Method, Parameter
 from peltc.spec.specification import Attachment
 

@@ -25,7 +25,7 @@ from peltc.runtime.running.session import Session
 from peltc.runtime.training.attach import attach_plan
 from peltc.runtime.verification.verify import TOLERANCE, load_model
 from peltc.spec.diagnostics import PeltError
-from peltc.spec.formula.language import calls
+from peltc.spec.formula.syntax import calls
 from peltc.spec.interpreters.check import check_formulas
 from peltc.spec.specification import load_spec
 

@@ -26,7 +26,7 @@ from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.runtime.running.session import Session
 from peltc.runtime.verification.verify import TOLERANCE
-from peltc.spec.formula.language import Name
+from peltc.spec.formula.syntax import Name
 from peltc.spec.specification import load_spec
 
 Array = np.ndarray[Any, Any]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from peltc.compiler.interpreters.affine import Affine, AffineInterpreter, Map, NotAffine
 from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.spec.formula.functions import FUNCTIONS
-from peltc.spec.formula.language import EvaluationError, parse
+from peltc.spec.formula.interpreter import EvaluationError
+from peltc.spec.formula.reader import parse
 
 Array = np.ndarray[Any, Any]
 INPUTS, OUTPUTS, RANK = 5, 7, 2

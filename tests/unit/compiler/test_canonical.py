@@ -13,7 +13,7 @@ from peltc.compiler.adapter.identity import Sample, pick, public_name
 from peltc.compiler.adapter.mathematics import spans, spread
 from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.spec.formula.functions import FUNCTIONS
-from peltc.spec.formula.language import parse
+from peltc.spec.formula.reader import parse
 
 
 def settled(formula: str, **constants: Any) -> str:

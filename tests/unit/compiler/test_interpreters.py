@@ -22,7 +22,9 @@ from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.interpreters.onnx import Emitter, OnnxInterpreter
 from peltc.runtime.training.interpreter import TorchInterpreter
 from peltc.spec.formula.functions import ACTIVATIONS, COMPILE_TIME, FUNCTIONS
-from peltc.spec.formula.language import EvaluationError, calls, parse
+from peltc.spec.formula.interpreter import EvaluationError
+from peltc.spec.formula.reader import parse
+from peltc.spec.formula.syntax import calls
 from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
 
 Array = np.ndarray[Any, Any]

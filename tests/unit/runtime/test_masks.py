@@ -15,7 +15,7 @@ from torch import nn
 import peltc
 from peltc.compiler.interpreters.numeric import top_k_mask
 from peltc.runtime.training.interpreter import TorchInterpreter
-from peltc.spec.formula.language import parse
+from peltc.spec.formula.reader import parse
 
 N, K, SIZE = 9, 4, 4
 BANK = {"method": "bottleneck", "at": "feed_forward.block", "size": SIZE, "bank": {"size": N, "k": K}}

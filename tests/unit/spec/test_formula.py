@@ -11,30 +11,17 @@ from hypothesis import strategies as st
 from peltc.spec.diagnostics import PeltError, Place
 from peltc.spec.formula.dims import Dim
 from peltc.spec.formula.functions import FUNCTIONS
-from peltc.spec.formula.language import (
-    MAX_CHARACTERS,
-    MAX_DEPTH,
+from peltc.spec.formula.interpreter import (
     MAX_EXPONENT,
-    MAX_NODES,
-    MAX_SHOWN,
     STATIC,
-    Call,
-    Conditional,
     Deferred,
     EvaluationError,
     Interpreter,
-    Items,
-    Name,
-    Number,
-    Text,
     Undecided,
-    calls,
     is_static,
-    names,
-    parse,
-    shown,
-    walk,
 )
+from peltc.spec.formula.reader import MAX_CHARACTERS, MAX_DEPTH, MAX_NODES, parse
+from peltc.spec.formula.syntax import MAX_SHOWN, Call, Conditional, Items, Name, Number, Text, calls, names, shown, walk
 
 
 def refusal(text: str, *functions: str) -> str:

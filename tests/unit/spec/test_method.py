@@ -12,7 +12,8 @@ import yaml
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.document import parse
 from peltc.spec.formula.dims import Dim
-from peltc.spec.formula.language import FormulaError, Name, Number
+from peltc.spec.formula.interpreter import FormulaError
+from peltc.spec.formula.syntax import Name, Number
 from peltc.spec.interpreters.check import check_formulas, check_method, fits, site_shapes
 from peltc.spec.interpreters.shapes import Shape
 from peltc.spec.method import EFFECTS, KINDS, NAMES, Method, build, initialiser, shipped

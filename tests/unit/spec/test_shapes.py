@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from peltc.spec.formula.dims import Dim, shape_text
 from peltc.spec.formula.functions import COMPILE_TIME, FUNCTIONS
-from peltc.spec.formula.language import EvaluationError, FormulaError, calls, parse
+from peltc.spec.formula.interpreter import EvaluationError, FormulaError
+from peltc.spec.formula.reader import parse
+from peltc.spec.formula.syntax import calls
 from peltc.spec.interpreters.shapes import MAX_ELEMENTS, Shape, ShapeInterpreter, axis_index, broadcast, tensor
 
 B, S, D = Dim.of("B"), Dim.of("S"), Dim.of("d")
