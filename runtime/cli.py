@@ -220,7 +220,7 @@ def sites(
         base = open_base(model, architecture=architecture, text_only=text_only, talk=talk)
     anatomy = base.anatomy
     if svg:
-        from peltc.compiler.survey.picture import draw
+        from peltc.compiler.picture.drawing import draw
 
         Path(svg).write_text(draw(anatomy, f"{base.architecture}"), encoding="utf-8")
     if as_json:

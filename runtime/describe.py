@@ -9,9 +9,9 @@ from math import ceil, prod
 from pathlib import Path
 
 from peltc.compiler.adapter.profile import packed
+from peltc.compiler.picture.drawing import Attached, draw
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import Anatomy
-from peltc.compiler.survey.picture import Attached, draw
 from peltc.runtime.building.compile import Talk, plan_for, silent
 from peltc.spec.diagnostics import fail, nearest, one_of
 from peltc.spec.interpreters.check import check_formulas

@@ -76,7 +76,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_picture_is_up_to_date(model_folder: Callable[..., Path]) -> None:
     """`pelt sites MODEL --svg examples/anatomy.svg` draws it, MODEL being MiniLM."""
-    from peltc.compiler.survey.picture import draw
+    from peltc.compiler.picture.drawing import draw
 
     drawn = draw(peltc.survey(model_folder("minilm")), "BertModel")
     assert drawn == (ROOT / "examples/anatomy.svg").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
 from peltc.compiler.graphs.wide import ROUNDED
-from peltc.compiler.interpreters.onnx import replace_uses
+from peltc.compiler.interpreters.emitter import replace_uses
 
 
 def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], table: Base | None = None) -> None:

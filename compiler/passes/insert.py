@@ -19,8 +19,9 @@ import onnx_ir as ir
 
 from peltc.compiler.graphs.flow import last_size
 from peltc.compiler.graphs.wide import HALF
+from peltc.compiler.interpreters.emitter import Emitter, clone_between, replace_uses
 from peltc.compiler.interpreters.numeric import NumericInterpreter, OneHot
-from peltc.compiler.interpreters.onnx import Emitter, OnnxInterpreter, clone_between, replace_uses
+from peltc.compiler.interpreters.onnx import OnnxInterpreter
 from peltc.compiler.plan.claims import LEVELS, Claim
 from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import fail

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from peltc.compiler.base.base import Base
+from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 from peltc.compiler.interpreters.numeric import NumericInterpreter
-from peltc.compiler.interpreters.onnx import Emitter, replace_uses
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 

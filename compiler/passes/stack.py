@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.interpreters.onnx import Emitter, replace_uses
+from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 
 MARK = "pelt.attachment"
 UNARY = {"Sigmoid", "Tanh", "Relu", "Gelu", "Neg", "Exp", "Abs", "Sqrt"}

@@ -12,8 +12,9 @@ from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import one_of
 from peltc.spec.formula.interpreter import EvaluationError
 from peltc.spec.interpreters.check import fits, joined, normalised, readable, site_shapes
-from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
-from peltc.spec.interpreters.shapes import tensor as as_tensor
+from peltc.spec.interpreters.shape import Shape
+from peltc.spec.interpreters.shape import tensor as as_tensor
+from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import NAMES, RUNTIME_NAMES
 from peltc.spec.specification import Attachment, Spec
 

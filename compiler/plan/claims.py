@@ -18,8 +18,9 @@ from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, walk
 from peltc.spec.interpreters.check import site_shapes
 from peltc.spec.interpreters.cost import Cost, cost_of
-from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
-from peltc.spec.interpreters.shapes import tensor as as_tensor
+from peltc.spec.interpreters.shape import Shape
+from peltc.spec.interpreters.shape import tensor as as_tensor
+from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import NAMES, RUNTIME_NAMES, Method
 from peltc.spec.specification import Spec
 

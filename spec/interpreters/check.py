@@ -10,7 +10,8 @@ from peltc.spec.diagnostics import Diagnostic, PeltError
 from peltc.spec.formula.dims import Dim, Size, same, shape_text
 from peltc.spec.formula.interpreter import Deferred, EvaluationError, FormulaError, Undecided
 from peltc.spec.formula.syntax import Expr, shown
-from peltc.spec.interpreters.shapes import POSITIONS, Shape, ShapeInterpreter, broadcast, named, tensor
+from peltc.spec.interpreters.shape import POSITIONS, Shape, broadcast, named, tensor
+from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import RUNTIME_NAMES, Method, Parameter, initialiser
 from peltc.spec.specification import Spec
 

@@ -15,7 +15,8 @@ from peltc.spec.formula.dims import Dim
 from peltc.spec.formula.interpreter import Deferred
 from peltc.spec.formula.syntax import Expr
 from peltc.spec.interpreters.check import site_shapes
-from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
+from peltc.spec.interpreters.shape import Shape
+from peltc.spec.interpreters.shapes import ShapeInterpreter
 
 
 @dataclass(frozen=True)

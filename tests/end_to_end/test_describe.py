@@ -225,7 +225,7 @@ def test_picture_tells_layers_apart(model_folder: Folder) -> None:
 
 def test_picture_without_modules_is_that_of_sites(model_folder: Folder) -> None:
     """Marking modules changes nothing in the picture of a bare model."""
-    from peltc.compiler.survey.picture import draw
+    from peltc.compiler.picture.drawing import draw
 
     report = on(model_folder("bert"), LORA)
     assert "ink" not in draw(report.anatomy, "BERT") and "ink0" in report.picture()

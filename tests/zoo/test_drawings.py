@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from peltc.compiler.base.live import survey_model
+from peltc.compiler.picture.drawing import draw
 from peltc.compiler.survey.anatomy import Anatomy
-from peltc.compiler.survey.picture import draw
 from peltc.runtime.cli import run
 
 sys.path.insert(0, str(Path(__file__).parent))

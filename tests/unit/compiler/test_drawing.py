@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
+from peltc.compiler.picture.drawing import draw
 from peltc.compiler.survey.anatomy import Anatomy, Rows, Site
-from peltc.compiler.survey.picture import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '</text><script>alert(1)</script>&lt;"\x00\x1b\ud800\ufffe\u202e]]>' * 3

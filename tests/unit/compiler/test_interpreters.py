@@ -18,14 +18,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.interpreters.numeric import NumericInterpreter
-from peltc.compiler.interpreters.onnx import Emitter, OnnxInterpreter
+from peltc.compiler.interpreters.onnx import OnnxInterpreter
 from peltc.runtime.training.interpreter import TorchInterpreter
 from peltc.spec.formula.functions import ACTIVATIONS, COMPILE_TIME, FUNCTIONS
 from peltc.spec.formula.interpreter import EvaluationError
 from peltc.spec.formula.reader import parse
 from peltc.spec.formula.syntax import calls
-from peltc.spec.interpreters.shapes import Shape, ShapeInterpreter
+from peltc.spec.interpreters.shape import Shape
+from peltc.spec.interpreters.shapes import ShapeInterpreter
 
 Array = np.ndarray[Any, Any]
 TOLERANCE = 1e-6

@@ -15,7 +15,7 @@ from peltc.spec.formula.dims import Dim
 from peltc.spec.formula.interpreter import FormulaError
 from peltc.spec.formula.syntax import Name, Number
 from peltc.spec.interpreters.check import check_formulas, check_method, fits, site_shapes
-from peltc.spec.interpreters.shapes import Shape
+from peltc.spec.interpreters.shape import Shape
 from peltc.spec.method import EFFECTS, KINDS, NAMES, Method, build, initialiser, shipped
 from peltc.spec.specification import load_spec
 

@@ -13,7 +13,8 @@ from peltc.spec.formula.functions import COMPILE_TIME, FUNCTIONS
 from peltc.spec.formula.interpreter import EvaluationError, FormulaError
 from peltc.spec.formula.reader import parse
 from peltc.spec.formula.syntax import calls
-from peltc.spec.interpreters.shapes import MAX_ELEMENTS, Shape, ShapeInterpreter, axis_index, broadcast, tensor
+from peltc.spec.interpreters.shape import MAX_ELEMENTS, Shape, axis_index, broadcast, tensor
+from peltc.spec.interpreters.shapes import ShapeInterpreter
 
 B, S, D = Dim.of("B"), Dim.of("S"), Dim.of("d")
 SCOPE: dict[str, Any] = {

@@ -11,7 +11,8 @@ import yaml
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.document import parse
-from peltc.spec.interpreters.typology import PROPERTIES, counted, row_at, row_of, selected, workspace
+from peltc.spec.interpreters.typology import PROPERTIES, row_at, row_of
+from peltc.spec.interpreters.workspace import counted, selected, workspace
 from peltc.spec.method import build, shipped
 from peltc.spec.specification import Attachment, load_spec
 

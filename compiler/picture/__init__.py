@@ -1,0 +1,1 @@
+"""The picture of a model and of the modules in it."""
