@@ -12,7 +12,8 @@ from peltc.compiler.adapter.profile import packed
 from peltc.compiler.picture.drawing import Attached, draw
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import Anatomy
-from peltc.runtime.building.compile import Talk, plan_for, silent
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.building.trained import Talk, silent
 from peltc.spec.diagnostics import fail, nearest, one_of
 from peltc.spec.interpreters.check import check_formulas
 from peltc.spec.interpreters.cost import Cost

@@ -2,67 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peltc.compiler.adapter.identity import BaseRecord, public_name, stored_record, stored_samples
-from peltc.compiler.adapter.mathematics import Mathematics, mathematics, whole_digest
-from peltc.compiler.adapter.provenance import (
-    DIGEST,
-    check_file,
-    from_files,
-    other_mathematics,
-    provenance,
-    read_provenance,
-    silent_about,
-)
-from peltc.compiler.adapter.weights import check_arrays, inside, load_tensors, overridden, start_tensors
+from peltc.compiler.adapter.weights import inside, load_tensors
 from peltc.compiler.artifact import (
-    CACHE,
-    COMPANIONS,
     MANIFEST,
-    MODEL,
     free,
-    link,
     read_manifest,
     staged,
     tidy,
     write_manifest,
 )  # fmt: skip
 from peltc.compiler.base.base import Base
-from peltc.compiler.base.live import is_known, module_base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
-from peltc.compiler.export.exported import GRAPHS, stages
-from peltc.compiler.export.refusals import check_live
-from peltc.compiler.files.checkpoint import read_header
+from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
-from peltc.compiler.files.staging import staging
 from peltc.compiler.pipeline import build
-from peltc.compiler.plan.choice import Told, check_choice, choice_of
+from peltc.compiler.plan.choice import choice_of
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.provided import plan_on
-from peltc.spec.diagnostics import PeltError, Place, fail
+from peltc.runtime.building.opened import opened
+from peltc.runtime.building.trained import (
+    ADAPTER,
+    Array,
+    Talk,
+    Weights,
+    adapter_tensors,
+    check_sources,
+    kept_provenance,
+    save_adapter,
+    silent,
+    told,
+    told_by,
+)
+from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
 from peltc.spec.foreign import refuse
-from peltc.spec.method import START
 from peltc.spec.specification import Spec, build_spec, load_spec
-
-Array = np.ndarray[Any, Any]
-Talk = Callable[[str], None]
-ADAPTER = "adapter.safetensors"
-MODULES = "pelt."
-"""What the names of attached modules' tensors start with in a torch model's own state."""
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
 
 
 def plan_for(
@@ -201,192 +184,12 @@ def _compile(
     return manifest
 
 
-@dataclass(frozen=True)
-class Live:
-    """What a live model's attached modules hold and compute."""
-
-    tensors: Mapping[str, Array]
-    mathematics: Mathematics
-
-
-Weights = str | Path | Mapping[str, Array] | Live | None
-
-
 def tell_open(verification: Mapping[str, Any], talk: Talk) -> None:
     """Say what verification could not do here."""
     found = verification["arithmetic"]
     if found and found["status"] == "open":
         talk(f"warning: the arithmetic in {found['precision']} is not verified, for {', '.join(found['providers'])}"
              f" cannot compute it: {found['reason']}; `pelt verify --provider` does it where one can")  # fmt: skip
-
-
-@contextmanager
-def opened(
-    model: str | Path | Any,
-    out: Path,
-    spec: Spec,
-    known: Told,
-    inputs: Mapping[str, Any] | None = None,
-    architecture: str | None = None,
-    talk: Talk = silent,
-    text_only: bool = False,
-) -> Iterator[tuple[Callable[[str], Base], Live | None]]:
-    """How to get a model's base by variant, and the modules that are attached to it. A torch model becomes a folder
-    beside the artifact for as long as it takes, whose files the artifact can link.
-
-    Args:
-        known: what the modules' tensors tell of the model.
-
-    Raises:
-        PeltError: E506 example inputs for a model that has a folder; E410 another library's adapter; E508 a quantised
-            torch model.
-    """
-    if isinstance(model, (str, Path)):
-        if inputs:
-            raise fail("E506", "example inputs are given for a model folder", expected="a torch module with them",
-                       hint="the class of transformers says what it reads")  # fmt: skip
-        found = find_model(model)
-        choice = choice_of(spec, known, read_config(found))
-        yield lambda variant: open_base(found, architecture=architecture, choice=choice, precision=spec.precision,
-                                        variant=variant, text_only=text_only, talk=talk), None  # fmt: skip
-        return
-    refuse(model, "the model")
-    check_live(model)
-    attached = getattr(model, "pelt", None)
-    tensors = Live(attached.tensors(), attached.mathematics) if attached is not None else None
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with staging(out.absolute().parent, MODEL) as folder:
-        if is_known(model) and not inputs:
-            state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
-            model.save_pretrained(folder, state_dict=state)
-            check_choice(spec, type(model).__name__, model.config.to_dict())
-            yield lambda variant: open_base(folder, architecture=architecture, choice=spec.model,
-                                            precision=spec.precision, variant=variant, text_only=text_only,
-                                            talk=talk), tensors  # fmt: skip
-            return
-        from peltc.runtime.training.attach import bare
-
-        module = bare(model)
-        yield lambda variant: module_base(module, inputs, folder, precision=spec.precision, variant=variant,
-                                          text_only=text_only, talk=talk), tensors  # fmt: skip
-
-
-def told(spec: Spec, weights: str | Path | Mapping[str, Array] | None) -> Told:
-    """What the modules' tensors tell of the model, as far as a file or arrays are given."""
-    if isinstance(weights, Mapping):
-        return Told({name: np.shape(array) for name, array in weights.items()})
-    file = weights_file(spec, weights)
-    return Told() if file is None else told_by(file)
-
-
-def told_by(file: Path) -> Told:
-    """What an adapter's file tells of the model."""
-    said = read_provenance(file)
-    labels = said.base.labels if said is not None and said.base is not None else ()
-    return Told({name: tensor.shape for name, tensor in read_header(file).items()}, labels)
-
-
-def weights_file(spec: Spec, weights: str | Path | None) -> Path | None:
-    """The file with the weights: the one given, or the spec's own.
-
-    Raises:
-        PeltError: E406 the spec's leads out of its folder.
-    """
-    if weights is None and spec.weights:
-        return inside(spec.folder, spec.weights, spec.path)
-    return None if weights is None else Path(weights)
-
-
-def adapter_tensors(
-    plan: Plan, base: Base, weights: Weights, talk: Talk
-) -> tuple[dict[str, Array], str, frozenset[str]]:
-    """The adapter's tensors, where they come from, and which stand in place of the spec's own sources.
-
-    Raises:
-        PeltError: what is wrong with the tensors; E408 they were trained with other mathematics than the plan's.
-    """
-    if isinstance(weights, Live):
-        own = mathematics(plan, frozenset(weights.tensors), from_files(plan))
-        if own.digest != weights.mathematics.digest:
-            raise PeltError(other_mathematics(plan, "the model with modules attached", weights.mathematics, own))
-        weights = weights.tensors
-    if isinstance(weights, Mapping):
-        return check_arrays(plan, weights), "arrays", overridden(plan, weights)
-    weights = weights_file(plan.spec, weights)
-    if weights is not None:
-        here = BaseRecord(base.architecture, public_name(str(base.folder)))
-        sentences = check_file(plan, weights, here, stored_samples(base))
-        tensors = load_tensors(plan, weights)
-        for sentence in sentences:
-            talk(f"warning: {sentence}")
-        return tensors, weights.name, overridden(plan, read_header(weights))
-    inside_model = {n.removeprefix(MODULES): t for n, t in base.checkpoint.tensors.items() if n.startswith(MODULES)}
-    if inside_model:  # the model was saved with its modules attached
-        talk("the modules' tensors are those in the checkpoint")
-        digest = inside_model.pop(DIGEST, None)
-        if digest is None:
-            talk(f"warning: {silent_about(base.folder)}")
-        elif np.asarray(digest.array()).tobytes().hex() != whole_digest(plan):
-            raise PeltError(other_mathematics(plan, f"what '{base.folder.name}' holds", None, None))
-        arrays = {n.replace("/", "."): t.array() for n, t in inside_model.items()}
-        return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
-    if plan.tensors:
-        talk("warning: no weights given; the modules have their start values")
-    return start_tensors(plan, base.whole), "start values", frozenset()
-
-
-def kept_provenance(plan: Plan, base: Base, weights: Weights, own: frozenset[str]) -> dict[str, str]:
-    """What the adapter's file in the artifact says of how it was trained: nothing where nobody knows."""
-    held = frozenset(name for name, tensor in plan.tensors.items() if not tensor.source or name in own)
-    trained_on = None
-    if isinstance(weights, Live):
-        trained_on = stored_record(base)
-    elif not isinstance(weights, Mapping) and (file := weights_file(plan.spec, weights)) is not None:
-        said = read_provenance(file)
-        trained_on = said.base if said is not None else None
-    if trained_on is None:
-        return {}
-    return provenance(mathematics(plan, held, from_files(plan)), trained_on).metadata()
-
-
-def sources(plan: Plan, own: frozenset[str]) -> list[str]:
-    """The files that a plan's tensors are read from."""
-    return sorted({t.source for t in plan.tensors.values() if t.name not in own} - {"", START})
-
-
-def check_sources(plan: Plan, base: Base, own: frozenset[str]) -> None:
-    """Whether the files that a spec names can lie in an artifact, under their names.
-
-    Raises:
-        PeltError: E406.
-    """
-    taken = {ADAPTER, MANIFEST, "model.onnx", "model.onnx.data", "export.json", CACHE, *COMPANIONS}
-    taken |= {f"{name}.onnx" for name in GRAPHS}
-    taken |= {file.name for file in base.checkpoint.files}
-    for name in sources(plan, own):
-        if Path(name).is_absolute() or ".." in Path(name).parts or name in taken:
-            raise fail("E406", f"the file '{name}' cannot be kept in the artifact under this name",
-                       Place(plan.spec.path), "a relative path, and none that the artifact uses itself")  # fmt: skip
-
-
-def save_adapter(
-    folder: Path,
-    plan: Plan,
-    tensors: Mapping[str, Array],
-    own: frozenset[str] = frozenset(),
-    copy: bool = False,
-    said: dict[str, str] | None = None,
-) -> None:
-    """Keep the adapter's tensors in the artifact, with what is `said` of how they were trained, and the files that the
-    spec names: it can be verified again."""
-    from safetensors.numpy import save
-
-    kept = [name for name, t in plan.tensors.items() if not t.source or name in own]
-    (folder / ADAPTER).write_bytes(save({name: np.ascontiguousarray(tensors[name]) for name in kept}, said or None))
-    for name in sources(plan, own):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        link(inside(plan.spec.folder, name, plan.spec.path, "bank.file"), target, copy)
 
 
 def verify(

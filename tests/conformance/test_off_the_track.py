@@ -19,7 +19,8 @@ from peltc.compiler.artifact import read_manifest
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
-from peltc.runtime.building.compile import plan_for, save_adapter
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.building.trained import save_adapter
 from peltc.runtime.cli import run
 from peltc.runtime.training import attach
 from peltc.runtime.verification import exact, verify

@@ -27,7 +27,8 @@ from peltc.compiler.artifact import read_manifest, write_manifest
 from peltc.compiler.base.base import Base
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan.claims import Plan
-from peltc.runtime.building.compile import plan_for, save_adapter
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.building.trained import save_adapter
 from peltc.runtime.running.session import Session
 from peltc.runtime.verification.answers import MEASURE
 from peltc.runtime.verification.rewritten import Exposed

@@ -22,7 +22,8 @@ import peltc
 from peltc.compiler.adapter.mathematics import whole_digest
 from peltc.compiler.adapter.provenance import DIGEST, KEY, read_provenance
 from peltc.compiler.files.checkpoint import read_metadata
-from peltc.runtime.building.compile import adapter_tensors, plan_for
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.building.trained import adapter_tensors
 from peltc.runtime.cli import run
 from peltc.spec.diagnostics import PeltError
 
