@@ -49,7 +49,7 @@ lint: $(READY)
 types: $(READY)
 	rm -rf build
 	$(PIP) install --no-deps --no-build-isolation --no-compile --target build/typecheck .
-	MYPYPATH=build/typecheck $(BIN)/mypy -p peltc.spec -p peltc.compiler
+	MYPYPATH=build/typecheck $(BIN)/mypy -p peltc.spec -p peltc.compiler -p peltc.runtime
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/run.py

@@ -5,14 +5,14 @@ import sys
 
 def main() -> None:
     """`pelt VERB ...`"""
-    from peltc.runtime.cli import run
+    from peltc.runtime.commands.cli import run
 
     sys.exit(run(sys.argv[1:]))
 
 
 def compile_main() -> None:
     """`pelt-compile SPEC MODEL -o OUT`: the verb `compile` by its own name."""
-    from peltc.runtime.cli import run
+    from peltc.runtime.commands.cli import run
 
     sys.exit(run(["compile", *sys.argv[1:]], "pelt-compile"))
 

@@ -9,7 +9,8 @@ from math import ceil, prod
 from pathlib import Path
 
 from peltc.compiler.adapter.profile import packed
-from peltc.compiler.picture.drawing import Attached, draw
+from peltc.compiler.picture.drawing import draw
+from peltc.compiler.picture.modules import Attached
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.runtime.building.compile import plan_for

@@ -166,7 +166,7 @@ def test_no_bare_or_relative_imports(folder: str) -> None:
 
 LONG = ("peltc.compiler.survey.cores", "peltc.compiler.export.cached", "peltc.spec.formula.language",
         "peltc.spec.interpreters.shapes", "peltc.runtime.building.compile", "peltc.compiler.interpreters.onnx",
-        "peltc.runtime.cli", "peltc.compiler.survey.blocks", "peltc.spec.interpreters.typology",
+        "peltc.runtime.commands.cli", "peltc.compiler.survey.blocks", "peltc.spec.interpreters.typology",
         "peltc.compiler.passes.insert", "peltc.compiler.picture.drawing", "peltc.runtime.training.attach")  # fmt: skip
 
 

@@ -24,7 +24,10 @@ from peltc.compiler.passes.absorb import NEW_BIAS
 from peltc.compiler.pipeline import map_site
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import Site
-from peltc.runtime.training.attach import Attached, _leaf, _on_first, _owner, attach_plan
+from peltc.runtime.training.attach import attach_plan
+from peltc.runtime.training.attached import Attached
+from peltc.runtime.training.evaluation import on_first
+from peltc.runtime.training.places import leaf_of, owner_of
 from peltc.spec.diagnostics import Place, fail
 
 Tensor = torch.Tensor
@@ -64,11 +67,11 @@ def put_in(model: Any, parameters: Mapping[str, Tensor]) -> None:
     another is one of its own from now on; a bias that the model does not have is added to what the map gives."""
     for name, tensor in parameters.items():
         if name.endswith(NEW_BIAS):
-            owner = _owner(model, name.removesuffix(NEW_BIAS))
+            owner = owner_of(model, name.removesuffix(NEW_BIAS))
             owner.register_buffer("pelt_bias", tensor, persistent=False)
-            owner.register_forward_hook(_on_first(lambda module, args, output: output + module.pelt_bias))
+            owner.register_forward_hook(on_first(lambda module, args, output: output + module.pelt_bias))
             continue
-        owner, leaf = _owner(model, name), name.rpartition(".")[2]
+        owner, leaf = owner_of(model, name), name.rpartition(".")[2]
         before = owner.get_parameter(leaf)
         owner.register_parameter(leaf, nn.Parameter(tensor.to(before.dtype), requires_grad=False))
 
@@ -213,14 +216,16 @@ def _deviations(
         found = map_site(base.anatomy, weight)
         assert found is not None, weight
         site = found
-    module = _owner(model, weight)
+    module = owner_of(model, weight)
     if site.kind == "norm":
         yield from _norm(attached, module, site, claims, base, stored)
         return
     if site.kind == "table":
         yield weight, _table(attached, module, site, claims, base, stored)
         return
-    blocks = [c for c in claims if c.site.kind == "block" and _owner(model, c.site.anchors.get("y", "")) is not module]
+    blocks = [
+        c for c in claims if c.site.kind == "block" and owner_of(model, c.site.anchors.get("y", "")) is not module
+    ]
 
     def run(x: Tensor) -> Tensor:
         """What the map's module gives, and what blocks whose hooks lie elsewhere make of it."""
@@ -244,7 +249,7 @@ def _map(
     module: nn.Module, site: Site, weight: str, run: Callable[[Tensor], Tensor], base: Base, stored: Stored, terms: int
 ) -> Iterator[tuple[str, Deviation]]:
     """Of a linear map's weight, and of its bias or the one that it has got."""
-    leaf, bias = _leaf(site, "weight"), site.parameters.get("bias")
+    leaf, bias = leaf_of(site, "weight"), site.parameters.get("bias")
     own = getattr(module, leaf).detach()
     outputs, inputs = (own.T if site.transposed else own).shape
     held = stored(weight)
@@ -265,7 +270,7 @@ def _map(
         for dtype in (torch.float32, torch.float64):
             version(dtype)
             zeros[dtype] = run(torch.zeros((1, 1, inputs), dtype=dtype))[0]
-        old = torch.zeros(outputs, dtype=own.dtype) if bias is None else getattr(module, _leaf(site, "bias")).detach()
+        old = torch.zeros(outputs, dtype=own.dtype) if bias is None else getattr(module, leaf_of(site, "bias")).detach()
     index, value, exact = found.where
     found.where = index[::-1] if not site.transposed else index, value, exact
     yield weight, found
@@ -314,7 +319,7 @@ def _table(
         rows, old = {}, torch.zeros(0)
         for dtype in (torch.float32, torch.float64):
             version(dtype)
-            old = getattr(module, _leaf(site, "weight")).detach().clone()
+            old = getattr(module, leaf_of(site, "weight")).detach().clone()
             rows[dtype] = attached.rows(claims, old)
     held = stored(weight)
     found.add(old if held is None else held, rows[torch.float64], rows[torch.float32], old)
@@ -330,11 +335,11 @@ def _norm(
         for dtype in (torch.float32, torch.float64):
             version(dtype)
             found[dtype] = attached.affinities(module, site, claims)
-        old = {role: getattr(module, _leaf(site, role)).detach().clone() for role in found[torch.float64]}
+        old = {role: getattr(module, leaf_of(site, role)).detach().clone() for role in found[torch.float64]}
     for role, exact in found[torch.float64].items():
         name, deviation = site.parameters[role], Deviation()
         held = stored(name)
-        held = getattr(module, _leaf(site, role)).detach() if held is None else held
+        held = getattr(module, leaf_of(site, role)).detach() if held is None else held
         deviation.add(held, exact, found[torch.float32][role], old[role])
         yield name, deviation
 

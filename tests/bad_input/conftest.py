@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from peltc.runtime.cli import run
+from peltc.runtime.commands.cli import run
 
 SPEC = """\
 pelt: 1

@@ -110,7 +110,7 @@ def slow(*arguments):
     time.sleep(60)
     return result
 artifact.link_files = slow
-from peltc.runtime.cli import run
+from peltc.runtime.commands.cli import run
 sys.exit(run(sys.argv[1:]))
 """
 

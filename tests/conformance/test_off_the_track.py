@@ -21,8 +21,9 @@ from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.building.trained import save_adapter
-from peltc.runtime.cli import run
-from peltc.runtime.training import attach
+from peltc.runtime.commands.cli import run
+from peltc.runtime.training import interface
+from peltc.runtime.training.attached import Attached
 from peltc.runtime.verification import exact, verify
 from peltc.runtime.verification.samples import example
 from peltc.runtime.verification.verify import TOLERANCE, load_model, verify_folder
@@ -307,8 +308,8 @@ def test_a_mask_that_is_widened_on_the_wrong_side(
 ) -> None:
     base, _, values = attached_with(content := EQUAL["keys-behind"][1], family, shared)
     peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
-    longer = attach._longer
-    monkeypatch.setattr(attach, "_longer", lambda mask, before, behind, fill: longer(mask, before + behind, 0, fill))
+    longer = interface.longer
+    monkeypatch.setattr(interface, "longer", lambda mask, before, behind, fill: longer(mask, before + behind, 0, fill))
     with pytest.raises(PeltError, match=f"E706 .*{law}"):
         peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
 
@@ -317,8 +318,8 @@ def test_a_mask_of_another_text(shared: Path, tmp_path: Path, monkeypatch: pytes
     entry = {"method": "lora", "at": "attention.key", "r": 2, "gate": {"mask_padding": True}}
     base, _, values = attached_with(content := listed(entry), "bert", shared)
     peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
-    right = attach.Attached.mask_of
-    monkeypatch.setattr(attach.Attached, "mask_of", lambda self, *others: right(self, *others).flip(0))
+    right = Attached.mask_of
+    monkeypatch.setattr(Attached, "mask_of", lambda self, *others: right(self, *others).flip(0))
     with pytest.raises(PeltError, match="E706"):
         peltc.compile(load_spec(content), base.folder, tmp_path / "out", values)
 

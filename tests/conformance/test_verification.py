@@ -309,7 +309,7 @@ def test_what_rounding_and_float32_allow() -> None:
 
 
 def test_one_step_keeps_the_figures_of_the_other(half: Callable[..., Half], capsys: Any) -> None:
-    from peltc.runtime.cli import run
+    from peltc.runtime.commands.cli import run
 
     found = half("llama", "lora", "fold").build()
     out = str(found.out)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import peltc
 from peltc.runtime.building.compile import plan_for
-from peltc.runtime.cli import run
+from peltc.runtime.commands.cli import run
 
 ADAPTER = {"recipe": "pfeiffer", "reduction": 4}
 N, K = 5, 2

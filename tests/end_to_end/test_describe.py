@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from peltc.runtime.building.compile import plan_for
-from peltc.runtime.cli import run
+from peltc.runtime.commands.cli import run
 from peltc.runtime.describe import Report, describe, read, told
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.interpreters.typology import PROPERTIES

@@ -18,7 +18,7 @@ from torch import nn
 
 import peltc
 from peltc.compiler.files.checkpoint import read_header
-from peltc.runtime.cli import run
+from peltc.runtime.commands.cli import run
 from peltc.spec.diagnostics import PeltError
 
 TOLERANCE = 1e-5

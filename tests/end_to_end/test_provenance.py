@@ -24,7 +24,7 @@ from peltc.compiler.adapter.provenance import DIGEST, KEY, read_provenance
 from peltc.compiler.files.checkpoint import read_metadata
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.building.trained import adapter_tensors
-from peltc.runtime.cli import run
+from peltc.runtime.commands.cli import run
 from peltc.spec.diagnostics import PeltError
 
 LORA: dict[str, Any] = {"method": "lora", "at": ["attention.query", "attention.value"], "r": 4}

@@ -32,7 +32,7 @@ attach:
 """Folded into many weights, and a module that stays in the graph."""
 
 SLOW = pytest.mark.slow
-COMPILE = "import sys; from peltc.runtime.cli import run; sys.exit(run(sys.argv[1:]))"
+COMPILE = "import sys; from peltc.runtime.commands.cli import run; sys.exit(run(sys.argv[1:]))"
 
 
 def digests(folder: Path) -> dict[str, str]:

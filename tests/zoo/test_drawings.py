@@ -18,7 +18,7 @@ import transformers
 from peltc.compiler.base.live import survey_model
 from peltc.compiler.picture.drawing import draw
 from peltc.compiler.survey.anatomy import Anatomy
-from peltc.runtime.cli import run
+from peltc.runtime.commands.cli import run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from instances import DEPTHS, FAMILIES, config_of

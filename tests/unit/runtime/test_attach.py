@@ -13,7 +13,7 @@ import torch
 from tiny import answer, batch
 
 import peltc
-from peltc.runtime.training import attach as attaching
+from peltc.runtime.training import evaluation, reruns
 from peltc.spec.diagnostics import PeltError
 
 DROPOUT = {"method": "lora", "at": "attention.query", "r": 2, "dropout": 0.5}
@@ -137,7 +137,7 @@ def test_detaching_leaves_checkpointing_as_it_was(attached: Any, inputs: Any) ->
     model = checkpointed(attached(*READERS), False)
     before = model.bert.encoder.layer[0]._gradient_checkpointing_func
     gradients(model, inputs)
-    assert isinstance(model.bert.encoder.layer[0]._gradient_checkpointing_func, attaching.Rerun)
+    assert isinstance(model.bert.encoder.layer[0]._gradient_checkpointing_func, reruns.Rerun)
     model.detach_adapter()
     assert model.bert.encoder.layer[0]._gradient_checkpointing_func is before
 
@@ -146,7 +146,7 @@ def test_detaching_leaves_checkpointing_as_it_was(attached: Any, inputs: Any) ->
 
 
 def test_the_mask_of_another_batch_shows(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attaching, "_remember_reruns", lambda model, attached: None)
+    monkeypatch.setattr(evaluation, "remember_reruns", lambda model, attached: None)
     with pytest.raises(AssertionError, match="the gradient of"):
         test_two_batches_before_one_checkpointed_backward_pass(READERS, False, attached)
 
