@@ -11,83 +11,20 @@ other is a feed-forward block, of experts where it has stacked parameters.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container
 
 import onnx_ir as ir
 
 from peltc.compiler.graphs.flow import Flow, Linear, Norm, last_size, rank
-from peltc.compiler.survey.anatomy import Rows
+from peltc.compiler.survey.block import Block
 from peltc.compiler.survey.cores import Core
 from peltc.compiler.survey.owned import bends, holder, nearest_linear, owned_features
 from peltc.compiler.survey.probe import ranges
+from peltc.compiler.survey.stream import Stream, Term
 
-SCALES = {"Mul", "Div", "Cast", "Identity"}
 MIXING = {"Conv", "Scan", "Loop", "CumSum", "GRU", "LSTM", "DFT"}
 """Operators that let one position see another. So does a product of two things that flow through the model, which
 experts need too, to pick tokens."""
-
-
-@dataclass(eq=False)
-class Block:
-    """A sub-layer: from the residual stream `r` to the sum `s` of which `y` is a term.
-
-    Attributes:
-        kind: attention, cross_attention, mixer or feed_forward.
-        x, y, r, s: what the maps read, what they write, the stream before, the sum.
-        linears: the maps by role, `rows` and `slices` what each owns of a fused one.
-        norms: normalisations within, by role.
-        experts: stacked parameters by role.
-        core: the attention core.
-        before, inside, after: the normalisation of the stream before the maps, of what they write, of the sum.
-        parameters: all parameters within.
-    """
-
-    kind: str
-    x: ir.Value
-    y: ir.Value
-    r: ir.Value
-    s: ir.Value
-    linears: dict[str, Linear] = field(default_factory=dict)
-    rows: dict[str, Rows | None] = field(default_factory=dict)
-    slices: dict[str, ir.Value] = field(default_factory=dict)
-    norms: dict[str, Norm] = field(default_factory=dict)
-    experts: dict[str, str] = field(default_factory=dict)
-    core: Core | None = None
-    before: Norm | None = None
-    inside: Norm | None = None
-    after: Norm | None = None
-    parameters: frozenset[str] = frozenset()
-
-    @property
-    def out(self) -> ir.Value:
-        """The stream after the block."""
-        return self.after.y if self.after else self.s
-
-    @property
-    def last(self) -> Linear | None:
-        """The map whose result is `y`, alone or normalised."""
-        return self.linears.get("output") or self.linears.get("down")
-
-    @property
-    def first(self) -> Linear | None:
-        """The first map that reads `x`."""
-        return next((m for m in self.linears.values() if m.x is self.x), None)  # not a map of flattened tokens
-
-    def add(self, role: str, linear: Linear, rows: Rows | None = None, cut: ir.Value | None = None) -> None:
-        """Give a map a role."""
-        self.linears[role], self.rows[role] = linear, rows
-        self.slices[role] = linear.y if cut is None else cut
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """A term of a residual sum, and what lies between the stream and it."""
-
-    r: ir.Value
-    y: ir.Value
-    s: ir.Value
-    values: frozenset[ir.Value]
 
 
 def find_blocks(flow: Flow, cores: list[Core]) -> list[Block]:
@@ -99,11 +36,8 @@ def find_blocks(flow: Flow, cores: list[Core]) -> list[Block]:
     return _Finder(flow, cores).blocks()
 
 
-class _Finder:
-    def __init__(self, flow: Flow, cores: list[Core]):
-        self.flow, self.cores = flow, cores
-        self.claimed: set[Linear | str] = set()
-        self.norm_of = {norm.y: norm for norm in flow.norms}
+class _Finder(Stream):
+    """The blocks of a graph, one for each term of the residual stream."""
 
     def blocks(self) -> list[Block]:
         found = []
@@ -117,101 +51,6 @@ class _Finder:
         for block in found:
             self.surround(block)
         return found
-
-    # the stream
-
-    def terms(self) -> Iterator[Term]:
-        """The terms of every residual sum, in order."""
-        for node in self.flow.nodes:
-            total = node.outputs[0]
-            if node.op_type != "Add" or total not in self.flow.hidden or self._within_sum(total):
-                continue
-            leaves = self._leaves(total)
-            if len(leaves) < 2:
-                continue
-            width = last_size(total)
-            best: list[Term] = []
-            streams = [(r, leaf) for leaf in leaves for r in dict.fromkeys((leaf, self._unscaled(leaf)))]
-            for r, own in streams:
-                if width is None or last_size(r) not in (width, None):
-                    continue
-                others = [leaf for leaf in leaves if leaf is not own]
-                found = [t for leaf in others if (t := self._term(r, leaf, total)) is not None]
-                if len(found) > len(best):
-                    best = found
-            yield from sorted(self._joined(best), key=lambda term: self.flow.index(term.y))
-
-    def _joined(self, terms: list[Term]) -> list[Term]:
-        """Terms of a sum, of which those that routed and shared experts make are one: their own sum."""
-        contexts = [core.context.outputs[0] for core in self.cores]
-        apart = [t for t in terms if not any(c in t.values for c in contexts)]
-        if len(apart) < 2 or not any(self._stacks(t) for t in apart):
-            return terms
-        wanted = {t.y for t in apart}
-        for node in (n for n in self.flow.nodes if self._sums(n) and n.outputs[0] is not terms[0].s):
-            if self._within_sum(node.outputs[0]) and set(self._leaves(node.outputs[0])) == wanted:
-                whole = self._term(terms[0].r, node.outputs[0], terms[0].s)
-                return [t for t in terms if t not in apart] + ([whole] if whole else apart)
-        return terms
-
-    def _within_sum(self, total: ir.Value) -> bool:
-        """Whether a sum is a term of one sum more, and nothing else."""
-        readers = [r for r in self.flow.readers(total) if r.op_type != "Shape"]
-        return len(readers) == 1 and readers[0].op_type == "Add" and self._sums(readers[0])
-
-    def _sums(self, node: ir.Node) -> bool:
-        """Whether an addition joins two things that flow through the model."""
-        return node.op_type == "Add" and all(v in self.flow.hidden for v in node.inputs)
-
-    def _leaves(self, total: ir.Value) -> list[ir.Value]:
-        """What a tree of additions adds up."""
-        node = total.producer()
-        assert node is not None
-        if not self._sums(node):
-            return [total]
-        found: list[ir.Value] = []
-        for value in node.inputs:
-            assert value is not None
-            producer = value.producer()
-            inner = producer is not None and self._sums(producer) and self._within_sum(value)
-            found += self._leaves(value) if inner else [value]
-        return found
-
-    def _unscaled(self, value: ir.Value) -> ir.Value:
-        """A value without the constant factors and casts at its end."""
-        while (node := value.producer()) is not None and node.op_type in SCALES:
-            if value in self.norm_of or value in self.flow.linear_of:
-                return value
-            hidden = [v for v in node.inputs if v is not None and v in self.flow.hidden]
-            if len(hidden) != 1:
-                return value
-            value = hidden[0]
-        return value
-
-    def _term(self, r: ir.Value, leaf: ir.Value, total: ir.Value) -> Term | None:
-        """The region between the stream and a term, if parameters work in it."""
-        start = self.flow.index(r)
-        behind, pending = {leaf}, [leaf]
-        while pending:
-            node = pending.pop().producer()
-            for value in node.inputs if node is not None else ():
-                if value is None or value is r or value in behind or value not in self.flow.hidden:
-                    continue
-                if self.flow.index(value) > start:  # nothing that comes earlier can depend on the stream
-                    behind.add(value)
-                    pending.append(value)
-        between: set[ir.Value] = set()
-        work = False
-        for value in sorted(behind, key=self.flow.index):
-            node = value.producer()
-            if node is not None and any(v is r or v in between for v in node.inputs):
-                between.add(value)
-                work |= value in self.flow.linear_of or node in self.flow.stacked
-        if leaf not in between or not work:
-            return None
-        return Term(r, leaf, total, frozenset(between))
-
-    # blocks
 
     def attention(self, term: Term) -> Block | None:
         """The block around the cores of a term; the last of several is meant."""
@@ -288,22 +127,6 @@ class _Finder:
         """The linear maps of a term that depend on the stream, in order."""
         return [m for m in self.flow.linears if m.node.outputs[0] in term.values]
 
-    def _stacks(self, term: Term) -> list[str]:
-        found = [name for node, name in self.flow.stacked.items() if node.outputs[0] in term.values]
-        return list(dict.fromkeys(found))
-
-    def _parameters(self, term: Term) -> frozenset[str]:
-        """The parameters that work between the stream and a term, those of the norm that reads the stream left out."""
-        first = {n.weight for n in self.flow.norms if n.x is term.r} | {
-            n.bias for n in self.flow.norms if n.x is term.r
-        }
-        found = {
-            name for v in term.values if (node := v.producer()) is not None
-            for source in node.inputs if source is not None and source not in self.flow.hidden
-            for name in self.flow.sources(source)
-        }  # fmt: skip
-        return frozenset(found - first)
-
     def _product(self, node: ir.Node) -> bool:
         """Whether a node multiplies matrices that both flow through the model."""
         return node.op_type in ("MatMul", "Einsum") and all(v in self.flow.hidden for v in node.inputs)
@@ -313,30 +136,6 @@ class _Finder:
         while (before := nearest_linear(self.flow, linear.x)) is not None and before.node.outputs[0] in term.values:
             linear = before
         return linear.x
-
-    def _written(self, leaf: ir.Value) -> tuple[ir.Value, Norm | None]:
-        """What a block writes, constant factors left out, and the norm that it ends in."""
-        y = self._unscaled(leaf)
-        if (norm := self.norm_of.get(y)) is not None:
-            return y, norm
-        table = self.flow.linear_of
-        current = y
-        while current not in table and (node := current.producer()) is not None:
-            if node.op_type not in ("Reshape", *SCALES):
-                break
-            hidden = [v for v in node.inputs if v is not None and v in self.flow.hidden]
-            if len(hidden) != 1:
-                break
-            current = hidden[0]
-        return (table[current].y if current in table else y), None
-
-    def _map_of(self, y: ir.Value, inside: Norm | None) -> Linear | None:
-        """The map that ends a block."""
-        if inside is None:
-            return self.flow.linear_of.get(y)
-        return self.flow.linear_of.get(self._written(inside.x)[0])
-
-    # roles
 
     def _inner(self, block: Block, term: Term) -> None:
         """Roles of what else an attention block is made of: the low-rank maps before queries, keys and values, the
@@ -472,8 +271,6 @@ class _Finder:
             return False
         first, second = (set(o.tolist()) for o in owned if o is not None)
         return not first & second
-
-    # norms
 
     def surround(self, block: Block) -> None:
         """The normalisations before and after a block."""

@@ -13,7 +13,8 @@ import onnx_ir as ir
 from peltc.compiler.graphs.flow import Flow, Linear, Norm, last_size
 from peltc.compiler.graphs.lookups import Table, find_tables, numbered
 from peltc.compiler.survey.anatomy import Anatomy, Rows, Site
-from peltc.compiler.survey.blocks import Block, find_blocks
+from peltc.compiler.survey.block import Block
+from peltc.compiler.survey.blocks import find_blocks
 from peltc.compiler.survey.cores import OPERANDS, find_cores
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")

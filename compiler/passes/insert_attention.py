@@ -1,0 +1,219 @@
+"""More keys and values in the graph, and masks and positions as wide as these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from peltc.compiler.interpreters.emitter import Emitter, clone_between
+from peltc.compiler.interpreters.numeric import NumericInterpreter
+from peltc.compiler.passes.insert_maps import Maps
+from peltc.compiler.passes.insertion import Around, swap_input
+from peltc.compiler.plan.claims import Claim
+from peltc.compiler.survey.anatomy import Site
+from peltc.spec.formula.syntax import Call, Expr, Name, names
+from peltc.spec.method import RUNTIME_NAMES
+
+MASK_STEPS = {"Cast", "Not", "Identity", "Mul", "Sub", "Unsqueeze"}
+
+
+class Inserter(Maps):
+    """Modules at every kind of site, attention cores among them: more keys and values, and masks as wide as these."""
+
+    def attention(self, site: Site, claims: list[Claim]) -> None:
+        """Keys and values of an attention core, and the mask where they grow longer."""
+        made = set[ir.Node]()
+        for claim in claims:
+            now = {role: self.current(site.values[role]) for role in ("k", "v")}
+            around = (0, 0)
+            for effect, role in (("keys", "k"), ("values", "v")):
+                if effect not in claim.effects:
+                    continue
+                read = now[role]
+                around = claim.added(effect)
+                if any(around) and self.begins(claim, effect, role, read):
+                    new, emitter = read, self.emitter(claim, read)
+                else:
+                    value, interpreter = self.evaluate(claim, effect, read, **now)
+                    emitter = interpreter.emitter
+                    new = interpreter.value(value)
+                repeats = site.sizes["heads"] // site.sizes["kv_heads"]
+                # The base repeats heads with lengths taken from the input, which are no longer right.
+                wide = _repeat_heads(new, site, repeats, emitter) if repeats > 1 else new
+                old = self.current(site.values[effect])
+                if wide is old:
+                    continue
+                wide.shape, wide.type = ir.Shape([None, site.sizes["heads"], None, site.sizes["head_dim"]]), old.type
+                for use in tuple(old.uses()):  # not a cache of keys, which is the text's, nor what counts its positions
+                    if use.node not in made | emitter.added and not _counts(use.node):
+                        use.node.replace_input_with(use.idx, wide)
+                made |= emitter.added  # what read a value before it was changed goes on reading that
+                self.replaced[old] = wide
+                if repeats > 1 and new is not read:
+                    new.type = read.type
+                    new.shape = ir.Shape([None, site.sizes["kv_heads"], None, site.sizes["head_dim"]])
+                    self.replaced[read] = new
+            if any(around):
+                self.widen_mask(site, claim, around)
+
+    def begins(self, claim: Claim, effect: str, role: str, read: ir.Value) -> bool:
+        """Let the cache begin with what a claim puts before keys or values, where these are the cached ones and the new
+        ones, and the claim depends on nothing that runs."""
+        node = read.producer()
+        cache = node.inputs[0] if node is not None and node.op_type == "Concat" else None
+        if cache is None or not cache.is_graph_input() or cache.shape is None or cache.name is None:
+            return False
+        if (
+            claim.reads & set(RUNTIME_NAMES) - {"k", "v"}
+            or claim.added(effect)[1]
+            or not _joins(claim.effects[effect], role)
+        ):
+            return False
+        start = self.starts.get(cache.name)
+        if start is None:
+            heads, size = (int(cache.shape[axis]) for axis in (1, 3))  # type: ignore[arg-type]
+            start = np.zeros((1, heads, 0, size), np.float32)
+        values: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
+        numeric = NumericInterpreter()
+        found = numeric.evaluate(claim.effects[effect], claim.scope({**values, role: start}, numeric))
+        self.starts[cache.name] = np.asarray(found, np.float32)
+        self.caches[cache], self.caches[read] = cache, cache
+        return True
+
+    def count_text(self) -> None:
+        """Number positions by the text's, where the graph numbers them by a cache that begins with others."""
+        for value, cache in self.caches.items():
+            longer = self.starts[cache.name or ""].shape[2]
+            for use in tuple(value.uses()):
+                # What was in the cache before is only counted; what it has grown to is laid out too.
+                if use.node.op_type != "Shape" or not (value is cache or _counts(use.node)):
+                    continue
+                shape = use.node.outputs[0]
+                emitter = Emitter(self.graph, ir.DataType.INT64, f"pelt.{cache.name}", {})
+                axes = slice(use.node.attributes.get_int("start", 0), use.node.attributes.get_int("end", 4))
+                text = emitter.node("Sub", [shape, emitter.integers([0, 0, longer, 0][axes])])
+                for reader in tuple(shape.uses()):
+                    if reader.node not in emitter.added and (value is cache or _numbers(reader.node)):
+                        reader.node.replace_input_with(reader.idx, text)
+
+    def widen_mask(self, site: Site, claim: Claim, positions: Around) -> None:
+        """Let the mask show new positions before the others, and behind them.
+
+        The mask is widened where it is still true and false (or a bias in numbers), so that everything the attention
+        derives from it, rows without any visible key too, sees the new positions."""
+        if not site.values.get("mask"):
+            return
+        total = self.values[site.values["masked"]].producer()
+        context = self.values[site.values["context"]]
+        assert total is not None
+        widened = set(self.extended.values())
+        mask = next(v for v in total.inputs if v is not None and (v.name == site.values["mask"] or v in widened))
+        origin, fill = _mask_origin(mask)
+        emitter = self.emitter(claim, mask)
+        wider = self.wider(origin, fill, positions, emitter)
+        swap_input(total, mask, self.rebuilt(origin, mask, wider, positions, emitter))
+        for use in tuple(context.uses()):
+            if use.node.op_type == "Where" and use.idx > 0 and (rows := use.node.inputs[0]) is not None:
+                swap_input(use.node, rows, self.rebuilt(origin, rows, wider, positions, emitter))
+
+    def wider(self, origin: ir.Value, fill: float, positions: Around, emitter: Emitter) -> ir.Value:
+        """A mask [..., T] as [..., P + T + Q]."""
+        key = (origin, origin, positions)
+        if key not in self.extended:
+            lead = emitter.node("Shape", [origin], {"start": 0, "end": -1})
+            kind = origin.dtype or ir.DataType.FLOAT
+            parts = [origin]
+            for place, count in zip((0, 2), positions, strict=True):
+                if count:
+                    shape = emitter.node("Concat", [lead, emitter.integers([count])], {"axis": 0})
+                    constant = emitter.constant(
+                        np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy()), dtype=kind
+                    )
+                    parts.insert(place, emitter.node("Expand", [constant, shape]))
+            self.extended[key] = emitter.node("Concat", parts, {"axis": -1})
+            self.extended[key].type = origin.type
+        return self.extended[key]
+
+    def rebuilt(
+        self, origin: ir.Value, target: ir.Value, wider: ir.Value, positions: Around, emitter: Emitter
+    ) -> ir.Value:
+        """What was derived from a mask, derived from the wider one; shared by the layers that share the mask."""
+        key = (origin, target, positions)
+        if key not in self.extended:
+            self.extended[key] = clone_between(origin, target, wider, emitter)
+        return self.extended[key]
+
+    def embedding(self, site: Site, claims: list[Claim]) -> None:
+        """Tokens before the sequence: `prepend` has its own pass."""
+
+
+def _joins(expr: Expr, role: str) -> bool:
+    """Whether a definition of keys or values joins others to them and does nothing else with them."""
+    return (
+        isinstance(expr, Call)
+        and expr.function == "concat"
+        and expr.args.count(Name(role)) == 1
+        and not any(role in names(part) for part in expr.args if part != Name(role))
+    )
+
+
+def _counts(node: ir.Node) -> bool:
+    """Whether a node takes a shape to number positions by, and not just to lay values out."""
+    return node.op_type == "Shape" and any(_numbers(use.node) for use in node.outputs[0].uses())
+
+
+def _numbers(node: ir.Node) -> bool:
+    """Whether a node that reads sizes leads to a range of positions."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current.op_type == "Range":
+            return True
+        for output in current.outputs:
+            for use in output.uses():
+                laid_out = use.node.op_type in ("Reshape", "Expand", "Tile") and use.idx == 1
+                if use.node not in seen and not laid_out:
+                    seen.add(use.node)
+                    pending.append(use.node)
+    return False
+
+
+def _repeat_heads(value: ir.Value, site: Site, repeats: int, emitter: Emitter) -> ir.Value:
+    """[B, K, T, Dh] → [B, H, T, Dh], each key/value head for its group of query heads."""
+    kv, dh = site.sizes["kv_heads"], site.sizes["head_dim"]
+    grouped = emitter.node("Reshape", [value, emitter.integers([0, kv, 1, -1, dh])])
+    wide = emitter.node("Expand", [grouped, emitter.integers([1, 1, repeats, 1, 1])])
+    return emitter.node("Reshape", [wide, emitter.integers([0, kv * repeats, -1, dh])])
+
+
+def _mask_origin(mask: ir.Value) -> tuple[ir.Value, float]:
+    """Where a mask was still itself, before casts and scalings, and the content that shows a position."""
+    origin, steps = mask, list[ir.Node]()
+    while (node := origin.producer()) is not None and node.op_type in MASK_STEPS:
+        rest = [v for v in node.inputs if v is not None and v.const_value is None]
+        if len(rest) != 1 or (node.op_type == "Unsqueeze" and rest[0].shape is None):
+            break
+        steps.append(node)
+        origin = rest[0]
+    for fill in (1.0, 0.0):
+        if _through(steps, fill, origin) == 0:
+            return origin, fill
+    return mask, 0.0
+
+
+def _through(steps: list[ir.Node], fill: float, origin: ir.Value) -> float:
+    """What becomes of a number on its way through mask steps."""
+    number = fill
+    for node in reversed(steps):
+        constants = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
+        if node.op_type == "Not":
+            number = float(not number)
+        elif node.op_type == "Mul":
+            number = number * float(constants[0].reshape(()))
+        elif node.op_type == "Sub":
+            constant = float(constants[0].reshape(()))
+            first = node.inputs[0] is not None and node.inputs[0].const_value is not None
+            number = constant - number if first else number - constant
+    return number
