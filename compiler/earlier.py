@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peltc.compiler.artifact import MANIFEST, read_manifest
 from peltc.compiler.base.base import Base
-from peltc.spec.diagnostics import PeltError, Place, fail, printable
+from peltc.spec.diagnostics import PeltError, Place, fail, printable, wrong_type
 from peltc.spec.document import parse
 from peltc.spec.specification import Spec
 
@@ -35,14 +35,16 @@ def replacing(out: Path, spec: Spec, base: Base) -> str:
 
 
 def check_model(model: object, out: Path | None = None) -> None:
-    """Refuse an artifact in the place of a model, but for one that is compiled anew from the base that it holds.
+    """Refuse what is no model, an artifact among it, but for one that is compiled anew from the base that it holds.
 
     Args:
         out: where the result will be written.
 
     Raises:
-        PeltError: E507.
+        PeltError: E216, E507.
     """
+    if not isinstance(model, (str, Path)) and not hasattr(model, "named_parameters"):
+        raise wrong_type("the model", model, "a model folder, a hub id, or a torch model")
     if not isinstance(model, (str, Path)) or "\0" in str(model):
         return
     folder = Path(model)

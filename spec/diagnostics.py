@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from peltc.spec.aliases import ours
+
 
 @dataclass(frozen=True)
 class Place:
@@ -81,9 +83,19 @@ def fail(code: str, message: str, place: Place | None = None, expected: str = ""
     return PeltError(Diagnostic(code, message, place or Place(), expected, hint))
 
 
+def wrong_type(what: str, given: object, expected: str, hint: str = "") -> PeltError:
+    """A `PeltError` for an argument of another type than is taken: E216."""
+    shown = repr(given).split("\n")[0]
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return fail("E216", f"{what} is given as {type(given).__name__}: {shown}", None, expected, hint)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The hint "did you mean ...?" for the nearest known word, or empty."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """The hint "did you mean ...?" for what others call `word`, or for the nearest known word; or empty."""
+    words = list(known)
+    if own := ours(word, words):
+        return f"did you mean '{own}'?"
+    match = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"did you mean '{match[0]}'?" if match else ""
 
 

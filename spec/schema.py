@@ -11,7 +11,7 @@ from peltc.spec.method import Method, Option
 from peltc.spec.recipe import COMMON, Recipe, recipes
 from peltc.spec.validation import NUMBERS, one_value
 
-MODES = ("fold", "static", "swappable", "bank")
+MODES = ("fold", "static")
 PRECISIONS = ("checkpoint", "float32", "float16", "bfloat16")
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

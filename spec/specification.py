@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peltc.spec.combinators import COMBINATORS
-from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, nearest, one_of
+from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, nearest, one_of, wrong_type
 from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.foreign import refuse
 from peltc.spec.method import Method, build, shipped
@@ -120,6 +120,9 @@ class Spec:
     text: str = ""
     places: Mapping[str, Place] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<Spec '{self.name}': {', '.join(entry.name for entry in self.attach)}>"
+
     @property
     def folder(self) -> Path:
         """Where relative paths of the spec start."""
@@ -133,9 +136,11 @@ def load_spec(source: str | Path | Mapping[str, Any]) -> Spec:
         source: a YAML file's path, or the spec's content as a mapping.
 
     Raises:
-        PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas; E410
-            another library's adapter.
+        PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas; E216
+            what is no spec; E410 another library's adapter.
     """
+    if not isinstance(source, str | Path | Mapping):
+        raise wrong_type("a spec", source, "a spec's file, or its content as a mapping")
     refuse(source, "a spec")
     return build_spec(parse(dump(dict(source)), "<spec>") if isinstance(source, Mapping) else read(source))
 

@@ -150,7 +150,10 @@ def _best_branch(document: Document, error: ValidationError) -> Iterator[Diagnos
     place = document.place(*error.absolute_path)
     if all(e.validator == "required" for inner in branches.values() for e in inner):
         wanted = " or ".join(f"'{key}'" for inner in branches.values() for e in inner for key in _list(e))
-        yield Diagnostic("E111", f"one of the keys {wanted} is missing", place, f"a key {wanted}")
+        keys = [key for inner in branches.values() for e in inner for key in _list(e)]
+        given: Any = error.instance
+        hints = (f"'{k}' stands there: {h}" for k in given if k not in keys and (h := nearest(str(k), keys)))
+        yield Diagnostic("E111", f"one of the keys {wanted} is missing", place, f"a key {wanted}", next(hints, ""))
         return
     depth = len(error.absolute_path)
 
@@ -166,7 +169,10 @@ def _best_branch(document: Document, error: ValidationError) -> Iterator[Diagnos
         ),
     )
     if of_another_type(chosen):
-        yield _wrong_type(error.instance, [str(e.validator_value) for inner in branches.values() for e in inner], place)
+        found = _wrong_type(error.instance, [str(e.validator_value) for b in branches.values() for e in b], place)
+        within: list[Any] = [e.schema for b in branches.values() for e in b]
+        options = [key for one in within for key in one.get("properties", ())]
+        yield replace(found, hint=found.hint or (f"a mapping of {', '.join(options)}" if options else ""))
         return
     for inner in chosen:
         yield from _diagnose(document, inner)

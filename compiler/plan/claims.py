@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.grouping import columns, grouped
 from peltc.spec.formula.dims import Dim, simplify
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, walk
@@ -175,6 +176,28 @@ class Plan:
     spec: Spec
     fingerprint: str
     claims: tuple[Claim, ...]
+
+    def __repr__(self) -> str:
+        folded = sum(bool(claim.absorbed) for claim in self.claims)
+        return f"<Plan of '{self.spec.name}': {len(self.claims)} modules, {folded} fold, {self.trained():,} values>"
+
+    def __str__(self) -> str:
+        return "\n".join(self.told())
+
+    def told(self, every: bool = False) -> list[str]:
+        """The decisions as the lines of a table, and what the user should know beside.
+
+        Args:
+            every: each layer by itself, not equal ones once.
+        """
+        rows = []
+        for claim in self.claims:
+            decision = f"folds into {claim.absorbed}" if claim.absorbed else f"stays: {claim.reason}"
+            tensors = ", ".join(f"{n} {list(t.shape)}" for n, t in claim.tensors.items())
+            cells = (claim.site.name, claim.attachment, "+".join(claim.effects), decision, tensors)
+            rows.append((None if every else claim.site.layer, cells))
+        header = ("SITE", "ATTACHMENT", "EFFECT", "DECISION", "PARAMETERS")
+        return [*columns([header, *grouped(rows)]), *self.notes]
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class Selection:
                 message = f"no {what} '{selector}' in this model"
                 if others:
                     message = f"'{selector}' is a site of kind {others[0]}, and '{entry.method.name}' needs kind {kind}"
-                self.find("E203", message, at(entry), one_of(known), nearest(selector, known))
+                self.find("E203", message, at(entry), one_of(known), self.meant(selector, kind, known))
             chosen |= {id(s): s for s in hits}
         sites = [s for s in listed if id(s) in chosen]
         wanted = self.layers(entry, sites)
@@ -55,6 +55,15 @@ class Selection:
         if entry.expect is not None and len(sites) != entry.expect and sites:
             self.find("E204", f"the selector matches {len(sites)} sites", at(entry, "expect"), f"{entry.expect} sites")
         return sites
+
+    def meant(self, selector: str, kind: str, known: list[str]) -> str:
+        """The hint for a selector that matches nothing: a site whose parameters are called so, or the nearest name."""
+        for site in self.anatomy:
+            if site.takes(kind) and site.path:
+                for parameter in site.parameters.values():
+                    if selector in parameter.split(".")[:-1]:
+                        return f"'{selector}' is the model's own name of what is '{site.role}' here"
+        return nearest(selector, known)
 
     def layers(self, entry: Attachment, sites: list[Site]) -> dict[str, set[int]] | None:
         """The chosen layers by stack; None for all sites, those outside layers included."""

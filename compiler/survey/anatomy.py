@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from peltc.compiler.survey.grouping import columns, grouped
+
 if TYPE_CHECKING:
     import networkx as nx
 
@@ -115,6 +117,25 @@ class Site:
             pattern != selector and fnmatch.fnmatchcase(weight, pattern)
         )
 
+    @property
+    def size(self) -> str:
+        """The site's sizes in words."""
+        sizes = self.sizes
+        if self.kind == "attention":
+            kv = f" / {sizes['kv_heads']}" if sizes["kv_heads"] != sizes["heads"] else ""
+            return f"{sizes['heads']}{kv} heads x {sizes['head_dim']}"
+        if "in" in sizes and self.kind in ("linear", "table", "embedding"):
+            return f"{sizes['in']} -> {sizes['out']}"
+        return str(sizes.get("d", ""))
+
+    @property
+    def held(self) -> str:
+        """The site's parameters by name, and which of their rows are its own."""
+        names = ", ".join(dict.fromkeys(self.parameters.values()))
+        if self.rows:
+            names += " rows " + ", ".join(f"{a}:{b}" for a, b in self.rows[:4]) + ", ..." * (len(self.rows) > 4)
+        return names
+
     def row(self) -> dict[str, Any]:
         """The site as `pelt sites --json` prints it."""
         rows: Any = None
@@ -141,6 +162,27 @@ class Anatomy:
 
     def __iter__(self) -> Any:
         return iter(self.sites)
+
+    def __repr__(self) -> str:
+        layers = {(site.stack, site.layer) for site in self.sites if site.layer is not None}
+        return f"<Anatomy: {len(self.sites)} sites in {len(layers)} layers, width {self.width}>"
+
+    def __str__(self) -> str:
+        return "\n".join(self.told())
+
+    def told(self, every: bool = False) -> list[str]:
+        """The sites as the lines of a table.
+
+        Args:
+            every: each layer by itself, not equal ones once.
+        """
+        rows = [(None if every else site.layer, (site.path, site.kind, site.size, site.held)) for site in self.named]
+        lines = columns([("SITE", "KIND", "SIZE", "PARAMETERS"), *grouped(rows)])
+        if self.unnamed:
+            lines += ["", f"{len(self.unnamed)} linear maps have no role; attach to them by `parameter:`"]
+            unnamed = [(None if every else s.layer, (f"  {s.parameters['weight']}",)) for s in self.unnamed]
+            lines += [row[0] for row in grouped(unnamed)]
+        return lines
 
     def __getitem__(self, path: str) -> Site:
         return next(site for site in self.sites if site.path == path)

@@ -1,4 +1,5 @@
-"""The command line. Results go to stdout, talk to stderr; exit codes: 0, 1 the user's input, 2 usage, 70 our bug."""
+"""The command line. Results go to stdout, talk to stderr; exit codes: 0, 1 the user's input, 2 usage, 70 our bug,
+130 interrupted."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from peltc.spec.diagnostics import PeltError
 COMMANDS = (compiling, looking, describing)
 """The modules whose commands there are; each adds its own when it is imported."""
 
-INPUT, USAGE, BUG = 1, 2, 70
+INPUT, USAGE, BUG, INTERRUPTED = 1, 2, 70, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOENT, errno.ENOTDIR,
         errno.EISDIR)  # fmt: skip
 
@@ -45,7 +46,7 @@ def run(arguments: Sequence[str], name: str = "pelt") -> int:
         return USAGE
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; what was there before is as it was", err=True)
-        return INPUT
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

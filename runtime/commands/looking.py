@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
 from peltc.runtime.commands.shell import (
+    all_option,
     architecture_option,
     cli,
     json_option,
     model_argument,
-    print_table,
     quiet_option,
     spec_argument,
     talking,
@@ -42,12 +41,13 @@ def check(spec: str, as_json: bool) -> None:
 @click.option("--svg", type=click.Path(dir_okay=False), help="Draw the reference architecture into a file.")
 @architecture_option
 @text_only_option
+@all_option
 @json_option
 @quiet_option
 def sites(
-    model: str, svg: str | None, architecture: str | None, text_only: bool, as_json: bool, quiet: bool
-) -> None:  # fmt: skip
-    """Show where modules can attach in MODEL."""
+    model: str, svg: str | None, architecture: str | None, text_only: bool, every: bool, as_json: bool, quiet: bool
+) -> None:
+    """Show where modules can attach in MODEL, or draw it."""
     from peltc.compiler.base.opening import open_base
     from peltc.compiler.earlier import check_model
 
@@ -59,36 +59,12 @@ def sites(
         from peltc.compiler.picture.drawing import draw
 
         Path(svg).write_text(draw(anatomy, f"{base.architecture}"), encoding="utf-8")
+        click.echo(f"drawn into {svg}", err=True)
     if as_json:
         click.echo(json.dumps([site.row() for site in anatomy], indent=1))
-        return
-    rows = [("SITE", "KIND", "SIZE", "PARAMETERS")]
-    for site in anatomy.named:
-        rows.append((site.path, site.kind, _size(site), _parameters(site)))
-    print_table(rows)
-    if anatomy.unnamed:
-        click.echo(f"\n{len(anatomy.unnamed)} linear maps have no role; attach to them by `parameter:`")
-        for site in anatomy.unnamed:
-            click.echo(f"  {site.parameters['weight']}")
-    if svg:
-        click.echo(f"drawn into {svg}", err=True)
-
-
-def _size(site: Any) -> str:
-    size = site.sizes
-    if site.kind == "attention":
-        kv = f" / {size['kv_heads']}" if size["kv_heads"] != size["heads"] else ""
-        return f"{size['heads']}{kv} heads x {size['head_dim']}"
-    if "in" in size and site.kind in ("linear", "table", "embedding"):
-        return f"{size['in']} -> {size['out']}"
-    return str(size.get("d", ""))
-
-
-def _parameters(site: Any) -> str:
-    names = ", ".join(dict.fromkeys(site.parameters.values()))
-    if site.rows:
-        names += " rows " + ", ".join(f"{a}:{b}" for a, b in site.rows[:4]) + (", ..." if len(site.rows) > 4 else "")
-    return names
+    elif not svg:
+        for line in anatomy.told(every):
+            click.echo(line)
 
 
 @cli.command()
@@ -97,10 +73,12 @@ def _parameters(site: Any) -> str:
 @click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
 @architecture_option
 @text_only_option
+@all_option
 @json_option
 @quiet_option
 def plan(
-    spec: str, model: str, mode: str | None, architecture: str | None, text_only: bool, as_json: bool, quiet: bool
+    spec: str, model: str, mode: str | None, architecture: str | None, text_only: bool, every: bool, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Show every decision about SPEC on MODEL; nothing is written."""
     from peltc.runtime.building.compile import plan_for
@@ -112,13 +90,7 @@ def plan(
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=1))
         return
-    rows = [("ATTACHMENT", "SITE", "EFFECT", "DECISION", "PARAMETERS")]
-    for claim in made.claims:
-        decision = f"folds into {claim.absorbed}" if claim.absorbed else f"stays: {claim.reason}"
-        tensors = ", ".join(f"{n} {list(t.shape)}" for n, t in claim.tensors.items())
-        rows.append((claim.attachment, claim.site.name, "+".join(claim.effects), decision, tensors))
-    print_table(rows)
-    for line in made.notes:
+    for line in made.told(every):
         click.echo(line)
     total = sum(_count(site.shape) for site in base.parameters.values())
     cost = made.cost

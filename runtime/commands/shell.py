@@ -65,6 +65,7 @@ STEP = click.Choice(["function", "arithmetic"])
 architecture_option = click.option(
     "--architecture", metavar="CLASS", help="A class of transformers, in place of the config's."
 )
+all_option = click.option("--all", "every", is_flag=True, help="List each layer, not equal ones once.")
 text_only_option = click.option(
     "--text-only", is_flag=True, help="Of a MODEL that reads more than text, take what reads token ids."
 )
@@ -77,6 +78,7 @@ def cli() -> None:
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    from peltc.compiler.survey.grouping import columns
+
+    for line in columns(rows):
+        click.echo(line)

@@ -75,6 +75,21 @@ class Session:
         if "decode" not in self.manifest.get("graphs", ()):
             self.inference  # noqa: B018  # what is wrong with it, now rather than later
 
+    def __repr__(self) -> str:
+        name, base = self.manifest["name"], self.manifest["base"]["architecture"]
+        return f"<Session of '{name}' on {base}: {', '.join(self.providers)}>"
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back; what is called afterwards opens it again."""
+        for held in ("inference", "inputs", "outputs", "generator"):
+            self.__dict__.pop(held, None)
+
     def open(self, file: str) -> Any:
         """ONNX Runtime's session of one of the artifact's graphs.
 
@@ -122,12 +137,13 @@ class Session:
 
         return open_generator(self.folder, self.open)
 
-    def generate(self, **options: Any) -> Any:
+    def generate(self, inputs: Any = None, **options: Any) -> Any:
         """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
 
         Args:
-            options: `input_ids` [B, S] and `attention_mask` [B, S], padded on the left for a decoder alone, as torch
-                tensors, arrays or lists; and whatever `generate` takes.
+            inputs: token ids [B, S], padded on the left for a decoder alone, as a torch tensor, array or lists; they
+                may be given as `input_ids` too.
+            options: `attention_mask` [B, S], and whatever `generate` takes.
 
         Returns:
             What `generate` returns: token ids [B, S], those of the prompt included for a decoder alone.
@@ -136,6 +152,8 @@ class Session:
             PeltError: E611 the artifact was compiled without generation; E606, E612 to E617 as when called, the length
                 at the token that has no position any more.
         """
+        if inputs is not None:
+            options["inputs"] = inputs
         return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
 
     def __call__(self, **inputs: Any) -> dict[str, Array]:

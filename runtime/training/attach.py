@@ -9,7 +9,6 @@ computes the site and nothing else, which is tried; attention cores and embeddin
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from peltc.compiler.adapter.provenance import check_file
 from peltc.compiler.adapter.weights import check_arrays, inside, load_tensors, overridden, start_tensors
@@ -30,7 +27,7 @@ from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.runtime.training.attached import Attached
 from peltc.runtime.training.saving import describe_base, live_samples
-from peltc.spec.diagnostics import fail
+from peltc.spec.diagnostics import fail, wrong_type
 from peltc.spec.foreign import refuse
 from peltc.spec.specification import Spec, load_spec
 
@@ -44,9 +41,13 @@ def attach(
 ) -> Any:
     """Attach a spec's modules to a model, in place.
 
-    Everything but the spec's own parameters is frozen. The model gains `save_adapter(path)`, which writes a file that
-    the compiler reads, `save_profile(path)`, which packs masks over a bank to bits, and `detach_adapter()`, which takes
-    the modules off again.
+    Everything but the spec's own parameters is frozen. The model gains
+
+    - `save_adapter(path)`, which writes a file that the compiler reads, and `load_adapter(path)`, which reads one;
+    - `save_profile(path)`, which packs masks over a bank to bits;
+    - `disable_adapter()`, within which the model is as it was: `with model.disable_adapter(): ...`;
+    - `detach_adapter()`, which takes the modules off for good;
+    - `print_trainable_parameters()`, which says how many values are trained.
 
     Args:
         model: a model of `transformers`, or any other torch module.
@@ -59,10 +60,13 @@ def attach(
         The same model.
 
     Raises:
-        PeltError: whatever keeps the spec from fitting the model, as when compiling; E408 weights that were trained
-            with other mathematics than the spec's. Weights of another base, or that say nothing of how they were
-            trained, are warned of.
+        PeltError: whatever keeps the spec from fitting the model, as when compiling; E216 what is no torch model; E408
+            weights that were trained with other mathematics than the spec's. Weights of another base, or that say
+            nothing of how they were trained, are warned of.
     """
+    if not hasattr(model, "named_parameters"):
+        raise wrong_type("the model to attach to", model, "a torch model: of transformers, or another torch.nn.Module",
+                         "load it first: AutoModel.from_pretrained(...), or the class of its task")  # fmt: skip
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     if is_known(model):
@@ -101,20 +105,16 @@ def attach_plan(
     `attach`."""
     if hasattr(model, "pelt"):
         raise fail("E209", "the model has modules attached already", hint="call model.detach_adapter() first")
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     attached = Attached(plan, values, next(model.parameters()).device, given)
     try:
         attached.install(model)
     except BaseException:
         attached.uninstall()
         raise
-    attached.restore.append(partial(_require, model, trained))
-    _require(model, {})
+    attached.freeze(model)
     model.pelt = attached.train(model.training)
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # code compiled before knows nothing of the modules
-    model.save_adapter, model.save_profile = partial(attached.save, model), partial(attached.save_profile, model)
-    model.detach_adapter = lambda: attached.remove(model)
+    for name, method in attached.offers().items():
+        setattr(model, name, partial(method, model))
     return model
 
 
@@ -128,10 +128,3 @@ def bare(model: Any) -> Any:
     for module in twin.modules():
         vars(module).pop("_pelt_change", None)
     return twin
-
-
-def _require(model: nn.Module, trained: Mapping[str, bool]) -> None:
-    """Which of the base's parameters are trained; none that is not named."""
-    for name, parameter in model.named_parameters():
-        if not name.startswith("pelt."):
-            parameter.requires_grad_(trained.get(name, False))

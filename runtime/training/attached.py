@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from peltc.compiler.adapter.profile import pack
-from peltc.compiler.adapter.provenance import DIGEST, provenance
+from peltc.compiler.adapter.provenance import DIGEST, check_file, provenance
+from peltc.compiler.adapter.weights import load_tensors
 from peltc.compiler.artifact import write_whole
 from peltc.compiler.export.torch_model import is_pretrained
 from peltc.compiler.plan.claims import LEVELS, Claim
@@ -18,7 +24,7 @@ from peltc.runtime.training.blocks import Blocks
 from peltc.runtime.training.places import owner_of
 from peltc.runtime.training.reach import check_reach
 from peltc.runtime.training.reruns import forget_reruns
-from peltc.runtime.training.saving import record_base, warn_of_lost
+from peltc.runtime.training.saving import describe_base, live_samples, record_base, warn_of_lost
 from peltc.spec.diagnostics import Place, fail
 
 
@@ -40,6 +46,17 @@ class Attached(Blocks):
         state_dict[key] = own
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
+    def offers(self) -> dict[str, Callable[..., Any]]:
+        """What a model gains, by name: functions whose first argument is the model."""
+        return {
+            "save_adapter": self.save,
+            "load_adapter": self.load,
+            "save_profile": self.save_profile,
+            "disable_adapter": self.disabled,
+            "detach_adapter": self.remove,
+            "print_trainable_parameters": print_trained,
+        }
+
     def save(self, model: Any, path: str | Path) -> None:
         """Write the adapter's tensors as safetensors, float32, names as the compiler expects them, with what they were
         trained as and on in the metadata. Parameters of the model that are trained and not in the file are told."""
@@ -47,7 +64,23 @@ class Attached(Blocks):
 
         warn_of_lost(model, self.plan, self.anatomy, 2)
         said = provenance(self.mathematics, record_base(model, self.plan))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(path), save(self.tensors(), said.metadata()))
+
+    def load(self, model: Any, path: str | Path) -> None:
+        """Take the tensors of a file that `save_adapter` or `save_profile` wrote. A file of another base, or one that
+        says nothing of how it was trained, is warned of.
+
+        Raises:
+            PeltError: E4xx what is wrong with the file; E408 it was trained with other mathematics.
+        """
+        file = Path(path)
+        sentences = check_file(self.plan, file, describe_base(model), live_samples(model))
+        with torch.no_grad():
+            for name, value in load_tensors(self.plan, file).items():
+                self.parameter(name).copy_(torch.from_numpy(np.array(value, np.float32)))
+        for sentence in sentences:
+            warnings.warn(sentence, stacklevel=2)
 
     def save_profile(self, model: Any, path: str | Path) -> None:
         """Write what is this profile's own: hard masks over a bank as bits, and whatever else is trained. Parameters of
@@ -57,6 +90,7 @@ class Attached(Blocks):
             PeltError: E211 the spec has no hard mask over a bank.
         """
         warn_of_lost(model, self.plan, self.anatomy, 2)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         every = {name: self.parameter(name).detach().float().cpu().numpy() for name in self.plan.tensors}
         write_whole(Path(path), pack(self.plan, every))
 
@@ -68,15 +102,34 @@ class Attached(Blocks):
     def remove(self, model: Any) -> None:
         """Take the modules off the model."""
         self.uninstall()
-        for name in ("pelt", "save_adapter", "save_profile", "detach_adapter"):
+        for name in ("pelt", *self.offers()):
             delattr(model, name)
+        model.detach_adapter = nothing_attached
+
+    @contextmanager
+    def disabled(self, model: Any) -> Iterator[Any]:
+        """The model without its modules, for as long as the context lasts."""
+        self.uninstall()
+        try:
+            yield model
+        finally:
+            self.install(model)
+            self.freeze(model)
+
+    def freeze(self, model: Any) -> None:
+        """Train none of the base's parameters. Code that was compiled before knows nothing of the modules."""
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.restore.append(partial(_require, model, trained))
+        _require(model, {})
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
 
     def uninstall(self) -> None:
         """Take the hooks away and undo what was changed besides."""
-        for handle in self.handles:
-            handle.remove()
-        for undo in self.restore:
-            undo()
+        while self.handles:
+            self.handles.pop(0).remove()
+        while self.restore:
+            self.restore.pop(0)()
 
     def install(self, model: Any) -> None:
         """Register every hook, sites that lie within others first."""
@@ -93,6 +146,7 @@ class Attached(Blocks):
             module = owner_of(model, anchor)
             self.handles.append(module.register_forward_pre_hook(self.watcher(anchor), with_kwargs=True))
         self.handles.append(model.register_forward_pre_hook(self.opening(), with_kwargs=True))
+        self.handles.append(model.register_forward_hook(self.closing()))
         if not is_pretrained(model):
             for claims in groups.values():
                 check_reach(model, claims)
@@ -100,5 +154,21 @@ class Attached(Blocks):
         for claims in ordered:
             kind = claims[0].site.kind if claims[0].mirrors is None else "mirror"
             getattr(self, f"install_{kind}")(model, claims[0].site, claims)
-        self.handles.append(model.register_forward_hook(self.closing()))
         self.restore.append(partial(forget_reruns, model))
+
+
+def _require(model: nn.Module, trained: Mapping[str, bool]) -> None:
+    """Which of the base's parameters are trained; none that is not named."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("pelt."):
+            parameter.requires_grad_(trained.get(name, False))
+
+
+def nothing_attached() -> None:
+    """What `detach_adapter` of a model does whose modules have been taken off: nothing."""
+
+
+def print_trained(model: Any) -> None:
+    """Print how many values of a model are trained, in all, and as a share."""
+    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or all) for all in (False, True))
+    print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / max(total, 1):.4f}")

@@ -25,6 +25,24 @@ from peltc.spec.formula.interpreter import Deferred
 Tensor = torch.Tensor
 
 
+class Unpicklable:
+    """A hook that no file can hold; a model tells of it where it is pickled, before anything else of its modules."""
+
+    def __init__(self, hook: Callable[..., None]):
+        self.hook = hook
+
+    def __call__(self, *arguments: Any) -> None:
+        self.hook(*arguments)
+
+    def __deepcopy__(self, memo: Any) -> Unpicklable:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise fail("E209", "a model with modules attached cannot be pickled: its hooks are no part of a file",
+                   hint="model.save_adapter(path) writes the modules; peltc.attach(model, spec, path) attaches them"
+                   " where they are loaded")  # fmt: skip
+
+
 class Evaluation(nn.Module):
     """What modules compute, and what they need to see for it: their parameters, and hooks that remember values."""
 
@@ -108,7 +126,7 @@ class Evaluation(nn.Module):
                     hint="`pelt compile --no-verify` deploys such modules, not held against PyTorch" if core else "",
                 )
 
-        return hook
+        return Unpicklable(hook)
 
     def enter(self, site: Site) -> None:
         """A site's modules take part; what their definitions draw, keys and values say, is drawn anew and once."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peltc.spec.diagnostics import fail, nearest, one_of
+from peltc.spec.diagnostics import fail, nearest, one_of, wrong_type
 
 Tensor = torch.Tensor
 
@@ -63,7 +63,7 @@ def parameter_groups(
     ]  # fmt: skip
 
 
-def consistency_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def consistency_loss(first: Any, second: Any, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """How much two stochastic passes of one batch disagree; add it to the first pass's own loss (AdaMix).
 
         scale · ½ [KL(sg p₂ ‖ p₁) + KL(sg p₁ ‖ p₂)],   p = softmax(logits)
@@ -72,9 +72,13 @@ def consistency_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, 
     the mean over unmasked tokens and a scale of 100.
 
     Args:
-        first, second: logits [..., C].
+        first, second: logits [..., C], or a model's outputs that have some.
         mask: [...], the samples or tokens that count.
+
+    Raises:
+        PeltError: E216 neither.
     """
+    first, second = _logits(first), _logits(second)
     first, second = (logits.flatten(0, -2) for logits in (first, second))
     if mask is not None:
         first, second = (logits[mask.flatten().bool()] for logits in (first, second))
@@ -82,3 +86,11 @@ def consistency_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, 
     toward_second = F.kl_div(p, q.detach(), reduction="batchmean", log_target=True)
     toward_first = F.kl_div(q, p.detach(), reduction="batchmean", log_target=True)
     return 0.5 * scale * (toward_second + toward_first)
+
+
+def _logits(given: Any) -> Tensor:
+    """The logits [..., C] that are given, or that a model's outputs have."""
+    found = given if isinstance(given, Tensor) else getattr(given, "logits", None)
+    if not isinstance(found, Tensor):
+        raise wrong_type("a pass", given, "logits [..., C], or outputs that have some")
+    return found

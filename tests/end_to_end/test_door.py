@@ -1,0 +1,130 @@
+"""The first things that a user does in Python: what is given in the wrong place is named, and what PEFT's users expect
+of a model with modules is there."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import peltc
+from peltc import PeltError
+from peltc.compiler.survey.grouping import grouped, spans
+
+LORA = {"pelt": 1, "name": "mine", "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
+
+
+@pytest.fixture
+def model(model_folder: Any) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(model_folder("bert")).eval()
+
+
+@pytest.fixture
+def attached(model: Any) -> Any:
+    peltc.attach(model, LORA)
+    with torch.no_grad():
+        for parameter in model.pelt.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 11)[None]).logits
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: peltc.attach("bert", LORA), "E216 the model to attach to is given as str"),
+        (lambda model: peltc.attach(model, None), "E216 a spec is given as NoneType"),
+        (lambda model: peltc.plan(LORA, 7), "E216 the model is given as int"),
+        (lambda model: peltc.survey(None), "E216 the model is given as NoneType"),
+        (lambda model: peltc.compile(3, model, "out"), "E216 a spec is given as int"),
+        (lambda model: peltc.consistency_loss({"logits": 1}, torch.zeros(2, 3)), "E216 a pass is given as dict"),
+    ],
+)
+def test_what_is_given_in_the_wrong_place_is_named(call: Any, words: str, model: Any) -> None:
+    with pytest.raises(PeltError, match=words):
+        call(model)
+
+
+def test_a_loss_takes_what_models_return(attached: Any) -> None:
+    outputs = attached(input_ids=torch.arange(3, 11)[None])
+    assert float(peltc.consistency_loss(outputs, outputs).detach()) == pytest.approx(0, abs=1e-7)
+
+
+def test_modules_are_left_out_for_a_while(attached: Any, model_folder: Any) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    bare = logits(AutoModelForSequenceClassification.from_pretrained(model_folder("bert")).eval())
+    with_modules = logits(attached)
+    assert (with_modules - bare).abs().max() > 1e-4
+    with attached.disable_adapter():
+        assert torch.equal(logits(attached), bare)
+        assert any(p.requires_grad for n, p in attached.named_parameters() if not n.startswith("pelt."))
+    assert torch.equal(logits(attached), with_modules)
+    assert not any(p.requires_grad for n, p in attached.named_parameters() if not n.startswith("pelt."))
+
+
+def test_modules_are_saved_where_no_folder_is_yet_and_loaded(attached: Any, tmp_path: Path) -> None:
+    attached.save_adapter(tmp_path / "new" / "folder" / "adapter.safetensors")
+    expected = logits(attached)
+    with torch.no_grad():
+        for parameter in attached.pelt.parameters():
+            parameter.zero_()
+    attached.load_adapter(tmp_path / "new" / "folder" / "adapter.safetensors")
+    assert torch.equal(logits(attached), expected)
+    with pytest.raises(PeltError, match="E40"):
+        attached.load_adapter(tmp_path / "nowhere.safetensors")
+
+
+def test_modules_are_taken_off_once_or_twice(attached: Any) -> None:
+    attached.detach_adapter()
+    attached.detach_adapter()
+    assert not hasattr(attached, "pelt") and not hasattr(attached, "print_trainable_parameters")
+    pickle.loads(pickle.dumps(copy.deepcopy(attached)))
+    peltc.attach(attached, LORA)
+
+
+def test_a_model_with_modules_is_not_pickled(attached: Any) -> None:
+    with pytest.raises(PeltError, match=r"E209 .*cannot be pickled(.|\n)*save_adapter"):
+        pickle.dumps(attached)
+
+
+def test_how_much_is_trained(attached: Any, capsys: Any) -> None:
+    attached.print_trainable_parameters()
+    total = sum(p.numel() for p in attached.parameters())
+    assert f"trainable params: 256 || all params: {total:,} || trainable%: " in capsys.readouterr().out
+
+
+def test_things_say_what_they_are(model_folder: Any, tmp_path: Path) -> None:
+    folder = model_folder("bert")
+    assert repr(peltc.load_spec(LORA)) == "<Spec 'mine': lora>"
+    assert repr(peltc.survey(folder)).startswith("<Anatomy: ") and "layers.0-1.attention.query" in str(
+        peltc.survey(folder)
+    )
+    plan = peltc.plan(LORA, folder)
+    assert repr(plan) == "<Plan of 'mine': 2 modules, 2 fold, 256 values>"
+    assert "layers.0-1.attention.query × 2" in str(plan) and str(plan).count("\n") == 1
+    peltc.compile(LORA, folder, tmp_path / "out", verify=False)
+    with peltc.Session(tmp_path / "out", ["CPUExecutionProvider"]) as session:
+        assert repr(session) == "<Session of 'mine' on BertForSequenceClassification: CPUExecutionProvider>"
+        first = session(input_ids=[[5, 6]])["logits"]
+    assert "inference" not in vars(session)
+    assert np.array_equal(session(input_ids=[[5, 6]])["logits"], first)
+
+
+def test_rows_of_equal_layers_are_told_once() -> None:
+    rows = [(layer, (f"layers.{layer}.query", f"h.{layer}.mlp.0.w, h.{layer}.b")) for layer in range(3)]
+    rows += [(3, ("layers.3.query", "h.3.other")), (None, ("head", "lm_head.0"))]
+    assert grouped(rows) == [("layers.0-2.query × 3", "h.0-2.mlp.0.w, h.0-2.b"), ("layers.3.query", "h.3.other"),
+                             ("head", "lm_head.0")]  # fmt: skip
+    assert spans([5, 1, 2, 3, 7, 7]) == "1-3,5,7"
