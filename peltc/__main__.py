@@ -14,7 +14,7 @@ def compile_main() -> None:
     """`pelt-compile SPEC MODEL -o OUT`: the verb `compile` by its own name."""
     from peltc.runtime.commands.cli import run
 
-    sys.exit(run(["compile", *sys.argv[1:]], "pelt-compile"))
+    sys.exit(run(sys.argv[1:], "pelt-compile", "compile"))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class _Planner:
                 return []
             mode = entry.mode or self.mode or self.spec.mode
             if mode not in ("fold", "static"):
-                self.find("E207", f"the mode '{mode}' is not available yet", entry.place, "fold or static")
+                self.find("E207", f"there is no mode '{mode}'", entry.place, "fold or static")
                 return []
             constants = {**options, **constants_of(site), "index": index, "count": len(sites)}
             constants |= {"role": roles.index(site.role), "roles": len(roles), "d_model": self.anatomy.width}

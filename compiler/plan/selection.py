@@ -61,7 +61,7 @@ class Selection:
         for site in self.anatomy:
             if site.takes(kind) and site.path:
                 for parameter in site.parameters.values():
-                    if selector in parameter.split(".")[:-1]:
+                    if parameter.split(".")[-2:-1] == [selector]:
                         return f"'{selector}' is the model's own name of what is '{site.role}' here"
         return nearest(selector, known)
 

@@ -26,12 +26,18 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
         errno.EISDIR)  # fmt: skip
 
 
-def run(arguments: Sequence[str], name: str = "pelt") -> int:
-    """Run a command line; returns the exit code."""
+def run(arguments: Sequence[str], name: str = "pelt", verb: str = "") -> int:
+    """Run a command line; returns the exit code.
+
+    Args:
+        name: what the program is called.
+        verb: the one command that the program is, where it is not all of them.
+    """
+    program = click.version_option(package_name="peltc", prog_name=name)(cli.commands[verb]) if verb else cli
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # who starts us with a signal ignored wants it so
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        cli.main(list(arguments), prog_name=name, standalone_mode=False)
+        program.main(list(arguments), prog_name=name, standalone_mode=False)
         return 0
     except PeltError as error:
         if "--json" in arguments:

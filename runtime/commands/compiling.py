@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from peltc.runtime.commands.shell import (
+    CACHE,
+    CONTEXT,
     STEP,
     architecture_option,
     cli,
@@ -24,7 +26,7 @@ from peltc.runtime.commands.shell import (
 )
 
 
-@cli.command("compile")
+@cli.command("compile", context_settings=CONTEXT, epilog=CACHE)
 @spec_argument
 @model_argument
 @click.option("-o", "--out", required=True, type=click.Path(), help="The artifact's folder.")

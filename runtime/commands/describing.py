@@ -63,12 +63,11 @@ def describe(
         reports = [describe(each, model, architecture=architecture, text_only=text_only, talk=talk) for each in specs]
     if svg:
         Path(svg).write_text(reports[0].picture(), encoding="utf-8")
+        click.echo(f"drawn into {svg}", err=True)
     if as_json:
         click.echo(json.dumps([report.to_json() for report in reports], indent=1))
-        return
-    click.echo(told(reports, get_terminal_size((140, 24)).columns))
-    if svg:
-        click.echo(f"drawn into {svg}", err=True)
+    elif not svg:
+        click.echo(told(reports, get_terminal_size((140, 24)).columns))
 
 
 @cli.command()

@@ -71,7 +71,11 @@ text_only_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+CACHE = "What compilations keep between them lies in ~/.cache/peltc, or where the variable PELTC_CACHE says."
+
+
+@click.group(context_settings=CONTEXT, epilog=CACHE)
 @click.version_option(package_name="peltc")
 def cli() -> None:
     """Compile parameter-efficient fine-tuning modules and a transformer checkpoint into an ONNX deployment."""

@@ -533,7 +533,6 @@ FIT = [
         "[30, 30]",
     ),
     case("too_large", LORA + "    r: 1000000000000000\n", "E205", "spec.yaml:", "r"),
-    case("mode_not_there", LORA + "deploy: {mode: bank}\n", "E207", "spec.yaml:3:5", "'bank' is not available"),
 ]
 
 # Shapes and functions inside a user's formula.
