@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from peltc.spec.document import Document
 from peltc.spec.formula.interpreter import Interpreter
 from peltc.spec.formula.reader import parse
+from peltc.spec.formula.syntax import names
 from peltc.spec.method import Option
 from peltc.spec.shelf import Shelf
 
@@ -70,9 +70,9 @@ class Recipe:
         return found
 
 
-def _prefixed(names: str | list[str], prefix: str) -> str | list[str]:
+def _prefixed(named: str | list[str], prefix: str) -> str | list[str]:
     """The names of a recipe's attachments, behind a prefix."""
-    return f"{prefix}_{names}" if isinstance(names, str) else [f"{prefix}_{name}" for name in names]
+    return f"{prefix}_{named}" if isinstance(named, str) else [f"{prefix}_{name}" for name in named]
 
 
 def _holds(value: Any, options: Mapping[str, Any], interpreter: Interpreter[Any]) -> bool:
@@ -96,15 +96,29 @@ def _option_of(value: Any) -> str:
     return found.group(1) if found else ""
 
 
-def build(document: Document) -> Recipe:
-    """A recipe from a validated document."""
-    tree = document.tree
+def references(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The options that an entry of a recipe refers to, as values and in conditions, with the path to where it does."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if key == "if":
+                yield from (((*path, key), name) for name in sorted(names(parse(part))))
+            else:
+                yield from references(part, (*path, key))
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from references(part, (*path, i))
+    elif name := _option_of(value):
+        yield path, name
+
+
+def build_recipe(tree: Mapping[str, Any], name: str) -> Recipe:
+    """A recipe from the content of a valid document."""
     options = tuple(Option(key, value) for key, value in tree.get("options", {}).items())
-    return Recipe(tree["recipe"], tree["title"], tree["source"], options, tuple(tree["attach"]),
+    return Recipe(name, str(tree.get("title", name)), str(tree.get("source", "")), options, tuple(tree["attach"]),
                   str(tree.get("notes", "")).strip())  # fmt: skip
 
 
 @cache
 def recipes() -> Mapping[str, Recipe]:
     """The recipes that come with the compiler, by name."""
-    return Shelf("peltc.spec.recipes", "recipe", build)
+    return Shelf("peltc.spec.recipes", "recipe", lambda document: build_recipe(document.tree, document.tree["recipe"]))

@@ -86,14 +86,18 @@ def option_schema(option: Option) -> dict[str, Any]:
     return {**described, **default, "anyOf": [one, {"type": "array", "minItems": 1, "items": one}]}
 
 
-def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = None) -> dict[str, Any]:
+def spec_schema(
+    methods: Mapping[str, Method], named: Iterable[str] | None = None, known: Mapping[str, Recipe] | None = None
+) -> dict[str, Any]:
     """The schema of a spec in which `methods` can be named.
 
     Args:
         named: the methods and recipes that the document at hand names, where the others' options need not be spelt
             out.
+        known: the recipes that can be named; those that are shipped where absent.
     """
-    cases, own, known = [], schemas.load("method"), recipes()
+    cases, own, bundle = [], schemas.load("method"), schemas.load("recipe")
+    known = recipes() if known is None else known
     wanted = None if named is None else set(named)
     for name in (n for n in known if wanted is None or n in wanted):
         chosen = {"properties": {"recipe": {"const": name}}, "required": ["recipe"]}
@@ -139,6 +143,12 @@ def spec_schema(methods: Mapping[str, Method], named: Iterable[str] | None = Non
                 "description": "methods of one's own, written as method files are",
                 "propertyNames": own["properties"]["method"],
                 "additionalProperties": {**own, "required": ["site"]},
+            },
+            "recipes": {
+                "type": "object",
+                "description": "recipes of one's own, written as recipe files are",
+                "propertyNames": bundle["properties"]["recipe"],
+                "additionalProperties": {**bundle, "required": ["attach"]},
             },
             "model": {
                 "type": "object",

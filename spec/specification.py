@@ -12,10 +12,11 @@ from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, nearest, one_of, wrong_type
 from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.foreign import refuse
-from peltc.spec.method import Method, build, shipped
-from peltc.spec.recipe import recipes
+from peltc.spec.method import Method, shipped
+from peltc.spec.own import held, own_methods, own_recipes
+from peltc.spec.recipe import Recipe, recipes
 from peltc.spec.schema import RESERVED, spec_schema
-from peltc.spec.validation import check_defaults, validate
+from peltc.spec.validation import validate
 
 MAX_LISTED = 1 << 20
 """How many whole numbers an option may list."""
@@ -157,33 +158,14 @@ def build_spec(document: Document, text: str = "") -> Spec:
     tree = document.tree
     if not isinstance(tree, dict):
         raise fail("E112", "the spec is not a mapping", document.place(), "a mapping with the keys 'pelt' and 'attach'")
-    known: Mapping[str, Method] = shipped()
-    own = tree.get("methods") or {}
-    if isinstance(own, dict) and own:
-        validate(document, {"properties": {"methods": spec_schema({})["properties"]["methods"]}})
-        findings: list[Diagnostic] = []
-        added: dict[str, Method] = {}
-        for name in own:
-            if name in known:
-                place = document.place("methods", name)
-                findings.append(Diagnostic("E201", f"there is a shipped method '{name}'", place, "a name of its own"))
-                continue
-            if own[name].get("method", name) != name:
-                message = f"the method is called '{name}' and '{own[name]['method']}'"
-                findings.append(Diagnostic("E201", message, document.place("methods", name, "method"), f"'{name}'"))
-            findings.extend(check_defaults(document, "methods", name, "options"))
-            try:
-                added[name] = build(document, name, ("methods", name))
-            except PeltError as error:
-                findings.extend(error.diagnostics)
-        if findings:
-            raise PeltError(findings)
-        known = ChainMap(added, known)  # type: ignore[arg-type]
+    known: Mapping[str, Method] = ChainMap(own_methods(document), shipped())  # type: ignore[arg-type]
+    own = own_recipes(document, known)
     entries = tree.get("attach")
     mappings = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
     named = [e.get(key) for e in mappings for key in ("method", "recipe")]
-    validate(document, spec_schema(known, [name for name in named if isinstance(name, str)]))
-    attach = tuple(_attachments(document, known))
+    bundles: Mapping[str, Recipe] = ChainMap(own, recipes())  # type: ignore[arg-type]
+    validate(document, spec_schema(known, [name for name in named if isinstance(name, str)], bundles))
+    attach = tuple(_attachments(document, known, own))
     _check_names(document, attach)
     deploy, model = tree.get("deploy") or {}, tree.get("model") or {}
     labels = model.get("labels")
@@ -207,20 +189,29 @@ def build_spec(document: Document, text: str = "") -> Spec:
     )
 
 
-def _attachments(document: Document, known: Mapping[str, Method]) -> Iterator[Attachment]:
+def _attachments(
+    document: Document, known: Mapping[str, Method], own_bundles: Mapping[str, Recipe]
+) -> Iterator[Attachment]:
     """What stands under `attach:`, recipes expanded.
 
+    Args:
+        own_bundles: the spec's own recipes, whose attachments are checked as they come, with the options given.
+
     Raises:
-        PeltError: every finding about combinators.
+        PeltError: every finding about combinators, and about what an own recipe makes of its options.
     """
     findings: list[Diagnostic] = []
     for i, entry in enumerate(document.tree["attach"]):
         own = {key: document.place("attach", i, key) for key in entry}
         expanded = [(entry, {key: key for key in entry})]
         if "recipe" in entry:
-            expanded = recipes()[entry["recipe"]].expand(entry)
+            expanded = (own_bundles.get(entry["recipe"]) or recipes()[entry["recipe"]]).expand(entry)
         for said, origins in expanded:
             places = {key: own[origin] for key, origin in origins.items()}
+            if entry.get("recipe") in own_bundles:
+                findings.extend(wrong := held(said, known, document.place("attach", i), places))
+                if wrong:
+                    continue
             try:
                 yield _attachment(said, known, document.place("attach", i), places, entry.get("recipe", ""))
             except PeltError as error:
