@@ -1,6 +1,6 @@
-"""The tables of methods, recipes and combinators in the README, written from their files.
+"""The tables of methods, recipes and combinators in the documents, written from their files.
 
-python -m peltc.spec.table README.md        # bring the table up to date
+python -m peltc.spec.table README.md docs/methods.md        # bring the tables up to date
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peltc.spec.recipe import recipes
 
 
 def tables() -> dict[str, str]:
-    """What stands between the README's markers, by their name: Markdown tables, one row each."""
+    """What stands between a document's markers, by their name: Markdown tables, one row each."""
     return {
         "methods": table("method", [(m.name, m.title, m.site, m.source) for m in shipped().values()], "attaches to"),
         "recipes": table("recipe", [(r.name, r.title, r.source) for r in recipes().values()]),
@@ -37,18 +37,23 @@ def link(source: str) -> str:
 
 
 def insert(text: str) -> str:
-    """A Markdown text with each table between its markers.
+    """A Markdown text with each table between its markers, where it has these.
 
     Raises:
-        ValueError: the text lacks a table's markers.
+        ValueError: the text has the markers of no table, or one of a pair.
     """
+    before, places = text, 0
     for name, content in tables().items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        head, found, rest = text.partition(begin)
+        if begin not in text and end not in text:
+            continue
+        head, _, rest = text.partition(begin)
         _, closed, tail = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"no place for the table of {name}: the text lacks {begin} and {end}")
-        text = f"{head}{begin}\n{content}\n{end}{tail}"
+        if not closed:
+            raise ValueError(f"no place for the table of {name}: the text lacks {begin} or {end}")
+        text, places = f"{head}{begin}\n{content}\n{end}{tail}", places + 1
+    if not places:
+        raise ValueError(f"no place for a table: the text has no <!-- methods:begin -->: {before[:60]!r}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""What the README says is true: its table, its specs, its map of the code."""
+"""What the documents say is true: their tables, their specs, their links, the map of the code."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from peltc.spec.interpreters.check import check_formulas
 from peltc.spec.table import insert
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
 SPECS = [
-    textwrap.dedent(text) for _, text in re.findall(r"^( *)```yaml\n(.*?)^\1```", README, re.MULTILINE | re.DOTALL)
+    textwrap.dedent(text)
+    for page in ("README.md", *(name for name in TEXTS if name != "README.md"))
+    for _, text in re.findall(r"^( *)```yaml\n(.*?)^\1```", TEXTS[page], re.MULTILINE | re.DOTALL)
 ]
 
 
-def section(title: str) -> str:
+def section(page: str, title: str) -> str:
     """The text under a heading."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return TEXTS[page].split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def code_map() -> Iterator[tuple[str, str]]:
     """Paths in the code map, with what is said of each."""
     folder = ""
-    for line in section("Code map").split("```")[1].splitlines()[1:]:
+    for line in section("CONTRIBUTING.md", "Code map").split("```")[1].splitlines()[1:]:
         if found := re.match(r"( *)(\S+)\s+(\S.*)", line):
             indent, name, text = found.groups()
             folder = "" if not indent else folder
@@ -37,8 +41,13 @@ def code_map() -> Iterator[tuple[str, str]]:
 
 
 def test_tables_are_up_to_date() -> None:
-    """`python -m peltc.spec.table README.md` writes them."""
-    assert insert(README) == README
+    """`python -m peltc.spec.table README.md docs/methods.md` writes them."""
+    for page in ("README.md", "docs/methods.md"):
+        assert insert(TEXTS[page]) == TEXTS[page]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 200
 
 
 def test_table_needs_its_markers() -> None:
@@ -69,9 +78,10 @@ def test_code_map_is_the_code() -> None:
     assert sorted((rooms | alone) - set(paths)) == []
 
 
-def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
-    assert [t for t in targets if "://" not in t and not (ROOT / t).exists()] == []
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", TEXTS[page]) + re.findall(r'src="([^"]+)"', TEXTS[page])
+    assert [t for t in targets if "://" not in t and not ((ROOT / page).parent / t).exists()] == []
 
 
 def test_picture_is_up_to_date(model_folder: Callable[..., Path]) -> None:

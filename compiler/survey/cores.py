@@ -1,4 +1,4 @@
-"""Attention cores: where a softmax of a product of two things multiplies a third.
+"""Attention cores: a product of queries and keys, a softmax over it, and its product with values.
 
     x ─► query ─► … ─► q ─┐
     x ─► key ───► … ─► k ─┴► scores ─► softmax ─┐

@@ -107,7 +107,7 @@ class Session:
 
     @cached_property
     def inference(self) -> Any:
-        """The session of the graph without a cache; who generates alone never opens it."""
+        """The session of the graph without a cache; it is opened when it is first called."""
         return self.open("model.onnx")
 
     @cached_property

@@ -1,6 +1,6 @@
-"""Speed and memory, side by side with the alternative in one run; prints a table and can write it into the README.
+"""Speed and memory, side by side with the alternative in one run; prints a table and can write it into docs/benchmarks.md.
 
-    python tests/benchmarks/run.py [--only NAME ...] [--readme] [--folder DIR]
+    python tests/benchmarks/run.py [--only NAME ...] [--write] [--folder DIR]
 
 Machines are shared and noisy: quote the ratios. Whole processes are measured, imports included, by the operating
 system's own accounting; latencies are medians of interleaved runs.
@@ -309,8 +309,8 @@ def table(rows: list[Row]) -> str:
 
 
 def write_readme(text: str) -> None:
-    """Put the table between the README's markers."""
-    file = ROOT / "README.md"
+    """Put the table between the markers of docs/benchmarks.md."""
+    file = ROOT / "docs" / "benchmarks.md"
     begin, end = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
     before, rest = file.read_text(encoding="utf-8").split(begin)
     file.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
@@ -320,7 +320,7 @@ def main() -> None:
     names = ("warm_minilm", "cold_llama", "warm_llama", "verify_llama", "latency", "unipelt")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "peltc-bench")
     options = parser.parse_args()
     bench = Bench(options.folder)
@@ -331,7 +331,7 @@ def main() -> None:
             rows.append(row)
     text = table(rows)
     print(f"\n{text}")
-    if options.readme:
+    if options.write:
         write_readme(text)
 
 
