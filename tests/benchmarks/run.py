@@ -1,4 +1,4 @@
-"""Speed and memory, side by side with the alternative in one run; prints a table and can write it into docs/benchmarks.md.
+"""Speed and memory, side by side with the alternative in one run; prints a table, for docs/benchmarks.md.
 
     python tests/benchmarks/run.py [--only NAME ...] [--write] [--folder DIR]
 
@@ -308,7 +308,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(text: str) -> None:
+def write_page(text: str) -> None:
     """Put the table between the markers of docs/benchmarks.md."""
     file = ROOT / "docs" / "benchmarks.md"
     begin, end = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -332,7 +332,7 @@ def main() -> None:
     text = table(rows)
     print(f"\n{text}")
     if options.write:
-        write_readme(text)
+        write_page(text)
 
 
 if __name__ == "__main__":
