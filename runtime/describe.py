@@ -9,12 +9,12 @@ from math import ceil, prod
 from pathlib import Path
 
 from peltc.compiler.adapter.profile import packed
+from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.picture.drawing import draw
 from peltc.compiler.picture.modules import Attached
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.runtime.building.compile import plan_for
-from peltc.runtime.building.trained import Talk, silent
 from peltc.spec.diagnostics import fail, nearest, one_of
 from peltc.spec.interpreters.check import check_formulas
 from peltc.spec.interpreters.cost import Cost
@@ -146,7 +146,7 @@ def describe(
     *,
     architecture: str | None = None,
     text_only: bool = False,
-    talk: Talk = silent,
+    talk: Talk = logged,
 ) -> Report:
     """What a spec's modules are; with a model, how many and at what cost.
 

@@ -140,9 +140,9 @@ def load_spec(source: str | Path | Mapping[str, Any]) -> Spec:
         PeltError: every finding of the first stage that has any: E1xx the document, E2xx names, E3xx formulas; E216
             what is no spec; E410 another library's adapter.
     """
+    refuse(source, "a spec")
     if not isinstance(source, str | Path | Mapping):
         raise wrong_type("a spec", source, "a spec's file, or its content as a mapping")
-    refuse(source, "a spec")
     return build_spec(parse(dump(dict(source)), "<spec>") if isinstance(source, Mapping) else read(source))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 IR_VERSION = 10
-Talk = Callable[[str], None]
 Array = np.ndarray[Any, Any]
 
 

@@ -28,8 +28,9 @@ from peltc.spec.diagnostics import Place, fail
 
 if TYPE_CHECKING:
     pass
-from peltc.compiler.base.base import ParameterInfo, Talk
+from peltc.compiler.base.base import ParameterInfo
 from peltc.compiler.base.source import vocabulary_of
+from peltc.compiler.files.talk import Talk
 
 
 def build_base(

@@ -16,8 +16,8 @@ from peltc.spec.diagnostics import Place, fail
 
 if TYPE_CHECKING:
     pass
-from peltc.compiler.base.base import Talk
 from peltc.compiler.base.key import key_of
+from peltc.compiler.files.talk import Talk
 
 ALIASES = "tied.json"
 

@@ -25,11 +25,12 @@ from peltc.spec.foreign import refuse
 
 if TYPE_CHECKING:
     pass
-from peltc.compiler.base.base import Base, Talk
+from peltc.compiler.base.base import Base
 from peltc.compiler.base.building import digest, resolve, write_base
 from peltc.compiler.base.conversion import write_tensors
 from peltc.compiler.base.key import VOLATILE, key_of
 from peltc.compiler.base.opening import read_base
+from peltc.compiler.files.talk import Talk, logged
 
 
 def is_known(model: Any) -> bool:
@@ -48,7 +49,7 @@ def module_base(
     precision: str = "checkpoint",
     variant: str = "ids",
     text_only: bool = False,
-    talk: Talk = lambda line: None,
+    talk: Talk = logged,
 ) -> Base:
     """The base of a live torch module that `transformers` does not have, built in a folder.
 

@@ -30,11 +30,12 @@ from peltc.spec.specification import AS_IT_SAYS, ModelChoice
 
 if TYPE_CHECKING:
     pass
-from peltc.compiler.base.base import Base, ParameterInfo, Talk
+from peltc.compiler.base.base import Base, ParameterInfo
 from peltc.compiler.base.building import build_base
 from peltc.compiler.base.conversion import materialise, safe_checkpoint
 from peltc.compiler.base.key import VOLATILE, key_of
 from peltc.compiler.base.source import chosen_config, find_model, read_config
+from peltc.compiler.files.talk import Talk, logged
 
 
 def open_base(
@@ -45,7 +46,7 @@ def open_base(
     precision: str = "checkpoint",
     variant: str = "ids",
     text_only: bool = False,
-    talk: Talk = lambda line: None,
+    talk: Talk = logged,
 ) -> Base:
     """The base of a model, from the cache or built now.
 

@@ -24,6 +24,7 @@ from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
+from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan.choice import choice_of
 from peltc.compiler.plan.claims import Plan
@@ -32,13 +33,11 @@ from peltc.runtime.building.opened import opened
 from peltc.runtime.building.trained import (
     ADAPTER,
     Array,
-    Talk,
     Weights,
     adapter_tensors,
     check_sources,
     kept_provenance,
     save_adapter,
-    silent,
     told,
     told_by,
 )
@@ -55,7 +54,7 @@ def plan_for(
     architecture: str | None = None,
     mode: str | None = None,
     text_only: bool = False,
-    talk: Talk = silent,
+    talk: Talk = logged,
 ) -> tuple[Plan, Base]:
     """The plan of a spec on a model, and the model's base.
 
@@ -83,7 +82,7 @@ def compile(
     verify: bool | str = True,
     self_contained: bool = False,
     text_only: bool = False,
-    talk: Talk = silent,
+    talk: Talk = logged,
 ) -> dict[str, Any]:
     """Compile a spec on a model into an artifact.
 
@@ -199,7 +198,7 @@ def verify(
     *,
     step: str | None = None,
     providers: Sequence[str] | None = None,
-    talk: Talk = silent,
+    talk: Talk = logged,
 ) -> dict[str, Any]:
     """Hold an artifact against PyTorch once more, and write the figures into its manifest.
 

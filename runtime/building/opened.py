@@ -16,8 +16,9 @@ from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.export.refusals import check_live
 from peltc.compiler.files.staging import staging
+from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.plan.choice import Told, check_choice, choice_of
-from peltc.runtime.building.trained import MODULES, Live, Talk, silent
+from peltc.runtime.building.trained import MODULES, Live
 from peltc.spec.diagnostics import fail
 from peltc.spec.foreign import refuse
 from peltc.spec.specification import Spec
@@ -31,7 +32,7 @@ def opened(
     known: Told,
     inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
-    talk: Talk = silent,
+    talk: Talk = logged,
     text_only: bool = False,
 ) -> Iterator[tuple[Callable[[str], Base], Live | None]]:
     """How to get a model's base by variant, and the modules that are attached to it. A torch model becomes a folder

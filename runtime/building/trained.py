@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from peltc.compiler.artifact import (
 from peltc.compiler.base.base import Base
 from peltc.compiler.export.exported import GRAPHS
 from peltc.compiler.files.checkpoint import read_header
+from peltc.compiler.files.talk import Talk
 from peltc.compiler.plan.choice import Told
 from peltc.compiler.plan.claims import Plan
 from peltc.spec.diagnostics import PeltError, Place, fail
@@ -50,12 +51,7 @@ class Live:
     mathematics: Mathematics
 
 
-Talk = Callable[[str], None]
 Weights = str | Path | Mapping[str, Array] | Live | None
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
 
 
 def told(spec: Spec, weights: str | Path | Mapping[str, Array] | None) -> Told:

@@ -24,7 +24,7 @@ FAILURES = {
     "interrupted": lambda: KeyboardInterrupt(),
     "bug": lambda: Stop("deliberate"),
 }
-CODES = {"full": 1, "interrupted": 1, "bug": 70}
+CODES = {"full": 1, "interrupted": 130, "bug": 70}
 POINTS = [
     ("peltc.compiler.pipeline", "absorb"),
     ("peltc.compiler.artifact", "DataFile.add"),
@@ -95,7 +95,7 @@ def test_cache_has_no_half_entry(desk: Any, failure: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ir, "save", fail)
     outcome = desk.compile()
-    assert outcome.code == 1, outcome.err
+    assert outcome.code == CODES[failure], outcome.err
     assert not (desk.folder / "out").exists()
     assert [p for p in cache.rglob("*") if p != cache / "bases"] == []
 
@@ -132,7 +132,7 @@ def test_killed_half_way(desk: Any, number: signal.Signals) -> None:
             _, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == 1, err
+    assert process.returncode == 130, err
     assert "interrupted" in err
     desk.check_same(before)
 

@@ -128,3 +128,12 @@ def test_rows_of_equal_layers_are_told_once() -> None:
     assert grouped(rows) == [("layers.0-2.query × 3", "h.0-2.mlp.0.w, h.0-2.b"), ("layers.3.query", "h.3.other"),
                              ("head", "lm_head.0")]  # fmt: skip
     assert spans([5, 1, 2, 3, 7, 7]) == "1-3,5,7"
+
+
+def test_what_should_be_known_is_logged(model_folder: Any, tmp_path: Path, caplog: Any) -> None:
+    """Every entry without a listener of its own logs; a program that configures no logging prints nothing."""
+    with caplog.at_level("INFO", logger="peltc"):
+        peltc.compile(LORA, model_folder("bert"), tmp_path / "out")
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "peltc"]
+    assert ("WARNING", "no weights given; the modules have their start values") in said
+    assert ("INFO", "verifying against PyTorch") in said
