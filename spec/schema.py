@@ -18,7 +18,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SELECTOR = {
     "anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "minItems": 1, "items": {"type": "string"}}]
 }
-_COMMON: dict[str, Any] = {
+COMMON_KEYS: dict[str, Any] = {
     "name": {
         "type": "string",
         "pattern": "^[A-Za-z][A-Za-z0-9_-]*$",
@@ -56,7 +56,8 @@ _COMMON: dict[str, Any] = {
         " list of names; those that these follow themselves need not be named",
     },
 }
-RESERVED = ("method", *_COMMON, *COMBINATORS)
+"""Keys that attachments of all methods have."""
+RESERVED = ("method", *COMMON_KEYS, *COMBINATORS)
 """Keys of an attachment that are not options of its method."""
 
 
@@ -69,7 +70,7 @@ def combinator_schema(combinator: Combinator) -> dict[str, Any]:
 
 def recipe_schema(recipe: Recipe) -> dict[str, Any]:
     """What an entry of a spec may say about a recipe."""
-    common = {key: _COMMON[key] for key in COMMON if key in _COMMON}
+    common = {key: COMMON_KEYS[key] for key in COMMON if key in COMMON_KEYS}
     properties = {"recipe": {"const": recipe.name, "description": recipe.title}, **common}
     for option in recipe.options:
         properties[option.name] = {**one_value(option.schema), "description": option.doc, "default": option.default}
@@ -104,7 +105,7 @@ def spec_schema(
         cases.append({"if": chosen, "then": recipe_schema(known[name])})
     for name in (n for n in methods if wanted is None or n in wanted):
         method = methods[name]
-        properties = {"method": {"const": name, "description": method.title}, **_COMMON}
+        properties = {"method": {"const": name, "description": method.title}, **COMMON_KEYS}
         properties |= {option.name: option_schema(option) for option in method.options}
         properties |= {combinator.name: combinator_schema(combinator) for combinator in COMBINATORS.values()}
         cases.append(
@@ -129,9 +130,13 @@ def spec_schema(
             "attach": {
                 "type": "array",
                 "minItems": 1,
+                "description": "the modules: methods and recipes, each with the sites that it attaches to",
                 "items": {
                     "type": "object",
-                    "properties": {"method": {"enum": list(methods)}, "recipe": {"enum": list(known)}},
+                    "properties": {
+                        "method": {"enum": list(methods), "description": "the method's name"},
+                        "recipe": {"enum": list(known), "description": "or a recipe's, in a method's place"},
+                    },
                     "oneOf": [{"required": ["method"]}, {"required": ["recipe"]}],
                     "if": {"required": ["method"]},
                     "then": {"oneOf": [{"required": ["at"]}, {"required": ["parameter"]}]},
@@ -185,10 +190,20 @@ def spec_schema(
             "seed": {"type": "integer", "minimum": 0, "description": "of start values, where there are no weights"},
             "deploy": {
                 "type": "object",
+                "description": "what the artifact is",
                 "additionalProperties": False,
                 "properties": {
-                    "mode": {"enum": list(MODES), "default": "fold"},
-                    "precision": {"enum": list(PRECISIONS), "default": "checkpoint"},
+                    "mode": {
+                        "enum": list(MODES),
+                        "default": "fold",
+                        "description": "fold what is exact into the weights, or keep modules in the graph (static)",
+                    },
+                    "precision": {
+                        "enum": list(PRECISIONS),
+                        "default": "checkpoint",
+                        "description": "the float type of weights and computation; checkpoint is that of the stored"
+                        " weights, where bfloat16 is computed in float32",
+                    },
                     "generation": {
                         "type": "boolean",
                         "default": False,

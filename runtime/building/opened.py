@@ -15,6 +15,7 @@ from peltc.compiler.base.live import is_known, module_base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.export.refusals import check_live
+from peltc.compiler.export.torch_model import quiet
 from peltc.compiler.files.staging import staging
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.plan.choice import Told, check_choice, choice_of
@@ -62,7 +63,8 @@ def opened(
     with staging(out.absolute().parent, MODEL) as folder:
         if is_known(model) and not inputs:
             state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODULES)}
-            model.save_pretrained(folder, state_dict=state)
+            with quiet():  # its progress is nothing that anybody asked for
+                model.save_pretrained(folder, state_dict=state)
             check_choice(spec, type(model).__name__, model.config.to_dict())
             yield lambda variant: open_base(folder, architecture=architecture, choice=spec.model,
                                             precision=spec.precision, variant=variant, text_only=text_only,
