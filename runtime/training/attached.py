@@ -100,11 +100,11 @@ class Attached(Blocks):
         return {name: self.parameter(name).detach().float().cpu().contiguous().numpy() for name in own}
 
     def remove(self, model: Any) -> None:
-        """Take the modules off the model."""
+        """Take the modules off the model, which is then as it was: nothing of theirs is left on it. Once more does
+        nothing."""
         self.uninstall()
-        for name in ("pelt", *self.offers()):
+        for name in ("pelt", *self.offers()) if getattr(model, "pelt", None) is self else ():
             delattr(model, name)
-        model.detach_adapter = nothing_attached
 
     @contextmanager
     def disabled(self, model: Any) -> Iterator[Any]:
@@ -162,10 +162,6 @@ def _require(model: nn.Module, trained: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters():
         if not name.startswith("pelt."):
             parameter.requires_grad_(trained.get(name, False))
-
-
-def nothing_attached() -> None:
-    """What `detach_adapter` of a model does whose modules have been taken off: nothing."""
 
 
 def print_trained(model: Any) -> None:

@@ -87,9 +87,11 @@ def test_modules_are_saved_where_no_folder_is_yet_and_loaded(attached: Any, tmp_
 
 
 def test_modules_are_taken_off_once_or_twice(attached: Any) -> None:
-    attached.detach_adapter()
-    attached.detach_adapter()
-    assert not hasattr(attached, "pelt") and not hasattr(attached, "print_trainable_parameters")
+    detach = attached.detach_adapter
+    detach()
+    detach()
+    for name in ("pelt", "detach_adapter", "disable_adapter", "print_trainable_parameters"):
+        assert not hasattr(attached, name)
     pickle.loads(pickle.dumps(copy.deepcopy(attached)))
     peltc.attach(attached, LORA)
 
