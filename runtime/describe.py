@@ -157,7 +157,7 @@ def describe(
     if model is None:
         return Report(spec.name, tuple(_module(entry, _row(entry, spec)) for entry in spec.attach))
     plan, base = plan_for(spec, model, architecture=architecture, text_only=text_only, talk=talk)
-    size = sum(prod(info.shape) for info in base.parameters.values())
+    size = base.size
     width = WIDTHS.get(base.precision, 4)
     stacks = {site.stack for site in base.anatomy if site.stack}
     only = f"{stacks.pop()}." if len(stacks) == 1 else ""  # goes without saying

@@ -7,7 +7,7 @@ from collections.abc import Container
 ALIASES: dict[str, tuple[str, ...]] = {
     # keys of a spec and of an attachment
     "adapters": ("attach",), "modules": ("attach", "at"), "peft": ("attach",), "version": ("pelt",),
-    "adapter": ("method", "bottleneck"), "type": ("method",), "peft_type": ("method",), "metod": ("method",),
+    "adapter": ("method", "bottleneck"), "type": ("method",), "peft_type": ("method",),
     "target_modules": ("at",), "target": ("at",), "targets": ("at",), "sites": ("at",), "site": ("at",),
     "where": ("at",), "layers_to_transform": ("layers",), "leave_out": ("layers",), "layer": ("layers",),
     "adapter_name": ("name",), "base_model": ("model",), "base_model_name_or_path": ("model",),
@@ -22,7 +22,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "reduction_factor": ("reduction",), "bottleneck_size": ("size",), "adapter_size": ("size",),
     "num_virtual_tokens": ("length",), "prefix_length": ("length",), "prompt_length": ("length",),
     "num_tokens": ("length",), "tokens": ("length",), "encoder_hidden_size": ("hidden",),
-    "bottleneck": ("bottleneck", "hidden"), "scaling": ("scale", "alpha"), "non_linearity": ("activation",),
+    "bottleneck": ("hidden",), "scaling": ("scale", "alpha"), "non_linearity": ("activation",),
     "activation_function": ("activation",), "use_gating": ("gate",), "gating": ("gate",), "gates": ("gate",),
     "share": ("prototype", "generate"), "shared": ("prototype", "generate"), "hypernetwork": ("generate",),
     "mask": ("bank",), "masks": ("bank",), "mixture": ("experts", "mole"), "moe": ("experts", "mole"),
@@ -35,8 +35,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "layernorm": ("norm_tuning", "norm"), "lora_fa": ("lora",), "rs_lora": ("lora",), "mam_adapter": ("mam",),
     "mix_and_match": ("mam",), "phm": ("compacter",), "compacter++": ("compacter",), "full": ("replace",),
     "modules_to_save": ("replace",), "token": ("trainable_tokens",), "embedding_tokens": ("trainable_tokens",),
-    "adamix": ("adamix",), "xpeft": ("xpeft", "x_peft"), "hyperpelt": ("hyperpelt",), "uni_pelt": ("unipelt",),
-    "adapterfusion": ("adapterfusion",),
+    "x_peft": ("xpeft",), "uni_pelt": ("unipelt",),
     # sites
     "self_attention": ("attention",), "self_attn": ("attention",), "attn": ("attention",), "mlp": ("feed_forward",),
     "ffn": ("feed_forward",), "classifier": ("head",), "lm_head": ("head",), "score": ("head",),
@@ -46,6 +45,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def ours(word: str, known: Container[str]) -> str:
-    """Our name for what is called `word` elsewhere, if it is known at the place; "" otherwise."""
+    """Our name for what is called or spelt `word` elsewhere, if it is known at the place; "" otherwise."""
     plain = word.lower().replace("-", "_").replace(" ", "_").strip("()")
-    return next((name for name in ALIASES.get(plain, ()) if name in known), "")
+    return next((name for name in (*ALIASES.get(plain, ()), plain) if name in known), "")

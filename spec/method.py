@@ -48,7 +48,6 @@ ROLES = {"weight": "W", "bias": "b"}
 """What formulas call the parameters of a map or a norm, in the order in which they are defined."""
 
 START = "start value"
-SCOPES = ("site", "layer", "model")
 INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform")
 """Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis."""
 

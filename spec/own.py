@@ -80,7 +80,7 @@ def _own(document: Document, kind: str, known: Mapping[str, Any], make: Callable
     own = document.tree.get(key) or {}
     if not isinstance(own, dict) or not own:
         return {}
-    validate(document, {"properties": {key: spec_schema({})["properties"][key]}})
+    validate(document, {"properties": {key: spec_schema({}, (), {})["properties"][key]}})
     findings: list[Diagnostic] = []
     added: dict[str, Any] = {}
     for name in own:

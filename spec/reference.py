@@ -15,6 +15,7 @@ from peltc.spec.formula.functions import FUNCTIONS
 from peltc.spec.method import NAMES, Option, shipped
 from peltc.spec.recipe import recipes
 from peltc.spec.schema import COMMON_KEYS, spec_schema
+from peltc.spec.table import markdown
 
 INTRO = """\
 # The spec
@@ -73,7 +74,7 @@ def _section(title: str, text: str, table: list[str]) -> list[str]:
 
 def _entry(name: str, title: str, options: Iterable[Option]) -> list[str]:
     rows = [(f"`{o.name}`", _type(o.schema), f"`{_shown(o.default)}`", o.doc or "") for o in options]
-    table = [*_table(("option", "values", "default", "what it is"), rows), ""] if rows else []
+    table = [*markdown([("option", "values", "default", "what it is"), *rows]), ""] if rows else []
     return [f"### `{name}`", "", title, "", *table]
 
 
@@ -84,7 +85,7 @@ def _names() -> Iterator[str]:
 
 def _keys(properties: Mapping[str, Any]) -> list[str]:
     rows = [(f"`{key}`", _type(one), one.get("description", "")) for key, one in properties.items()]
-    return _table(("key", "values", "what it is"), rows)
+    return markdown([("key", "values", "what it is"), *rows])
 
 
 def _type(schema: Mapping[str, Any]) -> str:
@@ -112,11 +113,6 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).strip('"')
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in (header, *rows)]
-    return [f"| {lines[0]} |", "|---" * len(header) + "|", *(f"| {line} |" for line in lines[1:])]
 
 
 if __name__ == "__main__":

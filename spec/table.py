@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from peltc.spec.combinators import COMBINATORS
@@ -27,8 +28,14 @@ def table(kind: str, rows: list[tuple[str, ...]], *columns: str) -> str:
     """Rows of name, title, further columns and source as a Markdown table."""
     head = (kind, "what it is", *columns, "source")
     body = [(f"`{name}`", *middle, link(source)) for name, *middle, source in rows]
-    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+    return "\n".join(markdown((head, *body)))
+
+
+def markdown(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """The lines of a Markdown table, its header the first of the rows."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    head, *body = (f"| {' | '.join(row)} |" for row in cells)
+    return [head, "|---" * len(cells[0]) + "|", *body]
 
 
 def link(source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from peltc.spec.diagnostics import PeltError, Place, fail, nearest
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-IR_VERSION = 10
 Array = np.ndarray[Any, Any]
 
 
@@ -71,6 +71,11 @@ class Base:
     inputs: Mapping[str, Mapping[str, Any]] | None = None
     changed: bool = False
     text_only: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many values the parameters have."""
+        return sum(math.prod(parameter.shape) for parameter in self.parameters.values())
 
     def stored(self, name: str) -> StoredTensor:
         """Where a parameter's values lie; see `lacks`.

@@ -17,7 +17,6 @@ ends in keys and values of the decoder's layers, none of which hands anything to
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 from peltc.compiler.export.cache_axes import dynamic_axes, name_axes, tidy
@@ -64,16 +63,7 @@ def export_stage(model: Any, stage: str, whole: bool = False) -> Exported:
             f" {first_line(error)}",
             hint="without `generation` the model still compiles",
         ) from error
-    record = dataclasses.asdict(component.metadata)
-    record["export_config"] = {k: repr(v) for k, v in record["export_config"].items()}
-    return Exported(
-        component.program,
-        parameters,
-        {name: ties[name] for name in parameters if ties.get(name)},
-        getattr(model, "base_model_prefix", ""),
-        record,
-        repeats,
-    )
+    return Exported.of(model, component, parameters, ties, repeats)
 
 
 def _component(model: Any, stage: str, whole: bool) -> tuple[Any, dict[str, tuple[int, ...]], str]:

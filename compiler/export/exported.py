@@ -38,3 +38,18 @@ class Exported:
     stem: str
     metadata: dict[str, Any]
     repeats: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        component: Any,
+        parameters: dict[str, tuple[int, ...]],
+        ties: Mapping[str, tuple[str, ...]],
+        repeats: str,
+    ) -> Exported:
+        """An export from what `transformers` gives of a model: its graph and its record of it."""
+        record = dataclasses.asdict(component.metadata)
+        record["export_config"] = {k: repr(v) for k, v in record["export_config"].items()}
+        kept = {name: ties[name] for name in parameters if ties.get(name)}
+        return cls(component.program, parameters, kept, getattr(model, "base_model_prefix", ""), record, repeats)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -79,16 +78,7 @@ def export_model(
         parameters = clean(component.program, names)
     name_outputs(component.program, inputs)
     name_axes(component.program, axis_names(inputs))
-    record = dataclasses.asdict(component.metadata)
-    record["export_config"] = {k: repr(v) for k, v in record["export_config"].items()}
-    return Exported(
-        component.program,
-        parameters,
-        {name: ties[name] for name in parameters if ties.get(name)},
-        getattr(model, "base_model_prefix", ""),
-        record,
-        repeats,
-    )
+    return Exported.of(model, component, parameters, ties, repeats)
 
 
 def _trace(model: Any, inputs: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:

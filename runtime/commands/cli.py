@@ -33,7 +33,7 @@ def run(arguments: Sequence[str], name: str = "pelt", verb: str = "") -> int:
         name: what the program is called.
         verb: the one command that the program is, where it is not all of them.
     """
-    program = click.version_option(package_name="peltc", prog_name=name)(cli.commands[verb]) if verb else cli
+    program = cli.commands[verb] if verb else cli
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # who starts us with a signal ignored wants it so
         signal.signal(signal.SIGTERM, _terminate)
     try:

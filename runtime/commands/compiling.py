@@ -27,6 +27,7 @@ from peltc.runtime.commands.shell import (
 
 
 @cli.command("compile", context_settings=CONTEXT, epilog=CACHE)
+@click.version_option(package_name="peltc")
 @spec_argument
 @model_argument
 @click.option("-o", "--out", required=True, type=click.Path(), help="The artifact's folder.")

@@ -92,16 +92,8 @@ def plan(
         return
     for line in made.told(every):
         click.echo(line)
-    total = sum(_count(site.shape) for site in base.parameters.values())
-    cost = made.cost
+    total, cost = base.size, made.cost
     click.echo(
         f"\nin the graph: {cost.flops:,} operations per token, {cost.stored:,} stored values, {cost.nodes} nodes"
     )
     click.echo(f"{made.trained():,} trained values, {made.trained() / max(total, 1):.3%} of the base's {total:,}")
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

@@ -143,12 +143,9 @@ class _Generator:
         self._starts = {leaf.removeprefix("input."): start for leaf, start in starts.items()}
         self._encoder = Encoder(self._runners["encoder"]) if "encoder" in sessions else None
         self._limits = limits
-
-    @property
-    def takes(self) -> dict[str, str]:
-        """The graphs' inputs of tokens and masks [B, S], by name: ONNX Runtime's names of their types."""
         found = {leaf.removeprefix("input."): spec for inputs in self._inputs.values() for leaf, spec in inputs.items()}
-        return {name: spec.type for name, spec in found.items() if len(spec.shape) == 2 and "." not in name}
+        # tokens and masks [B, S], by name: ONNX Runtime's names of their types
+        self.takes = {name: i.type for name, i in found.items() if len(i.shape) == 2 and "." not in name}
 
     def get_encoder(self, modality: str | None = None) -> Any:
         return self._encoder if self._encoder is not None else super().get_encoder(modality)  # type: ignore[misc]

@@ -17,16 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.adapter.provenance import check_file
-from peltc.compiler.adapter.weights import check_arrays, inside, load_tensors, overridden, start_tensors
+from peltc.compiler.adapter.weights import check_arrays, inside, overridden, start_tensors
 from peltc.compiler.base.live import is_known, survey_model
 from peltc.compiler.export.torch_model import replica
 from peltc.compiler.files.checkpoint import read_header
 from peltc.compiler.plan.choice import check_choice
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
-from peltc.runtime.training.attached import Attached
-from peltc.runtime.training.saving import describe_base, live_samples
+from peltc.runtime.training.attached import Attached, read_adapter
 from peltc.spec.diagnostics import fail, wrong_type
 from peltc.spec.foreign import refuse
 from peltc.spec.specification import Spec, load_spec
@@ -88,8 +86,7 @@ def attach(
     elif source is None:
         values = start_tensors(plan, read)
     else:
-        sentences = check_file(plan, Path(source), describe_base(model), live_samples(model))
-        values = load_tensors(plan, Path(source))
+        values, sentences = read_adapter(model, plan, Path(source))
     named = source if isinstance(source, Mapping) else () if source is None else read_header(Path(source))
     attach_plan(model, plan, values, overridden(plan, named))
     model.pelt.anatomy = anatomy

@@ -19,7 +19,7 @@ from peltc.compiler.adapter.provenance import DIGEST, check_file, provenance
 from peltc.compiler.adapter.weights import load_tensors
 from peltc.compiler.artifact import write_whole
 from peltc.compiler.export.torch_model import is_pretrained
-from peltc.compiler.plan.claims import LEVELS, Claim
+from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.runtime.training.blocks import Blocks
 from peltc.runtime.training.places import owner_of
 from peltc.runtime.training.reach import check_reach
@@ -74,10 +74,9 @@ class Attached(Blocks):
         Raises:
             PeltError: E4xx what is wrong with the file; E408 it was trained with other mathematics.
         """
-        file = Path(path)
-        sentences = check_file(self.plan, file, describe_base(model), live_samples(model))
+        values, sentences = read_adapter(model, self.plan, Path(path))
         with torch.no_grad():
-            for name, value in load_tensors(self.plan, file).items():
+            for name, value in values.items():
                 self.parameter(name).copy_(torch.from_numpy(np.array(value, np.float32)))
         for sentence in sentences:
             warnings.warn(sentence, stacklevel=2)
@@ -162,6 +161,16 @@ def _require(model: nn.Module, trained: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters():
         if not name.startswith("pelt."):
             parameter.requires_grad_(trained.get(name, False))
+
+
+def read_adapter(model: Any, plan: Plan, file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:
+    """The tensors of an adapter's file for a plan on a live model, and what should be warned of.
+
+    Raises:
+        PeltError: E4xx what is wrong with the file; E408 it was trained with other mathematics.
+    """
+    sentences = check_file(plan, file, describe_base(model), live_samples(model))
+    return load_tensors(plan, file), sentences
 
 
 def print_trained(model: Any) -> None:

@@ -176,21 +176,37 @@ def differences(found: Answers, expected: Answers, place: str, hidden: bool = Tr
 def _figure(
     batch: int, length: int, padding: int, name: str, found: Array, expected: Array, shown: Array | None = None
 ) -> dict[str, Any]:
-    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    difference = difference if shown is None else difference[shown]
+    difference, reference = apart(found, expected, shown)
     return {
         "batch": batch,
         "length": length,
         "padding": padding,
         "output": name,
-        "difference": float(difference.max()) if np.isfinite(difference).all() else float("inf"),
-        "reference": float(np.abs(expected).max()),
+        "difference": difference,
+        "reference": reference,
     }
 
 
-def share(figure: Mapping[str, Any]) -> float:
+def apart(found: Array, expected: Array, shown: Array | None = None) -> tuple[float, float]:
+    """The largest difference, infinite where one is no number, and the largest value of the reference.
+
+    Args:
+        shown: where differences count; everywhere if absent.
+    """
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    difference = difference if shown is None else difference[shown]
+    largest = float(difference.max()) if np.isfinite(difference).all() else float("inf")
+    return largest, float(np.abs(expected).max())
+
+
+def relative(difference: float, reference: float) -> float:
     """A difference as a share of the largest value."""
-    return float(figure["difference"]) / max(float(figure["reference"]), 1e-30)
+    return difference / max(reference, 1e-30)
+
+
+def share(figure: Mapping[str, Any]) -> float:
+    """A figure's difference as a share of its largest value."""
+    return relative(float(figure["difference"]), float(figure["reference"]))
 
 
 def worst(figures: list[dict[str, Any]]) -> float:

@@ -3,7 +3,6 @@ rounded once more, which is how far it moves results at all."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,8 +32,7 @@ def affordable(base: Base) -> bool:
     """Whether the machine has memory for a base in float64, and for as much again while it is made."""
     import psutil
 
-    count = sum(math.prod(parameter.shape) for parameter in base.parameters.values())
-    return bool(2 * 8 * count <= psutil.virtual_memory().available)
+    return bool(2 * 8 * base.size <= psutil.virtual_memory().available)
 
 
 def of_exact(load: Callable[[], Any], base: Base, generation: bool) -> Answers | None:

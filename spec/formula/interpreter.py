@@ -44,7 +44,6 @@ class EvaluationError(Exception):
 
 
 V = TypeVar("V")
-Static = (bool, int, float, str, list)
 
 
 class Interpreter(Generic[V]):

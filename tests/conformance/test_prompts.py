@@ -16,7 +16,7 @@ import torch
 import peltc
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.training.attach import attach_plan
-from peltc.runtime.verification.verify import load_model
+from peltc.runtime.verification.verify import TOLERANCE, load_model
 
 JOINS = ("embedding", "embedding.word")
 
@@ -47,20 +47,41 @@ def test_rotary_models_join_after_the_embedding_too(model_folder: Callable[..., 
     assert found["worst"] <= found["tolerance"]
 
 
+def by_hand(bare: Any, prompt: torch.Tensor, text: torch.Tensor, places: torch.Tensor, behind: bool) -> torch.Tensor:
+    """What a bare model makes of a prompt before a text at given positions: nothing of ours takes part."""
+    tokens = prompt.expand(len(text), *prompt.shape)
+    if behind and hasattr(bare.base_model, "embeddings"):  # the text is embedded first, at its own positions
+        joined = bare.base_model.embeddings.register_forward_hook(lambda m, a, given: torch.cat([tokens, given], 1))
+        found = bare(input_ids=text, position_ids=places).logits
+        joined.remove()
+    else:
+        before = places.min() + torch.arange(len(prompt)).expand(len(text), -1)
+        embedded = torch.cat([tokens, bare.get_input_embeddings()(text)], 1)
+        found = bare(inputs_embeds=embedded, position_ids=torch.cat([before, places + len(prompt)], 1)).logits
+    return found[:, len(prompt) :] if found.dim() > 2 else found
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
 @pytest.mark.parametrize("at", JOINS)
 def test_positions_that_are_given_move_with_the_text(family: str, at: str, model_folder: Callable[..., Path]) -> None:
     """The positions that a model counts by itself, given: nothing changes. Rotary ones may begin anywhere."""
     spec = peltc.load_spec({"pelt": 1, "attach": [{"method": "prompt", "at": at, "length": 3}]})
     plan, base = plan_for(spec, model_folder(family))
-    model = attach_plan(load_model(base), plan, cases.tensors(plan, 1.0)).eval()
+    values = cases.tensors(plan, 1.0)
+    model, bare = attach_plan(load_model(base), plan, values).eval(), load_model(base)
+    (prompt,) = (torch.from_numpy(value) for value in values.values())
     text = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
     first = 2 if family == "roberta" else 0  # behind the padding's
+    random = torch.randperm(6, generator=torch.Generator().manual_seed(2)) + first
     with torch.no_grad():
         counted = model(input_ids=text).logits
         for start in (first, first + 5) if family == "llama" else (first,):
             given = model(input_ids=text, position_ids=torch.arange(start, start + 6)[None].expand(2, 6)).logits
             assert (given - counted).abs().max() < 1e-5
+        for places in (torch.arange(first, first + 6).expand(2, 6), random.expand(2, 6)):
+            found = model(input_ids=text, position_ids=places).logits
+            expected = by_hand(bare, prompt, text, places, at == "embedding")
+            assert (found - expected).abs().max() <= TOLERANCE["float32"] * expected.abs().max()
 
 
 def logits(folder: Path, length: int = 6) -> np.ndarray:
