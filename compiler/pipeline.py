@@ -21,7 +21,7 @@ from peltc.compiler.artifact import CACHE, DataFile, digest, write_artifact
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.graphs.wide import hold
-from peltc.compiler.passes.absorb import NEW_BIAS, Folded, absorb
+from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
@@ -59,15 +59,15 @@ def build(
     """
     source = embeds or base
     data = DataFile(folder / "model.onnx.data")
-    folded, stored = [], {}
+    taken, stored = [], {}
     for entry in folds(plan, source, tensors):  # as they come: only a few folded tensors are in memory
         stored[entry.name] = data.add(entry.name, entry.array)
-        folded.append(replace(entry, array=EMPTY))
+        taken.append(replace(entry, array=EMPTY))
     for claim in plan.claims:
         if claim.mirrors is not None and claim.absorbed:
-            leader = next(entry for entry in folded if entry.name == claim.mirrors.parameters["weight"])
+            leader = next(entry for entry in taken if entry.name == claim.mirrors.parameters["weight"])
             if claim.absorbed not in stored:
-                folded.append(replace(leader, name=claim.absorbed))
+                taken.append(replace(leader, name=claim.absorbed))
             stored[claim.absorbed] = stored[leader.name]
     graphs = {"model": source.load_graph()} | {name: stage.load_graph() for name, stage in stages.items()}
     sites = {"model": {site.key: site for site in source.anatomy}}
@@ -81,7 +81,7 @@ def build(
             prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites[name], base)
         stack(model)
         values = dict(stored)
-        for entry in folded:
+        for entry in taken:
             if entry.name.endswith(NEW_BIAS):
                 tensor = values.pop(entry.name)
                 if site := map_site(sites[name].values(), entry.name.removesuffix(NEW_BIAS)):
@@ -95,7 +95,7 @@ def build(
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
     records = {"model": base.export} | {name: stage.export for name, stage in stages.items()}
     limits = artifact_limits(graphs["model"], base, plan, embeds)
-    return write_artifact(folder, graphs, data, source, plan, folded, adapter, weights_from, records, self_contained,
+    return write_artifact(folder, graphs, data, source, plan, taken, adapter, weights_from, records, self_contained,
                           limits)  # fmt: skip
 
 
@@ -125,19 +125,29 @@ def fold(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> list[Folded]:
 
 def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Folded]:
     """The parameters that take claims in, one after the other."""
+    dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[base.precision]].numpy()
+    return folded(plan, base.anatomy, base.array, tensors, dtype)
+
+
+def folded(
+    plan: Plan, anatomy: Iterable[Site], read: Read, tensors: Mapping[str, Array], dtype: np.dtype[Any]
+) -> Iterator[Folded]:
+    """The parameters of a model that take claims in, one after the other, as they are stored then.
+
+    Args:
+        anatomy: the model's sites.
+        read: the model's parameters by name.
+        tensors: the adapter's tensors by name, float32.
+        dtype: the type to store in.
+    """
     groups: dict[str, list[Claim]] = {}
     for claim in sorted(plan.claims, key=lambda c: LEVELS[c.site.kind]):
         if claim.absorbed and not claim.follows:
             groups.setdefault(claim.absorbed, []).append(claim)
 
-    def read(name: str) -> Array:
-        return base.array(name)
-
-    dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[base.precision]].numpy()
-
     def one(weight: str) -> list[Folded]:
         claims = groups[weight]
-        found = map_site(base.anatomy, weight)
+        found = map_site(anatomy, weight)
         targets = [c.site if c.site.kind != "block" or found is None else found for c in claims]
         return absorb(claims, targets, read, tensors, dtype)
 

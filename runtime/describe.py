@@ -73,7 +73,7 @@ class Module:
         method: its method; `combinators` what wraps it.
         row: its properties in PEFT-Ref.
         numbers: what it costs, where a model is given.
-        sites: where it attaches there.
+        sites: where it attaches there; at `folded` of them a weight takes it in.
     """
 
     name: str
@@ -82,6 +82,14 @@ class Module:
     row: Row
     numbers: Numbers | None = None
     sites: tuple[str, ...] = ()
+    folded: int = 0
+
+    @property
+    def folds(self) -> str:
+        """Whether weights take it in."""
+        if self.folded in (0, len(self.sites)):
+            return "folds" if self.folded else "in the graph"
+        return f"folds at {self.folded} of {len(self.sites)} sites"
 
     @property
     def made_of(self) -> str:
@@ -120,7 +128,11 @@ class Report:
             raise fail("E501", "a picture shows a model with its modules, and no model is given",
                        expected="a model folder or a hub id after the spec")  # fmt: skip
         attached = [
-            Attached(m.name, f"{m.made_of}: {m.row['integration_form']}, {m.row['insertions']}", frozenset(m.sites))
+            Attached(
+                m.name,
+                f"{m.made_of}, {m.folds}: {m.row['integration_form']}, {m.row['insertions']}",
+                frozenset(m.sites),
+            )
             for m in self.modules
         ]
         return draw(self.anatomy, f"{self.name} on {self.architecture}", attached)
@@ -166,13 +178,16 @@ def describe(
         claims = [claim for claim in plan.claims if claim.attachment == entry.name]
         row = _row(entry, spec, [claim.site.path.removeprefix(only) for claim in claims])
         numbers = _numbers(plan, claims, size, width, entry.name)
-        modules.append(_module(entry, row, numbers, tuple(claim.site.name for claim in claims)))
+        folded = sum(bool(claim.absorbed) for claim in claims)
+        modules.append(_module(entry, row, numbers, tuple(claim.site.name for claim in claims), folded))
     total = _numbers(plan, plan.claims, size, width)
     return Report(spec.name, tuple(modules), total, size, base.architecture, base.anatomy)
 
 
-def _module(entry: Attachment, row: Row, numbers: Numbers | None = None, sites: tuple[str, ...] = ()) -> Module:
-    return Module(entry.name, entry.method.name, tuple(entry.combined), row, numbers, sites)
+def _module(
+    entry: Attachment, row: Row, numbers: Numbers | None = None, sites: tuple[str, ...] = (), folded: int = 0
+) -> Module:
+    return Module(entry.name, entry.method.name, tuple(entry.combined), row, numbers, sites, folded)
 
 
 def _row(entry: Attachment, spec: Spec, sites: Sequence[str] | None = None) -> Row:
@@ -227,7 +242,7 @@ def told(reports: Sequence[Report], width: int) -> str:
 def _of_module(module: Module) -> Cells:
     """A module's cells."""
     numbers = module.numbers.lines() if module.numbers else {}
-    words = {"method": module.made_of, **{PROPERTIES[key]: text for key, text in module.row.items()}, **numbers}
+    words = {"method": module.made_of, **numbers, **{PROPERTIES[key]: text for key, text in module.row.items()}}
     return {what: [text] for what, text in words.items()}
 
 

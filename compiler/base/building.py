@@ -57,9 +57,9 @@ def build_base(
         with contextlib.suppress(Exception):  # what is wrong with the config is told when the model is built
             parts = towers(parse_config(config))
     check_text(architecture, beyond, parts, text_only, Place(str(folder)))
-    what = {"ids": "its graph", "embeds": "its graph on embedded tokens"}.get(variant, f"its {variant} graph")
+    what = {"ids": f"the graph of {architecture}", "embeds": f"the graph of {architecture} on embedded tokens"}
     with staging(writable(home.parent), BUILDING) as built, digesting(checkpoint.files):
-        talk(f"no base of {architecture} in the cache: exporting {what} once")
+        talk(f"exporting {what.get(variant, f'the {variant} graph of {architecture}')}, once: the cache has none")
         with through_text(architecture, beyond):
             exported = export_graph(folder, config, cls, precision, variant)
         talk(exported.repeats)

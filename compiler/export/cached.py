@@ -96,7 +96,7 @@ def _component(model: Any, stage: str, whole: bool) -> tuple[Any, dict[str, tupl
         component, parameters = _trace(model, example, other)
     tidy(component.program)
     name_axes(component.program, example, other)
-    return component, parameters, f"every layer is exported{why}"
+    return component, parameters, f"each layer is exported by itself{why}"
 
 
 def _repeated(model: Any, example: Kwargs, answer: Any) -> tuple[Any, dict[str, tuple[int, ...]], str]:

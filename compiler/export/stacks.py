@@ -109,7 +109,8 @@ class Stack:
 
     def __str__(self) -> str:
         how = "are equal" if self.period == 1 else f"repeat by {self.period}"
-        return f"layers {self.lead} to {self.length - 1} of {self.path} {how}: {self.kept} of {self.length} exported"
+        layers = f"layers {self.lead} to {self.length - 1} of {self.path}"
+        return f"{layers} {how}: {self.kept} of {self.length} are exported, the others repeat them"
 
 
 def find_stacks(model: Any) -> list[Stack]:

@@ -61,7 +61,7 @@ def export_model(
     ties = tied(model)
     untie(model)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    component, repeats = None, "every layer is exported, as asked for"
+    component, repeats = None, "each layer is exported by itself, as asked for"
     if not whole:
         try:
             with quiet(), use_experts_implementation(model, "batched_mm"):  # others refuse fake tensors
@@ -72,7 +72,7 @@ def export_model(
             component, repeats = short, "; ".join(map(str, stacks))
         except Exception as error:  # whatever it is: the whole model may still be exported
             name = "" if isinstance(error, Irregular) else f"{type(error).__name__}: "
-            repeats = f"every layer is exported: {name}{first_line(error)}"
+            repeats = f"each layer is exported by itself: {name}{first_line(error)}"
     if component is None:
         component = _trace(model, inputs, constants)
         parameters = clean(component.program, names)

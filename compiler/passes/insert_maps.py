@@ -180,7 +180,7 @@ class Maps(Weights):
 
             def norm(z: Any, claim: Claim = claim, like: ir.Value = emitter_like) -> ir.Value:
                 interpreter = OnnxInterpreter(self.emitter(claim, like))
-                source, target = self.values[site.values["norm_x"]], self.values[site.values["norm_y"]]
+                source, target = self.values[site.values["norm_x"]], self.current(site.values["norm_y"])
                 result = clone_between(source, target, interpreter.value(z), interpreter.emitter)
                 self.kept |= interpreter.emitter.added
                 return result

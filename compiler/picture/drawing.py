@@ -39,6 +39,8 @@ from peltc.compiler.picture.style import (
 )
 from peltc.compiler.survey.anatomy import Anatomy, Site
 
+DASHED = "dashed: a sub-layer; a module there changes what it adds to the stream"
+
 
 def draw(anatomy: Anatomy, title: str = "", modules: Sequence[Attached] = ()) -> str:
     """Draw the reference architecture with the sizes of a model.
@@ -177,7 +179,8 @@ def _page(anatomy: Anatomy, title: str, modules: Sequence[Attached]) -> Panel:
     """All stacks side by side on a page with margins, the title and the legend above and notes below."""
     panels = {name: stack_panel(name, sites) for name, sites in stacks(anatomy).items()}
     body = _side_by_side(panels)
-    notes = [] if panels else ["no site has a role"]
+    notes = [DASHED] if any(site.kind == "block" for site in anatomy.named) else []
+    notes += [] if panels else ["no site has a role"]
     if count := len(anatomy.unnamed):
         notes.append(f"+ {count} linear map{'s' if count > 1 else ''} without a role, selected by parameter")
     parts = [*(labelled_text(note, "note") for note in reversed(notes)), body]

@@ -30,20 +30,20 @@ class Folding:
     def decide(self, claims: list[Claim]) -> list[Claim]:
         """Which claims go into weights. At one weight, claims are absorbed up to the first that cannot be; later
         additions that read the input alone commute with it and are absorbed as well. None is absorbed whose change a
-        claim that stays must not see: that would read it in the weight."""
+        claim that stays must not see: that would read it in the weight; and none that must see the change of one."""
         kept: dict[int, str] = {}
         while True:
             decided = self.absorbed(claims, kept)
             staying = [c for c in decided.values() if not c.absorbed]
-            seen = {
-                key: reader.attachment
+            apart = {
+                key: f"'{other.attachment}', which stays in the graph, {why}"
                 for key, claim in decided.items()
-                for reader in staying
-                if claim.absorbed == _weight_at(reader.site) != "" and _reads_before(reader, claim)
+                for other in staying
+                if claim.absorbed == _weight_at(other.site) != "" and (why := _apart(claim, other))
             }
-            if not seen:
+            if not apart:
                 break
-            kept |= {key: f"'{name}', which stays in the graph, reads what was before" for key, name in seen.items()}
+            kept |= apart
         own = {(c.attachment, c.site.key): decided[id(c)] for c in claims if c.mirrors is None}
         for claim in (c for c in claims if c.mirrors is not None):
             assert claim.mirrors is not None
@@ -148,6 +148,24 @@ class Folding:
 def _weight_at(site: Site) -> str:
     """The weight that a site's claims would go into."""
     return site.values.get("linear") or site.parameters.get("weight", "")
+
+
+def _apart(absorbed: Claim, staying: Claim) -> str:
+    """Why a claim cannot go into a weight while another stays in the graph; empty where it can."""
+    if _reads_before(staying, absorbed):
+        return "reads what was before"
+    return "changes what it reads" if _reads_changed(absorbed, staying) else ""
+
+
+def _reads_changed(absorbed: Claim, staying: Claim) -> bool:
+    """Whether a claim that would go into the weight reads a weight or bias that another changes in the graph. Weights
+    are changed before biases, and both before outputs, whatever the order of the claims."""
+    order = [*ROLES, "delta", "output"]
+    for place, role in enumerate(ROLES):
+        later = [absorbed.effects[effect] for effect in order[place + 1 :] if effect in absorbed.effects]
+        if role in staying.effects and ROLES[role] in absorbed.read_by(later):
+            return True
+    return False
 
 
 def _reads_before(reader: Claim, absorbed: Claim) -> bool:

@@ -40,6 +40,7 @@ from peltc.runtime.building.trained import (
     save_adapter,
     told,
     told_by,
+    weights_file,
 )
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
@@ -50,23 +51,31 @@ from peltc.spec.specification import Spec, build_spec, load_spec
 def plan_for(
     spec: Spec,
     model: str | Path,
+    weights: str | Path | None = None,
     *,
     architecture: str | None = None,
     mode: str | None = None,
     text_only: bool = False,
     talk: Talk = logged,
 ) -> tuple[Plan, Base]:
-    """The plan of a spec on a model, and the model's base.
+    """The plan of a spec on a model, and the model's base. A file of weights, the spec's own where none is given, is
+    read and held against it.
 
     Raises:
-        PeltError: what is wrong with the model or keeps the spec from fitting it; E507 the model is an artifact.
+        PeltError: what is wrong with the model or keeps the spec from fitting it; E4xx what is wrong with the weights;
+            E507 the model is an artifact.
     """
     check_model(model)
+    file = weights_file(spec, weights)
+    refuse(file, "weights")
     folder = find_model(model)
-    choice = choice_of(spec, told(spec, None), read_config(folder))
+    choice = choice_of(spec, told(spec, weights), read_config(folder))
     base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision, text_only=text_only,
                      talk=talk)  # fmt: skip
-    return plan_on(spec, base, mode), base
+    plan = plan_on(spec, base, mode)
+    if file is not None:
+        adapter_tensors(plan, base, file, talk)
+    return plan, base
 
 
 def compile(

@@ -70,6 +70,7 @@ def sites(
 @cli.command()
 @spec_argument
 @model_argument
+@click.option("--weights", type=click.Path(), help="The adapter's tensors, to be held against the plan too.")
 @click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
 @architecture_option
 @text_only_option
@@ -77,16 +78,16 @@ def sites(
 @json_option
 @quiet_option
 def plan(
-    spec: str, model: str, mode: str | None, architecture: str | None, text_only: bool, every: bool, as_json: bool,
-    quiet: bool,
+    spec: str, model: str, weights: str | None, mode: str | None, architecture: str | None, text_only: bool,
+    every: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Show every decision about SPEC on MODEL; nothing is written."""
     from peltc.runtime.building.compile import plan_for
     from peltc.spec.specification import load_spec
 
     with talking(quiet) as talk:
-        made, base = plan_for(load_spec(spec), model, architecture=architecture, mode=mode, text_only=text_only,
-                              talk=talk)  # fmt: skip
+        made, base = plan_for(load_spec(spec), model, weights, architecture=architecture, mode=mode,
+                              text_only=text_only, talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=1))
         return

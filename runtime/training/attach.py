@@ -44,6 +44,7 @@ def attach(
     - `save_adapter(path)`, which writes a file that the compiler reads, and `load_adapter(path)`, which reads one;
     - `save_profile(path)`, which packs masks over a bank to bits;
     - `disable_adapter()`, within which the model is as it was: `with model.disable_adapter(): ...`;
+    - `merge_adapter()`, which writes the modules into the weights and takes them off, where all of them fold;
     - `detach_adapter()`, which takes the modules off for good;
     - `print_trainable_parameters()`, which says how many values are trained.
 

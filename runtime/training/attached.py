@@ -21,6 +21,7 @@ from peltc.compiler.artifact import write_whole
 from peltc.compiler.export.torch_model import is_pretrained
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.runtime.training.blocks import Blocks
+from peltc.runtime.training.merging import merge
 from peltc.runtime.training.places import owner_of
 from peltc.runtime.training.reach import check_reach
 from peltc.runtime.training.reruns import forget_reruns
@@ -53,6 +54,7 @@ class Attached(Blocks):
             "load_adapter": self.load,
             "save_profile": self.save_profile,
             "disable_adapter": self.disabled,
+            "merge_adapter": self.merge,
             "detach_adapter": self.remove,
             "print_trainable_parameters": print_trained,
         }
@@ -97,6 +99,18 @@ class Attached(Blocks):
         """The tensors by their names in the weights file, float32; those of other sources are not among them."""
         own = [name for name, tensor in self.plan.tensors.items() if not tensor.source or name in self.given]
         return {name: self.parameter(name).detach().float().cpu().contiguous().numpy() for name in own}
+
+    def merge(self, model: Any) -> None:
+        """Write the modules into the model's weights and take them off: a plain model that computes the same is left.
+
+        Raises:
+            PeltError: E209 not all of the modules fold into weights that the model has; nothing is changed then.
+        """
+        assert self.anatomy is not None, "`attach` tells the sites"
+        every = {name: self.parameter(name).detach().float().cpu().numpy() for name in self.plan.tensors}
+        with self.disabled(model):
+            merge(model, self.plan, self.anatomy, every)
+        self.remove(model)
 
     def remove(self, model: Any) -> None:
         """Take the modules off the model, which is then as it was: nothing of theirs is left on it. Once more does

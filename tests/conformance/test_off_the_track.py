@@ -52,6 +52,7 @@ def listed(*attach: Content) -> Content:
     return {"pelt": 1, "name": "listed", "attach": list(attach)}
 
 
+STATIC = {"mode": "static"}
 IA3 = {"method": "ia3", "at": DOWN, "position": "input"}
 EQUAL: dict[str, tuple[tuple[str, ...], Content]] = {
     "keys-behind": (
@@ -110,6 +111,20 @@ EQUAL: dict[str, tuple[tuple[str, ...], Content]] = {
         ("bert",),
         {**(layer := own("block", {"p": ["d"]}, at="layer", output="layer_norm(y) * p")),
          "attach": [*layer["attach"], {"method": "norm_tuning", "at": "feed_forward.norm"}]},
+    ),
+    "a-folded-bias-that-reads-a-weight-which-stays": (
+        ("bert", "llama", "t5"),
+        {"pelt": 1, "name": "reads", "attach": [{"method": "reading", "at": DOWN, "mode": "fold"},
+                                                {"method": "changing", "at": DOWN, "after": "reading", **STATIC}],
+         "methods": {"reading": own(parameters={"s": ["in"]}, bias="b + linear(s, W)")["methods"]["own"],
+                     "changing": own(parameters={"p": ["out", "in"]}, weight="W + p")["methods"]["own"]}},
+    ),
+    "a-norm-that-is-changed-and-called-by-a-block": (
+        ("bert", "llama", "t5"),
+        {"pelt": 1, "name": "called", "attach": [{"method": "calling", "at": "attention.block"},
+                                                 {"method": "changing", "at": "attention.norm"}],
+         "methods": {"calling": own("block", {"p": ["d", "d"]}, output="linear(norm(y), p)")["methods"]["own"],
+                     "changing": own("norm", {"s": ["d"]}, delta="x * s")["methods"]["own"]}},
     ),
     "a-bias-that-is-put-in-place-of-a-folded-one": (
         ("t5",),

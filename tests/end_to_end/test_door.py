@@ -4,6 +4,7 @@ of a model with modules is there."""
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import peltc
 from peltc import PeltError
 from peltc.compiler.survey.grouping import grouped, spans
+from peltc.runtime.verification.verify import TOLERANCE
 
 LORA = {"pelt": 1, "name": "mine", "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
 
@@ -94,6 +97,72 @@ def test_modules_are_taken_off_once_or_twice(attached: Any) -> None:
         assert not hasattr(attached, name)
     pickle.loads(pickle.dumps(copy.deepcopy(attached)))
     peltc.attach(attached, LORA)
+
+
+MERGED: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "lora, ia3 and norms in BERT": (
+        "bert", [{"method": "lora", "at": ["attention.query", "feed_forward.up"], "r": 2},
+                 {"method": "norm_tuning", "at": "*.norm"}, {"method": "ia3", "at": "attention.key"}]),
+    "a fused map": ("gpt2", [{"method": "dora", "at": ["attention.query", "attention.value"], "r": 2}]),
+    "a table and the head that is the same tensor": (
+        "gpt2", [{"method": "trainable_tokens", "at": "embedding.word", "rows": [3, 5], "tied": "together"}]),
+    "a head, and biases": ("bert", [{"method": "replace", "at": "head"}, {"method": "bitfit", "at": "attention.*"}]),
+    "an encoder and a decoder": (
+        "t5", [{"method": "lora", "at": ["attention.query", "cross_attention.value"], "r": 2}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_modules_are_merged_into_the_weights(case: str, model_folder: Any, tmp_path: Path) -> None:
+    family, entries = MERGED[case]
+    folder = model_folder(family)
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(folder).eval()
+    given = {"input_ids": torch.arange(3, 11)[None]} | ({"decoder_input_ids": torch.arange(3, 7)[None]}
+                                                        if family == "t5" else {})  # fmt: skip
+    with torch.no_grad():
+        bare = model(**given).logits
+        peltc.attach(model, {"pelt": 1, "name": "merged", "attach": entries})
+        for parameter in model.pelt.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        expected = model(**given).logits
+        assert (expected - bare).abs().max() > 1e-3
+        model.merge_adapter()
+        assert not hasattr(model, "pelt") and all(parameter.requires_grad for parameter in model.parameters())
+        assert (model(**given).logits - expected).abs().max() < TOLERANCE["float32"] * expected.abs().max()
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path).eval()
+        assert torch.equal(again(**given).logits, model(**given).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "entry", "words"),
+    [
+        ("bert", {"method": "bottleneck", "at": "feed_forward.block"}, "'relu' of the site's input is not affine"),
+        ("bert", {"method": "lora", "at": "attention.query", "r": 2, "mode": "static"}, "static"),
+        ("llama", {"method": "bitfit", "at": "attention.query"}, "needs a bias, and the map of"),
+        ("gpt2", {"method": "lora", "at": "embedding.word", "r": 2}, "not head, which is the same tensor"),
+    ],
+)
+def test_what_has_no_room_in_the_weights_is_not_merged(
+    family: str, entry: dict[str, Any], words: str, model_folder: Any
+) -> None:
+    model = transformers.AutoModelForCausalLM if family != "bert" else transformers.AutoModelForSequenceClassification
+    model = model.from_pretrained(model_folder(family)).eval()
+    peltc.attach(model, {"pelt": 1, "name": "apart", "attach": [entry]})
+    before = logits(model)
+    with pytest.raises(PeltError, match=f"E209 the modules cannot be merged: .*{words}"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), before)
+
+
+def test_a_merge_that_rounding_takes_is_warned_of(model: Any) -> None:
+    peltc.attach(model.half(), LORA)
+    with torch.no_grad():
+        for parameter in model.pelt.parameters():
+            parameter.fill_(2e-3)
+    with pytest.warns(UserWarning, match="in torch.float16 takes .*% of the change"):
+        model.merge_adapter()
 
 
 def test_a_model_with_modules_is_not_pickled(attached: Any) -> None:

@@ -153,7 +153,7 @@ def test_a_failure_leads_to_the_whole_export(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(whole, "grow", refuse)
     exported = export_model(empty("gpt2", 5))
-    assert exported.repeats == "every layer is exported: two units differ"
+    assert exported.repeats == "each layer is exported by itself: two units differ"
     assert histogram(exported.model.graph)["", "Softmax", ""] == 5
     assert sum(name.endswith("attn.c_attn.weight") for name in exported.parameters) == 5
 
@@ -205,7 +205,7 @@ def signature(values: Any) -> list[tuple[str, str, str]]:
 def test_grown_graph_with_a_cache_is_the_whole_models(family: str, layers: int) -> None:
     grown, whole = decoders(family, layers)
     assert "exported" in grown.repeats and "every layer" not in grown.repeats
-    assert whole.repeats == "every layer is exported, as asked for"
+    assert whole.repeats == "each layer is exported by itself, as asked for"
     assert list(grown.parameters.items()) == list(whole.parameters.items())
     assert signature(grown.model.graph.inputs) == signature(whole.model.graph.inputs)
     assert signature(grown.model.graph.outputs) == signature(whole.model.graph.outputs)
@@ -241,7 +241,9 @@ def test_a_cached_model_with_an_odd_layer_is_exported_whole(monkeypatch: pytest.
 
     monkeypatch.setattr(type(odd), "forward", louder)
     exported = export_stage(model, "decode")
-    assert exported.repeats.startswith("every layer is exported: layer 3 of transformer.h and the layers before")
+    assert exported.repeats.startswith(
+        "each layer is exported by itself: layer 3 of transformer.h and the layers before"
+    )
     assert histogram(exported.model.graph)["", "Softmax", ""] == 5
     assert len(exported.model.graph.outputs) == 1 + 2 * 5
 
