@@ -18,7 +18,7 @@ from peltc.spec.specification import Spec, load_spec
 def survey(
     model: str | Path | Any,
     *,
-    inputs: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     text_only: bool = False,
 ) -> Anatomy:
@@ -26,7 +26,7 @@ def survey(
 
     Args:
         model: a model folder, a hub id, a torch model of `transformers`, or any other torch module.
-        inputs: example inputs by name for a module that `transformers` does not have; see `peltc.compile`.
+        example_inputs: example inputs by name for a module that `transformers` does not have; see `peltc.compile`.
         architecture: a class of `transformers` in place of the config's, for folders and hub ids.
         text_only: for folders and hub ids of models that read more than text; see `peltc.compile`.
 
@@ -36,14 +36,14 @@ def survey(
     check_model(model)
     if isinstance(model, (str, Path)):
         return open_base(model, architecture=architecture, text_only=text_only).anatomy
-    return _surveyed(model, inputs)[0]
+    return _surveyed(model, example_inputs)[0]
 
 
 def plan(
     spec: Spec | str | Path | Mapping[str, Any],
     model: str | Path | Any,
     *,
-    inputs: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     text_only: bool = False,
 ) -> Plan:
@@ -59,7 +59,7 @@ def plan(
         from peltc.runtime.building.compile import plan_for
 
         return plan_for(spec, model, architecture=architecture, text_only=text_only)[0]
-    anatomy, fingerprint = _surveyed(model, inputs)
+    anatomy, fingerprint = _surveyed(model, example_inputs)
     return make_plan(spec, anatomy, fingerprint)
 
 

@@ -18,7 +18,7 @@ def check_inputs(model: Any, inputs: Mapping[str, Any] | None) -> dict[str, Any]
     """
     import torch
 
-    expected = "inputs={name: tensor [B, S, ...]}, as the module's forward takes them"
+    expected = "example_inputs={name: tensor [B, S, ...]}, as the module's forward takes them"
     if not inputs:
         raise fail("E506", f"{type(model).__name__} is no class of transformers, and no example inputs are given",
                    expected=expected)  # fmt: skip

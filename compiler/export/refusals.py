@@ -115,7 +115,7 @@ def model_class(architecture: str, config: Mapping[str, Any], folder: Path, chos
         raise fail("E511", f"transformers has no {lacking}, and the model's own code ({own}) is not run",
                    Place(str(folder / "config.json")), "a model that transformers has",
                    "load it as its authors say, and give the live module: "
-                   "peltc.compile(spec, module, out, inputs={name: example, ...})")  # fmt: skip
+                   "peltc.compile(spec, module, out, example_inputs={name: example, ...})")  # fmt: skip
     if not known:
         raise fail("E502", f"transformers has no model type '{kind}'",
                    Place(str(folder / "config.json"), key="model_type"), "a model that transformers has",

@@ -84,7 +84,7 @@ def compile(
     out: str | Path,
     weights: str | Path | Mapping[str, Array] | None = None,
     *,
-    inputs: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     mode: str | None = None,
     generation: bool | None = None,
@@ -101,7 +101,7 @@ def compile(
             attached to it, their tensors are taken.
         out: the artifact's folder; an artifact that is there is replaced when all went well.
         weights: a safetensors file or arrays by tensor name, in place of the spec's own.
-        inputs: for a module that `transformers` does not have: example inputs by name, as its forward takes them.
+        example_inputs: for a module that `transformers` does not have: example inputs by name, as its forward takes them.
             Axis 0 is the batch; axis 1, where there is one, a length, which inputs of equal example lengths share; both
             are of any size in the artifact, and at least 2 here. Verification draws inputs of the same kinds and
             ranges of values, none longer than these.
@@ -131,7 +131,7 @@ def compile(
            "weights")  # fmt: skip
     tidy(place)
     known = told(spec, weights)
-    with opened(model, Path(out), spec, known, inputs, architecture, talk, text_only) as (base_of, attached):
+    with opened(model, Path(out), spec, known, example_inputs, architecture, talk, text_only) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
                         self_contained, talk)  # fmt: skip
 

@@ -35,7 +35,7 @@ def attach(
     spec: Spec | str | Path | Mapping[str, Any],
     weights: str | Path | Mapping[str, np.ndarray[Any, Any]] | None = None,
     *,
-    inputs: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Attach a spec's modules to a model, in place.
 
@@ -53,7 +53,7 @@ def attach(
         spec: a spec, its file, or its content.
         weights: a safetensors file, a profile's too, or arrays by tensor name; the spec's own where absent, else
             start values.
-        inputs: example inputs by name for a module that `transformers` does not have; see `peltc.compile`.
+        example_inputs: example inputs by name for a module that `transformers` does not have; see `peltc.compile`.
 
     Returns:
         The same model.
@@ -74,7 +74,7 @@ def attach(
     if source is None and spec.weights:
         source = inside(spec.folder, spec.weights, spec.path)
     refuse(source, "weights")  # before anything takes time
-    anatomy, fingerprint = survey_model(model, inputs)
+    anatomy, fingerprint = survey_model(model, example_inputs)
     plan = make_plan(spec, anatomy, fingerprint)
     parameters = dict(model.named_parameters(remove_duplicate=False))
 

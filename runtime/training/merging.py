@@ -32,7 +32,7 @@ def merge(model: Any, plan: Plan, anatomy: Anatomy, tensors: Mapping[str, np.nda
     check_mergeable(plan)
 
     def read(name: str) -> np.ndarray[Any, Any]:
-        return parameters[name].detach().float().cpu().numpy()
+        return np.asarray(parameters[name].detach().float().cpu().numpy())
 
     entries = list(folded(plan, anatomy, read, tensors, np.dtype(np.float32)))
     for entry in entries:

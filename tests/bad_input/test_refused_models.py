@@ -269,7 +269,7 @@ def test_code_of_the_models_own(desk: Any, name: str) -> None:
     """Never run; and no list of what there is instead."""
     folder = desk.copy_model(**OWN[name])
     (folder / "modeling_brett.py").write_text(f"open({str(desk.folder / 'ran')!r}, 'w')")
-    err = refused(desk, "E511", "own code (", "is not run", "peltc.compile(spec, module, out, inputs=")
+    err = refused(desk, "E511", "own code (", "is not run", "peltc.compile(spec, module, out, example_inputs=")
     assert len(err) < 700
     assert not (desk.folder / "ran").exists()
 

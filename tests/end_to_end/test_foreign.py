@@ -80,7 +80,7 @@ def unchanged(module: nn.Module, before: tuple[Any, ...]) -> None:
 def trained(name: str) -> nn.Module:
     """A module with the spec's modules attached, their values random."""
     module = foreign.build(name)
-    peltc.attach(module, SPEC, inputs=foreign.inputs())
+    peltc.attach(module, SPEC, example_inputs=foreign.inputs())
     fill(module)
     return module
 
@@ -90,7 +90,7 @@ def trained(name: str) -> nn.Module:
 def test_artifact_equals_live_module(name: str, mode: str, tmp_path: Path) -> None:
     module = trained(name)
     before = state(module)
-    manifest = peltc.compile(SPEC, module, tmp_path / "out", inputs=foreign.inputs(), mode=mode)
+    manifest = peltc.compile(SPEC, module, tmp_path / "out", example_inputs=foreign.inputs(), mode=mode)
     unchanged(module, before)
     other = foreign.inputs(3, 7)  # of sizes that neither the example nor the verification has
     session = peltc.Session(tmp_path / "out")
@@ -111,7 +111,7 @@ def test_artifact_equals_live_module(name: str, mode: str, tmp_path: Path) -> No
 def test_right_parameters_change(name: str, tmp_path: Path) -> None:
     """W + (alpha / r) B A, added by hand to the parameters that the modules' code says."""
     module = foreign.build(name)
-    plan = peltc.plan(LORA, module, inputs=foreign.inputs())
+    plan = peltc.plan(LORA, module, example_inputs=foreign.inputs())
     for claim in plan.claims:
         where, start, stop = HAND[name][claim.site.role.removeprefix("attention.")]
         assert claim.site.path.startswith("decoder" if name == "tower" else "encoder")
@@ -120,7 +120,7 @@ def test_right_parameters_change(name: str, tmp_path: Path) -> None:
         assert claim.site.transposed == (name == "braid")
     random = np.random.default_rng(1)
     tensors = {n: random.normal(0, 0.3, t.shape).astype(np.float32) for n, t in plan.tensors.items()}
-    peltc.compile(LORA, module, tmp_path / "out", tensors, inputs=foreign.inputs())
+    peltc.compile(LORA, module, tmp_path / "out", tensors, example_inputs=foreign.inputs())
     found = [*peltc.Session(tmp_path / "out")(**foreign.inputs()).values()]
 
     def by_hand(roles: dict[str, str]) -> list[np.ndarray]:
@@ -147,7 +147,7 @@ def test_training_and_detaching() -> None:
     """Attached modules are trained, the rest is not; a module in training mode stays so."""
     module = foreign.build("braid").train()
     before = state(module)
-    peltc.attach(module, SPEC, inputs=foreign.inputs())
+    peltc.attach(module, SPEC, example_inputs=foreign.inputs())
     assert module.training and module.pelt.training
     fill(module)
     values = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -172,7 +172,7 @@ def test_module_in_training_mode_is_compiled_in_eval_mode(tmp_path: Path) -> Non
     torch.manual_seed(0)
     module = Dropping(layers=1).train()
     before = state(module)
-    peltc.compile(LORA, module, tmp_path / "out", inputs=foreign.inputs())
+    peltc.compile(LORA, module, tmp_path / "out", example_inputs=foreign.inputs())
     unchanged(module, before)
     found = [*peltc.Session(tmp_path / "out")(**foreign.inputs()).values()]
     assert apart(found, answer(copy.deepcopy(module).eval(), foreign.inputs())) < TOLERANCE
@@ -182,10 +182,10 @@ def test_module_in_training_mode_is_compiled_in_eval_mode(tmp_path: Path) -> Non
 def test_tied_parameters_are_stored_once_and_told_apart(tmp_path: Path) -> None:
     module = foreign.build("tower", layers=1)
     spec = {"pelt": 1, "attach": [{"method": "lora", "at": "head", "r": 2}]}
-    plan = peltc.plan(spec, module, inputs=foreign.inputs())
+    plan = peltc.plan(spec, module, example_inputs=foreign.inputs())
     random = np.random.default_rng(0)
     tensors = {n: random.normal(0, 0.3, t.shape).astype(np.float32) for n, t in plan.tensors.items()}
-    manifest = peltc.compile(spec, module, tmp_path / "out", tensors, inputs=foreign.inputs())
+    manifest = peltc.compile(spec, module, tmp_path / "out", tensors, example_inputs=foreign.inputs())
     assert manifest["verification"]["worst"] < TOLERANCE
     stored = read_header(tmp_path / "out" / "model.safetensors")
     assert "words.weight" in stored and "voice.weight" not in stored
@@ -206,7 +206,7 @@ def test_tied_parameters_are_stored_once_and_told_apart(tmp_path: Path) -> None:
 def test_half_precision(dtype: str, computed: str, tmp_path: Path) -> None:
     module = foreign.build("mosaic", layers=1).to(getattr(torch, dtype))
     before = state(module)
-    manifest = peltc.compile(LORA, module, tmp_path / "out", inputs=foreign.inputs())
+    manifest = peltc.compile(LORA, module, tmp_path / "out", example_inputs=foreign.inputs())
     unchanged(module, before)
     assert (manifest["base"]["stored"], manifest["base"]["precision"]) == (dtype, computed)
     assert manifest["verification"]["worst"] < TOLERANCE
@@ -218,7 +218,7 @@ def test_half_precision(dtype: str, computed: str, tmp_path: Path) -> None:
 def test_equal_layers_are_exported_once(tmp_path: Path) -> None:
     module = foreign.build("mosaic", layers=7)
     told: list[str] = []
-    manifest = peltc.compile(LORA, module, tmp_path / "out", inputs=foreign.inputs(), talk=told.append)
+    manifest = peltc.compile(LORA, module, tmp_path / "out", example_inputs=foreign.inputs(), talk=told.append)
     assert any("of strata are equal: 3 of 7 exported" in line for line in told), told
     assert manifest["verification"]["worst"] < TOLERANCE
     assert len(manifest["modules"]) == 14
@@ -226,7 +226,7 @@ def test_equal_layers_are_exported_once(tmp_path: Path) -> None:
 
 def test_verified_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = foreign.build("mosaic", layers=1)
-    first = peltc.compile(LORA, module, tmp_path / "out", inputs=foreign.inputs())
+    first = peltc.compile(LORA, module, tmp_path / "out", example_inputs=foreign.inputs())
     again = peltc.verify(tmp_path / "out", foreign.build("mosaic", layers=1))
     assert again["verification"]["worst"] == first["verification"]["worst"]
     with pytest.raises(PeltError, match=r"E610.*foreign\.Mosaic") as caught:
@@ -264,7 +264,7 @@ def test_verification_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(verify, "load_model", wrong)
     monkeypatch.setattr(verify, "base_error", lambda *_: 0.0)
     with pytest.raises(PeltError, match=r"E701.*'verdict'"):
-        peltc.compile(LORA, foreign.build("mosaic", layers=1), tmp_path / "out", inputs=foreign.inputs())
+        peltc.compile(LORA, foreign.build("mosaic", layers=1), tmp_path / "out", example_inputs=foreign.inputs())
     assert not (tmp_path / "out").exists()
 
 
@@ -296,7 +296,7 @@ def test_inputs_and_outputs_of_all_kinds(tmp_path: Path) -> None:
                 "keep": torch.ones(batch, length, dtype=torch.bool), "notes": torch.randn(batch, others, 6),
                 "who": torch.arange(batch)}  # fmt: skip
 
-    manifest = peltc.compile(LORA, module, tmp_path / "out", inputs=inputs(2, 9, 6))
+    manifest = peltc.compile(LORA, module, tmp_path / "out", example_inputs=inputs(2, 9, 6))
     assert manifest["verification"]["worst"] < TOLERANCE
     session = peltc.Session(tmp_path / "out")
     assert session.inputs["frames"].shape == ["batch", "sequence", 5]
@@ -315,12 +315,12 @@ def test_inputs_and_outputs_of_all_kinds(tmp_path: Path) -> None:
 def test_class_of_transformers_with_example_inputs(tmp_path: Path) -> None:
     """Given examples, its class and config are not asked what it reads."""
     model = models.build("llama")
-    peltc.attach(model, LORA, inputs=foreign.inputs())
+    peltc.attach(model, LORA, example_inputs=foreign.inputs())
     fill(model)
-    manifest = peltc.compile(LORA, model, tmp_path / "out", inputs=foreign.inputs())
+    manifest = peltc.compile(LORA, model, tmp_path / "out", example_inputs=foreign.inputs())
     assert manifest["base"]["inputs"]["input_ids"]["high"] == 99  # the vocabulary's last
     assert peltc.verify(tmp_path / "out", model)["verification"]["worst"] < TOLERANCE
-    found, known = peltc.survey(model, inputs=foreign.inputs()), peltc.survey(model)
+    found, known = peltc.survey(model, example_inputs=foreign.inputs()), peltc.survey(model)
     assert [(s.path, s.parameters, s.sizes) for s in found] == [(s.path, s.parameters, s.sizes) for s in known]
 
 
@@ -355,9 +355,9 @@ def test_own_class_on_transformers_base(given: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = BertModel(OwnConfig()).eval()
     inputs = foreign.inputs() if given else None
-    peltc.attach(model, LORA, inputs=inputs)
+    peltc.attach(model, LORA, example_inputs=inputs)
     fill(model)
-    manifest = peltc.compile(LORA, model, tmp_path / "out", inputs=inputs)
+    manifest = peltc.compile(LORA, model, tmp_path / "out", example_inputs=inputs)
     found = peltc.Session(tmp_path / "out")(**foreign.inputs())
     assert list(found) == ["last_hidden_state", "pooler_output"]
     with torch.no_grad():
@@ -394,14 +394,14 @@ def refused(code: str, act: Callable[[], Any]) -> str:
 def test_example_inputs_are_checked(inputs: Any, words: str, tmp_path: Path) -> None:
     module = foreign.Mosaic(layers=1)
     with pytest.raises(PeltError, match=f"E506.*{words}"):
-        peltc.survey(module, inputs=inputs)
+        peltc.survey(module, example_inputs=inputs)
     with pytest.raises(PeltError, match=f"E506.*{words}"):
-        peltc.compile(LORA, module, tmp_path / "out", inputs=inputs)
+        peltc.compile(LORA, module, tmp_path / "out", example_inputs=inputs)
     assert not (tmp_path / "out").exists()
 
 
 def test_inputs_beside_a_folder(tmp_path: Path) -> None:
-    refused("E506", lambda: peltc.compile(LORA, tmp_path, tmp_path / "out", inputs=foreign.inputs()))
+    refused("E506", lambda: peltc.compile(LORA, tmp_path, tmp_path / "out", example_inputs=foreign.inputs()))
 
 
 class Odd(foreign.Mosaic):
@@ -416,7 +416,7 @@ class Odd(foreign.Mosaic):
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     module = Odd(layers=1).train()
     before = state(module)
-    said = refused("E505", lambda: peltc.compile(LORA, module, tmp_path / "out", inputs=foreign.inputs()))
+    said = refused("E505", lambda: peltc.compile(LORA, module, tmp_path / "out", example_inputs=foreign.inputs()))
     assert "cannot export Odd to ONNX" in said
     unchanged(module, before)
     assert [*tmp_path.iterdir()] == []
@@ -425,10 +425,10 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
 def test_what_cannot_be_copied() -> None:
     module = foreign.Mosaic(layers=1)
     module.kept = module.judge.weight * 2  # type: ignore[assignment]
-    assert "cannot be copied" in refused("E505", lambda: peltc.survey(module, inputs=foreign.inputs()))
+    assert "cannot be copied" in refused("E505", lambda: peltc.survey(module, example_inputs=foreign.inputs()))
     quantised = foreign.Mosaic(layers=1)
     quantised.judge.weight = nn.Parameter(torch.ones(3, 32, dtype=torch.int8), requires_grad=False)
-    assert "'judge.weight'" in refused("E505", lambda: peltc.survey(quantised, inputs=foreign.inputs()))
+    assert "'judge.weight'" in refused("E505", lambda: peltc.survey(quantised, example_inputs=foreign.inputs()))
 
 
 @pytest.mark.parametrize(
@@ -442,10 +442,10 @@ def test_sites_out_of_reach(spec: dict[str, Any], code: str, words: str, tmp_pat
     module = foreign.build("tower", layers=1)
     before = state(module)
     whole = {"pelt": 1, "attach": [spec]}
-    assert words in refused(code, lambda: peltc.attach(module, whole, inputs=foreign.inputs()))
+    assert words in refused(code, lambda: peltc.attach(module, whole, example_inputs=foreign.inputs()))
     unchanged(module, before)
     where = {"prefix": "E209", "prompt": "E505"}[spec["method"]]
-    assert words in refused(where, lambda: peltc.compile(whole, module, tmp_path / "out", inputs=foreign.inputs()))
+    assert words in refused(where, lambda: peltc.compile(whole, module, tmp_path / "out", example_inputs=foreign.inputs()))
     assert not (tmp_path / "out").exists()
 
 
@@ -480,7 +480,7 @@ def test_maps_without_a_module_of_their_own(kind: Any, words: str, tmp_path: Pat
         module.strata[0].regard = Bundle(32, 4)
     else:
         module.strata[0].regard.giver = Late(32, 32)
-    said = refused("E209", lambda: peltc.attach(module, LORA, inputs=foreign.inputs()))
+    said = refused("E209", lambda: peltc.attach(module, LORA, example_inputs=foreign.inputs()))
     assert words in said and "a torch module of its own" in said
     assert not hasattr(module, "pelt")
-    refused("E209", lambda: peltc.compile(LORA, module, tmp_path / "out", inputs=foreign.inputs()))
+    refused("E209", lambda: peltc.compile(LORA, module, tmp_path / "out", example_inputs=foreign.inputs()))
