@@ -26,6 +26,7 @@ from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
+from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
@@ -107,13 +108,9 @@ def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:
     """
     for claim in plan.claims if sites else ():
         where = f"'{claim.attachment}' at {claim.site.name}"
-        if "prepend" in claim.effects:
-            raise fail("E208", f"{where} puts tokens before the sequence, which generation does not take yet",
-                       hint="compile without `generation`, or use `prefix`")  # fmt: skip
-        if by := claim.mixed:
-            raise fail("E208", f"{where} reads the whole sequence by '{by}', and a token at a time is generated",
-                       hint="`freeze_gates` makes gates constants")  # fmt: skip
-        if not any(claim.site.key in found for found in sites.values()):
+        if found := not_generated(claim):
+            raise fail("E208", found[0], hint=found[1])
+        if not any(claim.site.key in named for named in sites.values()):
             raise fail("E208", f"{where} has no place in the graphs that generation takes",
                        hint="compile without `generation`, and please report this: model and versions")  # fmt: skip
 

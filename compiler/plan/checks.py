@@ -19,6 +19,18 @@ from peltc.spec.method import NAMES, RUNTIME_NAMES
 from peltc.spec.specification import Attachment, Spec
 
 
+def not_generated(claim: Claim) -> tuple[str, str] | None:
+    """Why a claim cannot be in graphs that generate a token at a time, and what to do; None where it can."""
+    where = f"'{claim.attachment}' at {claim.site.name}"
+    if "prepend" in claim.effects:
+        return (f"{where} puts tokens before the sequence, which generation does not take yet",
+                "compile without `generation`, or use `prefix`")  # fmt: skip
+    if by := claim.mixed:
+        return (f"{where} reads the whole sequence by '{by}', and a token at a time is generated",
+                "`freeze_gates` makes gates constants")  # fmt: skip
+    return None
+
+
 class Checks:
     """What is asked of claims, one by one and together.
 
@@ -30,6 +42,15 @@ class Checks:
 
     def __init__(self, spec: Spec, anatomy: Anatomy, findings: Findings):
         self.spec, self.anatomy, self.find = spec, anatomy, findings.find
+
+    def generates(self, claims: list[Claim]) -> None:
+        """Where the spec asks for generation, whether claims allow it. Gates that are to be frozen are looked at once
+        they are."""
+        for entry in self.spec.attach if self.spec.generation and not self.spec.freeze_gates else ():
+            for claim in claims:
+                if claim.attachment == entry.name and (found := not_generated(claim)):
+                    self.find("E208", found[0], at(entry), hint=found[1])
+                    break
 
     def shapes(self, entry: Attachment, claim: Claim, shapes: ShapeInterpreter) -> bool:
         """Hold each definition's shape against what the site needs."""

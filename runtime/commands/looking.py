@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -72,21 +73,24 @@ def sites(
 @model_argument
 @click.option("--weights", type=click.Path(), help="The adapter's tensors, to be held against the plan too.")
 @click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
+@click.option("--generation/--no-generation", default=None, help="In place of the spec's deploy.generation.")
 @architecture_option
 @text_only_option
 @all_option
 @json_option
 @quiet_option
 def plan(
-    spec: str, model: str, weights: str | None, mode: str | None, architecture: str | None, text_only: bool,
-    every: bool, as_json: bool, quiet: bool,
+    spec: str, model: str, weights: str | None, mode: str | None, generation: bool | None, architecture: str | None,
+    text_only: bool, every: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Show every decision about SPEC on MODEL; nothing is written."""
     from peltc.runtime.building.compile import plan_for
     from peltc.spec.specification import load_spec
 
+    read = load_spec(spec)
+    read = read if generation is None else replace(read, generation=generation)
     with talking(quiet) as talk:
-        made, base = plan_for(load_spec(spec), model, weights, architecture=architecture, mode=mode,
+        made, base = plan_for(read, model, weights, architecture=architecture, mode=mode,
                               text_only=text_only, talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=1))

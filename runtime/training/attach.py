@@ -25,6 +25,7 @@ from peltc.compiler.plan.choice import check_choice
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.runtime.training.attached import Attached, read_adapter
+from peltc.runtime.training.origin import warn_of_origin
 from peltc.spec.diagnostics import fail, wrong_type
 from peltc.spec.foreign import refuse
 from peltc.spec.specification import Spec, load_spec
@@ -61,7 +62,8 @@ def attach(
     Raises:
         PeltError: whatever keeps the spec from fitting the model, as when compiling; E216 what is no torch model; E408
             weights that were trained with other mathematics than the spec's. Weights of another base, or that say
-            nothing of how they were trained, are warned of.
+            nothing of how they were trained, are warned of; and so is a head that the model's own folder lacks and that
+            no module takes the place of, for its values are random.
     """
     if not hasattr(model, "named_parameters"):
         raise wrong_type("the model to attach to", model, "a torch model: of transformers, or another torch.nn.Module",
@@ -91,6 +93,8 @@ def attach(
     named = source if isinstance(source, Mapping) else () if source is None else read_header(Path(source))
     attach_plan(model, plan, values, overridden(plan, named))
     model.pelt.anatomy = anatomy
+    if is_known(model):
+        warn_of_origin(model, plan, anatomy, source is not None, 2)
     for sentence in sentences:
         warnings.warn(sentence, stacklevel=2)
     return model

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,48 @@ def test_a_merge_that_rounding_takes_is_warned_of(model: Any) -> None:
             parameter.fill_(2e-3)
     with pytest.warns(UserWarning, match="in torch.float16 takes .*% of the change"):
         model.merge_adapter()
+
+
+REPLACE = {"method": "replace", "at": "head"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "entries", "words"),
+    [
+        ("BertModel", "BertForSequenceClassification", [], ["'classifier.weight', 'classifier.bias': the values are"]),
+        ("BertModel", "BertForSequenceClassification", [REPLACE], []),
+        ("BertForMaskedLM", "BertForSequenceClassification", [REPLACE], ["'bert.pooler.dense.weight', "]),
+        ("BertForSequenceClassification", "BertForSequenceClassification", [], []),
+        ("GPT2LMHeadModel", "GPT2LMHeadModel", [], []),
+        ("GPT2Model", "GPT2LMHeadModel", [], []),
+        ("T5ForConditionalGeneration", "T5ForConditionalGeneration", [], []),
+    ],
+)
+def test_a_head_that_stays_random_is_told(
+    saved: str, loaded: str, entries: list[Any], words: list[str], model_folder: Any, tmp_path: Path
+) -> None:
+    family = {"B": "bert", "G": "gpt2", "T": "t5"}[saved[0]]
+    config = transformers.AutoConfig.from_pretrained(model_folder(family))
+    getattr(transformers, saved)._from_config(config).save_pretrained(tmp_path)
+    model = getattr(transformers, loaded).from_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        peltc.attach(model, {**LORA, "attach": [*LORA["attach"], *entries]})
+    found = [str(warning.message) for warning in told if "random" in str(warning.message)]
+    assert len(found) == len(words) and all(word in text for word, text in zip(words, found, strict=True)), found
+    assert all(warning.filename == __file__ for warning in told if "random" in str(warning.message))
+
+
+def test_modules_that_were_left_behind_are_told(attached: Any, tmp_path: Path) -> None:
+    attached.save_pretrained(tmp_path / "checkpoint")
+    attached.save_adapter(tmp_path / "adapter.safetensors")
+    again = type(attached).from_pretrained(tmp_path / "checkpoint")
+    with pytest.warns(UserWarning, match="holds trained modules, and this model's are new: to go on"):
+        peltc.attach(again, LORA)
+    again.detach_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peltc.attach(again, LORA, tmp_path / "adapter.safetensors")
 
 
 def test_a_model_with_modules_is_not_pickled(attached: Any) -> None:
