@@ -8,7 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q --retries 2
 # The `adapters` library, an oracle of the tests, needs an older transformers: an environment of its own.
 ADAPTERS := .venv/adapters
 
-.PHONY: .venv demo test sweep lint types bench clean
+.PHONY: .venv demo test sweep lint types bench api clean
 
 .venv: $(READY)
 
@@ -53,6 +53,13 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/run.py
+
+# The documents of all that is public, from its docstrings, as pages in build/api. What is imported when first used is
+# imported first, for `pdoc` looks at what is there.
+api: $(READY)
+	$(BIN)/python -c 'import peltc; vars(peltc).update({n: getattr(peltc, n) for n in peltc.__all__}); \
+		import pathlib, pdoc; pdoc.render.configure(docformat="google"); \
+		pdoc.pdoc("peltc", output_directory=pathlib.Path("build/api"))'
 
 clean:
 	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
