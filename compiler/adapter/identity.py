@@ -24,8 +24,8 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Sample:
-    """A few values of a parameter, evenly spread: their bytes, in the type that they had, which has this `code` in
-    safetensors files; `size` is the number of all values."""
+    """A few values of a parameter, taken at even distances, by which the parameter is known again. `size` is the number
+    of all its values, and `code` the name that safetensors files give its type."""
 
     code: str
     size: int

@@ -22,8 +22,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """A parameter of the model: its shape, and the name in the checkpoint of the tensor that holds it, which may have
-    fewer rows; an empty name where no tensor does."""
+    """A parameter of the model: its shape, and the name of the tensor in the checkpoint that holds it. The name is
+    empty where no tensor does; the tensor may have fewer rows than the parameter."""
 
     shape: tuple[int, ...]
     stored: str

@@ -159,8 +159,8 @@ def is_shorter(stored: tuple[int, ...], shape: tuple[int, ...], rows: int | None
 def absent_parameters(
     folder: Path, config: Mapping[str, Any], architecture: str, rows: int | None = None
 ) -> frozenset[str]:
-    """The parameters of an architecture that a checkpoint does not hold, or holds in another shape, whatever they are
-    called there: `transformers` knows. No weight is kept.
+    """The parameters of an architecture that a checkpoint does not hold, or holds in another shape. `transformers`
+    itself is asked, since a checkpoint may call them by other names. No weight is kept in memory.
 
     Args:
         rows: how many rows a table may have that was made longer; such a table is there.

@@ -87,8 +87,8 @@ def _save(tensors: Mapping[str, Any], home: Path, aliases: Mapping[str, str] | N
 
 
 def write_tensors(tensors: Mapping[str, Any], file: Path) -> None:
-    """Write torch tensors as safetensors, one after the other: `safetensors` itself wants all of them at once, none
-    sharing memory with another, and so a copy of each that does.
+    """Write torch tensors as safetensors, one after the other. The library's own function needs all of them in memory
+    at once, and a copy of each that shares its memory with another.
 
     Raises:
         PeltError: E503 a type that cannot be read back.

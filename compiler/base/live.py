@@ -129,8 +129,8 @@ def _export_module(module: Any, inputs: Mapping[str, Any] | None, variant: str =
 
 
 def describe_inputs(inputs: Mapping[str, Any], anatomy: Anatomy) -> dict[str, dict[str, Any]]:
-    """What example inputs are like, so that others like them can be drawn: type, shape, what the axes are called, and
-    the range of the values, which for tokens is the vocabulary."""
+    """Describe example inputs by type, shape, names of the axes and range of values, so that verification can draw
+    similar ones later. The range of token ids is the vocabulary."""
     import torch
 
     from peltc.compiler.export.inputs import axis_names

@@ -218,8 +218,9 @@ def same(one: Any, other: Any, apart: int = 0, seen: set[tuple[int, int]] | None
 
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put back every attribute, parameter and module of a model in the end: what `forward` keeps of a run on tensors
-    without memory, a table of positions say, would spoil the next."""
+    """Within this context a model may be run on tensors without memory. Afterwards each of its attributes, parameters
+    and modules is what it was: a table of positions, for example, that `forward` computed and kept would hold no
+    values."""
     attributes = [vars(module) for module in model.modules()]
     saved = [(table, dict(table)) for table in attributes]
     saved += [(inner, dict(inner)) for table in attributes for inner in table.values() if isinstance(inner, dict)]

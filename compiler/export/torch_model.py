@@ -41,8 +41,8 @@ def unbacked(model: Any) -> Any:
 
 
 def replica(model: Any, precision: str = "", drop: Any = None) -> Any:
-    """A copy of a live torch module, in eval mode and on the CPU: modules and buffers of its own over the same
-    parameters, which are copied only where type or device change.
+    """A copy of a live torch module, in eval mode and on the CPU. Its modules and buffers are its own; its parameters
+    are those of the module, copied only where the type or the device changes.
 
     Args:
         model: the module, which is not touched.

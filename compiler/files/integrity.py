@@ -77,8 +77,9 @@ def digest_file(file: Path) -> tuple[Stamp, str]:
 
 
 def read_digest(file: Path, stop: Event | None = None) -> tuple[Stamp, str, bool]:
-    """As `digest_file`, but nothing is written; and whether the digest is news that may be remembered: a file written
-    a moment ago could change once more under the same stamp.
+    """The digest of a file, as `digest_file` gives it, without writing anything. The second value says whether the
+    digest may be remembered: it may not where the file was written a moment ago, since it could change once more under
+    the same time stamp.
 
     Args:
         stop: set when the digest is of no use any more.

@@ -65,8 +65,9 @@ def _learn(known: dict[ir.Value, float], value: ir.Value, content: Any) -> None:
 
 
 def recall(graph: ir.Graph, numbers: Mapping[str, float]) -> None:
-    """Give constants of a half type their unrounded numbers, in place: the value's type is the graph's, and its content
-    float32. Only where they are the same number, rounded."""
+    """Give constants of a half type the numbers that they were before they were rounded, in place. The value's type
+    stays that of the graph, and its content becomes float32. This is done only where rounding gives the same constant
+    again."""
     for name, value in graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype not in HALF or tensor.size != 1 or name not in numbers:
@@ -122,8 +123,8 @@ def unhold(graph: ir.Graph) -> None:
 
 
 def widen(model: ir.Model) -> None:
-    """Let a graph compute in float32 what it computes in half precision, in place. Initializers keep their bytes, in
-    the files where they lie; a Cast follows them. Parameters that the graph itself rounds to its type stay rounded."""
+    """Make a graph that computes in half precision compute in float32, in place. Initializers keep their bytes, in the
+    files where they lie, and are cast behind. What the graph itself rounds to the half type stays rounded."""
     for graph in (model.graph, *model.graph.subgraphs()):
         before = [_widened(v, ".wide") for v in list(graph.initializers.values())
                   if v.const_value is not None and v.const_value.dtype in HALF]  # fmt: skip

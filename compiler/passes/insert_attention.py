@@ -59,8 +59,8 @@ class Inserter(Maps):
                 self.widen_mask(site, claim, around)
 
     def begins(self, claim: Claim, effect: str, role: str, read: ir.Value) -> bool:
-        """Let the cache begin with what a claim puts before keys or values, where these are the cached ones and the new
-        ones, and the claim depends on nothing that runs."""
+        """Write what a claim puts before keys or values into the start of the cache. This is possible where the cache
+        holds just these keys and values, and where the claim depends on nothing that is computed at run time."""
         node = read.producer()
         cache = node.inputs[0] if node is not None and node.op_type == "Concat" else None
         if cache is None or not cache.is_graph_input() or cache.shape is None or cache.name is None:

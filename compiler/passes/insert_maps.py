@@ -109,8 +109,8 @@ class Maps(Weights):
             product.replace_input_with(1, rows if flat else self.oriented(rows, emitter))
 
     def joined(self, site: Site, claims: list[Claim]) -> tuple[Site, list[Claim]]:
-        """The site with its own features, and no others, in one axis. The graph may part a fused map by heads before it
-        parts queries from keys, or lay heads out first."""
+        """The site with its own features, and no others, in one axis. A graph may split a fused map by heads before it
+        splits queries from keys, or may put the heads first; then nodes are added that undo it."""
         name, full = site.values["y"], self.values[site.values["full"]]
         y = self.current(name)
         apart = y.shape is not None and full.shape is not None and len(y.shape) > len(full.shape)

@@ -99,8 +99,8 @@ class Selection:
 
     @staticmethod
     def in_order(entry: Attachment, sites: list[Site]) -> list[tuple[str, int | None]]:
-        """The layers of sites in the order in which lists of options give their values: stacks as the model has them,
-        and in each the layers as the attachment's `layers` has them."""
+        """The layers of sites in the order in which a list of options gives their values: the stacks as the model has
+        them, and within each the layers as the attachment's `layers` lists them."""
         words = entry.layers if isinstance(entry.layers, tuple) else (entry.layers,)
         ranges = [(int(a), int(b or a)) for a, _, b in (str(word).partition("-") for word in words) if a.isdigit()]
 

@@ -90,8 +90,8 @@ class Core:
 
     @property
     def asked(self) -> ir.Value:
-        """Queries as the model gives them to its attention, which scales both sides of the product by the root of its
-        scale: what is done to keys too is not the model's own."""
+        """Queries as the model hands them to its attention. The attention multiplies both sides of the product by the
+        square root of its scale: a change that keys get too is therefore the attention's, not the model's."""
         scaled = [_scaled(value) for value in (self.query, self.key)]
         if scaled[0] is None or scaled[1] is None or scaled[0][1] != scaled[1][1]:
             return self.query

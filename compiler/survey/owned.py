@@ -50,8 +50,8 @@ def owned_features(flow: Flow, linear: Linear, operand: ir.Value) -> np.ndarray 
 
 
 def holder(flow: Flow, linear: Linear, operand: ir.Value, owned: np.ndarray) -> ir.Value:
-    """The value between a map and what it leads to that holds just some of its features, in order, and nothing done to
-    them yet; the map's own result where there is none."""
+    """The value, on the way from a map to what reads it, that holds just some of the map's features, in order and
+    unchanged. Where there is none, it is the map's own result."""
     probe = seed(linear)
     probe.track(operand)
     leading = Probe({}).shape(linear.y)[:-1]

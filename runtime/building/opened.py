@@ -36,8 +36,8 @@ def opened(
     talk: Talk = logged,
     text_only: bool = False,
 ) -> Iterator[tuple[Callable[[str], Base], Live | None]]:
-    """How to get a model's base by variant, and the modules that are attached to it. A torch model becomes a folder
-    beside the artifact for as long as it takes, whose files the artifact can link.
+    """Open a model for as long as the context lasts: a function that gives its base by variant, and the modules that
+    are attached to it. A torch model is written into a folder beside the artifact, whose files the artifact can link.
 
     Args:
         known: what the modules' tensors tell of the model.

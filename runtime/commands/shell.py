@@ -14,8 +14,8 @@ import click
 
 @contextmanager
 def permanent() -> Iterator[None]:
-    """Spare Python's collector what a process imports first, which stays until it ends: it would walk all of those
-    functions and classes several times, and once more while a small model is compiled."""
+    """Keep what is imported within this context out of Python's garbage collection. A process needs it until it ends,
+    and the collector would otherwise walk through all of its functions and classes several times."""
     if gc.get_freeze_count():
         yield
         return

@@ -60,8 +60,9 @@ class Attached(Blocks):
         }
 
     def save(self, model: Any, path: str | Path) -> None:
-        """Write the adapter's tensors as safetensors, float32, names as the compiler expects them, with what they were
-        trained as and on in the metadata. Parameters of the model that are trained and not in the file are told."""
+        """Write the adapter's tensors as a safetensors file, in float32 and under the names that the compiler expects.
+        The file's metadata says with which formulas and options they were trained, and on which base. A warning names
+        the model's parameters that are trained and that the file does not hold."""
         from safetensors.numpy import save
 
         warn_of_lost(model, self.plan, self.anatomy, 2)
@@ -70,8 +71,8 @@ class Attached(Blocks):
         write_whole(Path(path), save(self.tensors(), said.metadata()))
 
     def load(self, model: Any, path: str | Path) -> None:
-        """Take the tensors of a file that `save_adapter` or `save_profile` wrote. A file of another base, or one that
-        says nothing of how it was trained, is warned of.
+        """Take the tensors of a file that `save_adapter` or `save_profile` wrote. A warning says where they were
+        trained on another base, or where the file does not say how they were trained.
 
         Raises:
             PeltError: E4xx what is wrong with the file; E408 it was trained with other mathematics.
@@ -84,8 +85,8 @@ class Attached(Blocks):
             warnings.warn(sentence, stacklevel=2)
 
     def save_profile(self, model: Any, path: str | Path) -> None:
-        """Write what is this profile's own: hard masks over a bank as bits, and whatever else is trained. Parameters of
-        the model that are trained and not in the file are told.
+        """Write what is this profile's own: the hard masks over a bank, a bit for each module, and whatever else is
+        trained. A warning names the model's parameters that are trained and that the file does not hold.
 
         Raises:
             PeltError: E211 the spec has no hard mask over a bank.

@@ -65,8 +65,8 @@ class Blocks(Maps):
         self.restore.append(lambda: delattr(module, "_pelt_change"))
 
     def install_embedding(self, model: Any, site: Site, claims: list[Claim]) -> None:
-        """Tokens before the sequence: the model is called with embedded tokens, or its embedding gives more of them;
-        what follows the layers, or the outputs, are cut."""
+        """Put tokens before the sequence: either the model is called with embedded tokens, or its embedding returns
+        more of them. They are cut off again after the layers or from the outputs."""
         table = model.get_input_embeddings()
         seq2seq = self.seq2seq
         behind, early = site.role == "embedding", claims[0].cut == "head"

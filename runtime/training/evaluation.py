@@ -88,8 +88,9 @@ class Evaluation(nn.Module):
         return hook
 
     def opening(self) -> Callable[..., None]:
-        """Remember the mask, and whether the whole model will run: not where an encoder's output or a cache is given.
-        Checkpointed layers, which run again in the backward pass, are told to remember it too."""
+        """A hook that remembers the mask when the model is called, and whether all of the model will run: it does not
+        where an encoder's output or a cache is given. Layers with gradient checkpointing run again in the backward
+        pass, and are told to remember the mask of their first run."""
         remember = bool(self.anchors) or any("mask" in claim.reads for claim in self.plan.claims)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

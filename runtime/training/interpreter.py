@@ -41,8 +41,8 @@ class TorchInterpreter(Interpreter[Any]):
         return _MEANING[name](**arguments)
 
     def lookup(self, name: str, arguments: dict[str, Any]) -> Any:
-        """A function of one-hot vectors: ids pick rows of a matrix. Of such vectors, which are told by their ids,
-        dropout takes none away: rows have no parts of their own before a matrix gives them."""
+        """A function of one-hot vectors, given as ids: the ids pick rows of a matrix. Dropout leaves the vectors as
+        they are, since a single feature of a one-hot vector means nothing before a matrix turns it into a row."""
         if name in PASSING:
             return arguments["x"]
         padding = next((v.padding for v in arguments.values() if isinstance(v, OneHot)), None)

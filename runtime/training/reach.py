@@ -13,8 +13,8 @@ from peltc.spec.diagnostics import fail
 
 
 def check_reach(model: nn.Module, claims: list[Claim]) -> None:
-    """Whether hooks reach a site of a torch module that is no model of `transformers`: elsewhere, a torch module may
-    own several maps as bare parameters, and its input and output be those of none.
+    """Check that hooks reach a site in a torch module that `transformers` does not have. Such a module may own several
+    maps as bare parameters, so that its own input and output are not those of any one map.
 
     Raises:
         PeltError: E209 they do not, and why.

@@ -17,8 +17,9 @@ class Memory(Protocol):
 
 
 class Rerun:
-    """Checkpointing of a layer. When it runs again, in the backward pass, it sees the masks of its first run, whatever
-    the model was called with since, and what it remembers itself goes when it ends."""
+    """A layer with gradient checkpointing, which runs again in the backward pass. It then sees the masks of its first
+    run, whatever the model was called with in between; what it remembers during the second run is dropped at its end.
+    """
 
     def __init__(self, checkpoint: Callable[..., Any], attached: Memory):
         self.checkpoint, self.attached = checkpoint, attached

@@ -49,8 +49,8 @@ def of_exact(load: Callable[[], Any], base: Base, generation: bool) -> Answers |
 
 
 def of_nudged(load: Callable[[], Any], base: Base, generation: bool, seed: int) -> Answers:
-    """What a torch model answers in float32 where each of its numbers differs by up to one unit in the last place, as
-    though it had been computed in another order.
+    """What a torch model answers in float32 when each number that it computes is moved by up to one unit in the last
+    place. That is how far its answers could differ if it computed in another order.
 
     Args:
         load: makes the model.

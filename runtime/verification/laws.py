@@ -74,9 +74,9 @@ class Law:
 def check_laws(
     model: Any, load: Callable[[], Any], plan: Plan, base: Base, answered: Answers, place: Place, tolerance: float
 ) -> None:
-    """Hold a torch model with a plan's modules, in float32, against the laws that these can break. What moves there by
-    more than the tolerance is measured again in float64, with the modules and without them: neither rounding nor what
-    the model alone does is a fault of the modules.
+    """Hold a torch model with a plan's modules, in float32, against the laws that these modules can break. Where
+    something moves by more than the tolerance, it is measured again in float64, with the modules and without them, so
+    that neither rounding nor the model's own behaviour counts as a fault of the modules.
 
     Args:
         load: makes another such model.

@@ -44,8 +44,9 @@ def example(base: Base, batch: int, length: int, padding: int, seed: int) -> dic
 
 
 def drawn(base: Base, batch: int, part: float, padding: float, seed: int) -> dict[str, Array]:
-    """Random inputs like the examples of a torch module that `transformers` does not have: no axis is longer than in
-    the examples, which a table of positions may not be either. What is 0 or 1 is a mask, and ends in zeros.
+    """Random inputs that resemble the examples of a torch module which `transformers` does not have. No axis is longer
+    than in the examples, since a table of positions may end there. An input whose values are 0 and 1 is taken for a
+    mask, and ends in zeros.
 
     Args:
         part: the share of the examples' lengths.

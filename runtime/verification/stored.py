@@ -63,8 +63,8 @@ def stored_parameters(folder: Path, folded: list[Mapping[str, Any]]) -> dict[str
 
 
 def put_in(model: Any, parameters: Mapping[str, Tensor]) -> None:
-    """Let a torch model use other parameters, in place: those of an artifact. A parameter that shares its tensor with
-    another is one of its own from now on; a bias that the model does not have is added to what the map gives."""
+    """Put an artifact's parameters into a torch model, in place. A parameter that shared its tensor with another gets a
+    tensor of its own; a bias that the model does not have is added to the map's output."""
     for name, tensor in parameters.items():
         if name.endswith(NEW_BIAS):
             owner = owner_of(model, name.removesuffix(NEW_BIAS))

@@ -163,9 +163,9 @@ def attached(model: Any, plan: Plan, tensors: Mapping[str, Array]) -> Any:
 
 
 def function(folder: Path, base: Base, expected: Answers, place: Place, load: Callable[[], Any]) -> dict[str, Any]:
-    """The first step: what the artifact computes, in float32. Where it is off by more than the tolerance, that may be
-    rounding, which large values and sharp softmaxes grow: then ONNX Runtime's error against PyTorch in float64 is held
-    against PyTorch's own.
+    """The first step: hold what the artifact computes in float32 against PyTorch. Large values and sharp softmaxes let
+    rounding grow beyond the tolerance; in that case both ONNX Runtime and PyTorch are compared with PyTorch in float64,
+    and ONNX Runtime's error may not be much larger than PyTorch's.
 
     Args:
         load: makes the torch model with its modules.
@@ -211,8 +211,8 @@ def function(folder: Path, base: Base, expected: Answers, place: Place, load: Ca
 def measure_rounding(
     answered: Answers, base: Base, expected: Answers, place: Place, load: Callable[[], Any]
 ) -> list[dict[str, Any]] | None:
-    """The errors in float32 of ONNX Runtime and of PyTorch by output, both against PyTorch in float64; None where there
-    is no memory for that. PyTorch's is the largest of a few, since a single one may be small by luck."""
+    """The errors of ONNX Runtime and of PyTorch in float32, by output, both against PyTorch in float64; None where the
+    memory does not suffice. PyTorch's error is the largest of a few runs, since a single one may be small by chance."""
     from peltc.runtime.verification.exact import of_exact, of_nudged
 
     generation = expected.texts is not None

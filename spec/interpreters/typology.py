@@ -123,8 +123,8 @@ class _Reading:
         }
 
     def intra(self) -> str:
-        """How the features inside are connected, on the way from what the module reads to what it adds; of what joins
-        the sequence and reads nothing, on that from its parameters."""
+        """How the features inside a module are connected, on the way from what it reads to what it adds. A module that
+        reads nothing and joins the sequence has its way from its parameters."""
         went, own = self.all.went, self.all
         written = self.joins and not own.reads and bool(own.what(Part.NETWORK))
         curved = Way.CURVE in went or written

@@ -210,7 +210,10 @@ def test_picture(pelt: Told, model_folder: Folder, tmp_path: Path) -> None:
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
     found = boxes(text)
     assert sorted(found) == ["bottleneck", "lora", "prefix"]
-    assert found["bottleneck"] == {"feed_forward.block", "bottleneck + gate, in the graph: gated addition, 2 (2 layers)"}
+    assert found["bottleneck"] == {
+        "feed_forward.block",
+        "bottleneck + gate, in the graph: gated addition, 2 (2 layers)",
+    }
     framed = [box.get("class", "") for box in ET.fromstring(text).iter(f"{SVG}rect")]
     assert sum(style.startswith("linear ink") for style in framed) == 2, "query and value"
     assert "unipelt on GPT2LMHeadModel" in text
