@@ -198,7 +198,7 @@ class Writer:
             lambda: f"{some()} * {p()}",
             lambda: f"{some()} + {p()}",
             lambda: f"linear({some(inner)}, {p(2, inner)}) @ {p(2, size)}",
-            lambda: f"{self.pick(SMOOTH[:-1])}({some()})",
+            *[lambda: f"{self.pick(SMOOTH[:-1])}({some()})"] * 3,  # so many that a sweep meets each of them
             lambda: f"-({some()})",
             lambda: f"{some()} - 0.5 * {some()}",
             lambda: f"linear({some(inner)}, {p(size, inner)}, {p()}) / 2",
