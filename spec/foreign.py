@@ -32,6 +32,8 @@ OURS = {
     "VERA": "vera",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
+IMPORTED = ("LORA", "DORA")
+"""Those that `pelt import` reads."""
 UNMERGED = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 """Those that do not."""
 NAMES = re.compile(r"^base_model\.model\.|\.lora_[AB]\.(\w+\.)?weight$")
@@ -67,17 +69,20 @@ class Foreign:
         """
         of = f" for '{self.base}'" if self.base else ""
         what = f"an adapter of {self.library}{f', {self.kind},' if self.kind else ''}{of} is given as {role}"
-        return fail("E410", what, place, EXPECTED[role], f"it cannot be imported; {self._hint()}")
+        return fail("E410", what, place, EXPECTED[role], self._hint())
 
     def _hint(self) -> str:
+        cannot = "it cannot be imported; "
+        if self.library == PEFT and self.kind in IMPORTED:
+            return "`pelt import FOLDER MODEL -o spec/` makes a spec of it, and `pelt-compile FOLDER MODEL` an artifact"
         if self.library != PEFT:
-            return "write its modules as a spec (`pelt methods` lists methods and recipes) and train that"
+            return f"{cannot}write its modules as a spec (`pelt methods` lists methods and recipes) and train that"
         merge = "merge it in PEFT, `model.merge_and_unload().save_pretrained(folder)`, and give that folder as MODEL"
         if self.kind in OURS:
-            return f"{merge}; or write it as a spec of `{OURS[self.kind]}` and train that"
+            return f"{cannot}{merge}; or write it as a spec of `{OURS[self.kind]}` and train that"
         if self.kind in UNMERGED:
-            return f"write it as a spec of `{UNMERGED[self.kind]}` and train that"
-        return f"where PEFT can, {merge}"
+            return f"{cannot}write it as a spec of `{UNMERGED[self.kind]}` and train that"
+        return f"{cannot}where PEFT can, {merge}"
 
 
 def recognised(given: Any) -> Foreign | None:

@@ -25,6 +25,7 @@ from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
 from peltc.compiler.files.talk import Talk, logged
+from peltc.compiler.importers.importing import import_adapter, imports
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan.choice import choice_of
 from peltc.compiler.plan.claims import Plan
@@ -96,7 +97,8 @@ def compile(
     """Compile a spec on a model into an artifact.
 
     Args:
-        spec: a spec, its file, or its content.
+        spec: a spec, its file, or its content; or the folder of an adapter that `pelt import` reads, whose own base
+            is the model where that is None.
         model: a model folder, a hub id, a torch model of `transformers`, or any other torch module. Where modules are
             attached to it, their tensors are taken.
         out: the artifact's folder; an artifact that is there is replaced when all went well.
@@ -121,11 +123,19 @@ def compile(
         PeltError: whatever the spec, the model, the weights or the disk do not allow; and E701 to E705 where
             verification fails. `out` is left as it was.
     """
+    place = free(Path(out))  # before anything takes time
+    if isinstance(spec, (str, Path)) and imports(spec):
+        if weights is not None:
+            raise fail("E410", "an adapter's folder is given as the spec, and weights beside", Place(str(spec)),
+                       "the folder alone, which holds its own")  # fmt: skip
+        if model is not None:
+            check_model(model, Path(out))
+        found = import_adapter(Path(spec), model, talk=talk)
+        spec, weights, model = found.spec, found.tensors, found.base
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     if generation is not None:
         spec = replace(spec, generation=generation)
-    place = free(Path(out))  # before anything takes time
     check_model(model, Path(out))
     refuse(weights if weights is not None or not spec.weights else inside(spec.folder, spec.weights, spec.path),
            "weights")  # fmt: skip

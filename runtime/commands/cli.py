@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
-from peltc.runtime.commands import compiling, describing, looking
+from peltc.runtime.commands import compiling, describing, importing, looking
 from peltc.runtime.commands.shell import cli
 from peltc.spec.diagnostics import PeltError
 
-COMMANDS = (compiling, looking, describing)
+COMMANDS = (compiling, looking, describing, importing)
 """The modules whose commands there are; each adds its own when it is imported."""
 
 INPUT, USAGE, BUG, INTERRUPTED = 1, 2, 70, 130

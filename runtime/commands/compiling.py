@@ -16,7 +16,6 @@ from peltc.runtime.commands.shell import (
     architecture_option,
     cli,
     json_option,
-    model_argument,
     permanent,
     print_table,
     quiet_option,
@@ -29,7 +28,7 @@ from peltc.runtime.commands.shell import (
 @cli.command("compile", context_settings=CONTEXT, epilog=CACHE)
 @click.version_option(package_name="peltc")
 @spec_argument
-@model_argument
+@click.argument("model", required=False)
 @click.option("-o", "--out", required=True, type=click.Path(), help="The artifact's folder.")
 @click.option("--weights", type=click.Path(), help="The adapter's tensors, safetensors; in place of the spec's.")
 @click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
@@ -42,13 +41,19 @@ from peltc.runtime.commands.shell import (
 @json_option
 @quiet_option
 def compile_command(
-    spec: str, model: str, out: str, weights: str | None, mode: str | None, generation: bool | None, verify: bool,
-    verify_step: str | None, self_contained: bool, architecture: str | None, text_only: bool, as_json: bool,
-    quiet: bool,
+    spec: str, model: str | None, out: str, weights: str | None, mode: str | None, generation: bool | None,
+    verify: bool, verify_step: str | None, self_contained: bool, architecture: str | None, text_only: bool,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens."""
+    """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens.
+
+    SPEC may also be a folder that Hugging Face PEFT saved; without MODEL, the base that it names is taken.
+    """
     with permanent():
+        from peltc.compiler.importers.importing import imports
         from peltc.runtime.building.compile import compile
+    if model is None and not imports(spec):
+        raise click.UsageError("Missing argument 'MODEL'.", click.get_current_context())
 
     with talking(quiet) as talk:
         manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import peltc
 from peltc.spec.diagnostics import PeltError
-from peltc.spec.foreign import recognised
+from peltc.spec.foreign import IMPORTED, recognised
 
 CONFIGS: dict[str, tuple[peft.PeftConfig, str]] = {
     "LORA": (peft.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"]), "`lora`"),
@@ -64,8 +64,11 @@ def only(err: str, kind: str, role: str) -> str:
 @pytest.mark.parametrize("what", ["", "adapter_model.safetensors", "adapter_config.json"])
 def test_given_as_weights(desk: Any, folders: dict[str, Path], kind: str, what: str) -> None:
     err = only(desk.refuse("--weights", str(folders[kind] / what)).err, kind, "weights")
-    assert f"of {CONFIGS[kind][1]} and train that" in err
-    assert ("merge_and_unload" in err) == (kind not in ("PREFIX_TUNING", "PROMPT_TUNING"))
+    if kind in IMPORTED:
+        assert "`pelt import FOLDER MODEL -o spec/` makes a spec of it" in err
+    else:
+        assert f"of {CONFIGS[kind][1]} and train that" in err
+        assert ("merge_and_unload" in err) == (kind not in ("PREFIX_TUNING", "PROMPT_TUNING"))
     assert "for 'our/base'" in err
     assert "export" not in err  # before anything takes time
 
@@ -95,17 +98,17 @@ def test_a_bank_of_a_spec(desk: Any, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("what", ["", "adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("verb", ["compile", "check", "plan", "describe"])
 def test_given_as_spec(desk: Any, folders: dict[str, Path], what: str, verb: str) -> None:
-    spec = str(folders["LORA"] / what)
+    spec = str(folders["OFT"] / what)
     arguments = {"compile": (str(desk.model), "-o", "out"), "plan": (str(desk.model),)}.get(verb, ())
     outcome = desk.pelt(verb, spec, *arguments)
     assert outcome.code == 1
-    only(outcome.err, "LORA", "a spec")
+    only(outcome.err, "OFT", "a spec")
 
 
 @pytest.mark.parametrize("what", ["", "adapter_model.safetensors"])
 def test_given_as_model(desk: Any, folders: dict[str, Path], what: str) -> None:
     err = only(desk.refuse(model=str(folders["LORA"] / what)).err, "LORA", "the model")
-    assert "give that folder as MODEL" in err
+    assert "and `pelt-compile FOLDER MODEL` an artifact" in err
     for verb in (("sites",), ("plan", "spec.yaml"), ("describe", "spec.yaml")):
         only(desk.pelt(*verb, str(folders["LORA"] / what)).err, "LORA", "the model")
 

@@ -1,0 +1,84 @@
+"""A folder that Hugging Face PEFT saved: its config and the header of its tensors' file, both of bounded size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peltc.compiler.files.checkpoint import StoredTensor, is_float, read_header
+from peltc.spec.diagnostics import Place, fail
+from peltc.spec.foreign import CONFIG, MAX_CONFIG
+
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the model's own names; some writers leave it out, and some put it twice."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An adapter's folder.
+
+    Attributes:
+        config: what `adapter_config.json` says.
+        tensors: the stored tensors by their names in the model, PEFT's own prefix taken off.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of the method."""
+        return str(self.config["peft_type"])
+
+    @property
+    def base(self) -> str:
+        """The model that it says it is for, or ""."""
+        found = self.config.get("base_model_name_or_path")
+        return found if isinstance(found, str) else ""
+
+    @property
+    def place(self) -> Place:
+        """Where its config stands."""
+        return Place(str(self.path / CONFIG))
+
+
+def read_folder(path: Path) -> Folder:
+    """Read an adapter's folder; no tensor's values are read.
+
+    Raises:
+        PeltError: E430 the config cannot be read, or names no method; E401 the tensors' file is no safetensors file.
+    """
+    file = path / CONFIG
+    place = Place(str(file))
+    try:
+        if file.stat().st_size > MAX_CONFIG:
+            raise fail("E430", f"the adapter's config has {file.stat().st_size:,} bytes", place,
+                       f"at most {MAX_CONFIG:,}")  # fmt: skip
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fail("E430", f"cannot read the adapter's config: {error.strerror}", place,
+                   "a folder that PEFT's `save_pretrained` wrote") from None  # fmt: skip
+    except (ValueError, RecursionError):
+        raise fail("E430", "the adapter's config is not JSON", place, "JSON, as PEFT writes it") from None
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise fail("E430", "the adapter's config names no method", place, "a key 'peft_type'")
+    if not (path / TENSORS).is_file() and (path / "adapter_model.bin").is_file():
+        raise fail("E430", "the adapter's tensors are a pickle, which is not opened", Place(str(path)), TENSORS,
+                   "save it again with `safe_serialization=True`")  # fmt: skip
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in read_header(path / TENSORS).items():
+        own = name
+        while own.startswith(PREFIX):
+            own = own.removeprefix(PREFIX)
+        if not is_float(tensor.dtype):
+            raise fail("E430", f"the tensor '{own[:120]}' is of the type {tensor.dtype}", Place(str(path / TENSORS)),
+                       "floating-point values")  # fmt: skip
+        if own in tensors:
+            raise fail("E430", f"the file holds '{own}' twice, with and without '{PREFIX}'", Place(str(path / TENSORS)))
+        tensors[own] = tensor
+    return Folder(path, config, tensors)

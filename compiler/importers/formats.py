@@ -1,0 +1,80 @@
+"""What a format is: the facts about one method of another library, in a table that one mechanism reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.survey.anatomy import Site
+
+Array = np.ndarray[Any, Any]
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one module of the adapter is said in a spec.
+
+    Attributes:
+        method: our method.
+        options: its options, as a tuple of pairs, so that modules with equal options can be told.
+    """
+
+    method: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """One method as its library stores it.
+
+    Attributes:
+        kind: the library's name of it.
+        tensors: what follows a module's name in the names of its tensors → what `parameters` calls it.
+        read: keys of the config that are understood, with the JSON Schema of their values.
+        inert: keys that change nothing in what the adapter computes once it is trained.
+        refused: keys that must be off, with the reason.
+        only: keys of which some values alone are understood, with these and the reason.
+        entry: the method and options of a module, by the config and the module's name.
+        parameters: our parameters at a site, by the tensors of the module that owns its weight.
+    """
+
+    kind: str
+    tensors: Mapping[str, str]
+    read: Mapping[str, Any]
+    inert: frozenset[str]
+    refused: Mapping[str, str]
+    only: Mapping[str, tuple[tuple[Any, ...], str]]
+    entry: Callable[[Config, str], Entry]
+    parameters: Callable[[Mapping[str, Array], Site], dict[str, Array]]
+
+
+COMMON = frozenset({
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config",
+})  # fmt: skip
+"""Keys of every config of Hugging Face PEFT that say nothing of the function."""
+NAMES = {"type": ["array", "string", "null"], "items": {"type": "string", "maxLength": 500}, "maxLength": 4000}
+TARGETS = {
+    "target_modules": NAMES, "exclude_modules": NAMES, "layers_pattern": NAMES,
+    "layers_to_transform": {"type": ["array", "integer", "null"], "items": {"type": "integer"}},
+    "modules_to_save": {"type": ["array", "null"], "items": {"type": "string"}},
+}  # fmt: skip
+"""Keys that say which modules carry the adapter."""
+
+
+def own_rows(array: Array, site: Site) -> Array:
+    """Of an array with a row for each feature of a fused map, those of a site; an array without as many rows as it is,
+    for its shape will be found not to fit."""
+    if site.rows is None:
+        return array
+    index = np.concatenate([np.arange(a, b) for a, b in site.rows])
+    return array[index] if array.ndim and index.max() < len(array) else array
+
+
+def is_off(value: Any) -> bool:
+    """Whether a key's value turns the thing off."""
+    return value is None or value is False or value in ({}, [])

@@ -1,0 +1,87 @@
+"""LoRA and DoRA as Hugging Face PEFT stores them.
+
+    ΔW = s B A        s = alpha / r, or alpha / √r with `use_rslora`
+    W' = m (W + ΔW) / ‖W + ΔW‖        with `use_dora`, the norm over each row
+
+Ranks and alphas may differ by module: the first of a config's patterns that fits counts, in the order of the keys, for
+the file is written with sorted keys and every reload sees them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peltc.compiler.importers.formats import COMMON, TARGETS, Array, Config, Entry, Format, own_rows
+from peltc.compiler.importers.targets import compiled
+from peltc.compiler.survey.anatomy import Site
+
+
+def patterned(patterns: Any, module: str, otherwise: Any) -> Any:
+    """The value of the first pattern that fits a module's name."""
+    for pattern in sorted(patterns or {}):
+        if compiled(rf"(.*\.)?({pattern})$").match(module):
+            return patterns[pattern]
+    return otherwise
+
+
+def entry(config: Config, module: str) -> Entry:
+    """The method at a module, and its options."""
+    dora = bool(config.get("use_dora"))
+    options = {
+        "r": patterned(config.get("rank_pattern"), module, config.get("r", 8)),
+        "alpha": patterned(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)),
+        **({"rank_stabilised": True} if config.get("use_rslora") else {}),
+        **({"dropout": config["lora_dropout"]} if config.get("lora_dropout") and not dora else {}),
+    }
+    return Entry("dora" if dora else "lora", tuple(options.items()))
+
+
+def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
+    """A [r, I], B [O, r] and the magnitudes m [O, 1]; of a fused map, a site's own rows."""
+    columns = {name: array.reshape(-1, 1) if name == "m" else array for name, array in tensors.items()}
+    return {name: array if name == "A" else own_rows(array, site) for name, array in columns.items()}
+
+
+BASE_CHANGED = (
+    "PEFT changes the base's weights when it loads it; save it with `path_initial_model_for_weight_conversion`"
+)
+RANK = {"type": "integer", "minimum": 1, "maximum": 2**20}
+SWITCH = {"type": ["boolean", "null"]}
+
+
+def patterns_of(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of patterns with values."""
+    return {"type": ["object", "null"], "additionalProperties": dict(value)}
+
+
+LORA = Format(
+    kind="LORA",
+    tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m",
+             "lora_magnitude_vector.weight": "m"},
+    read={
+        **TARGETS, "r": RANK, "lora_alpha": {"type": "number"}, "lora_dropout": {"type": "number"},
+        "use_rslora": SWITCH, "use_dora": SWITCH, "rank_pattern": patterns_of(RANK),
+        "alpha_pattern": patterns_of({"type": "number"}),
+    },
+    inert=COMMON | {"fan_in_fan_out", "megatron_config", "megatron_core", "ensure_weight_tying", "eva_config",
+                    "qalora_group_size"},
+    refused={
+        "lora_bias": "a bias of B has no place in `lora`",
+        "loftq_config": BASE_CHANGED, "corda_config": BASE_CHANGED, "lora_ga_config": BASE_CHANGED,
+        "kasa_config": BASE_CHANGED,
+        "velora_config": "it is not known here", "monteclora_config": "it is not known here",
+        "arrow_config": "its router is not known here", "use_bdlora": "its blocks are not known here",
+        "alora_invocation_tokens": "it acts from a token on, which no method here does",
+        "use_qalora": "its grouped inputs are not known here",
+        "layer_replication": "two modules share one weight then",
+        "target_parameters": "experts' stacked parameters are no sites yet",
+        "trainable_token_indices": "write the tokens as `method: trainable_tokens`",
+    },
+    only={
+        "bias": (("none",), "biases that are trained beside have no place in `lora`"),
+        "init_lora_weights": ((True, False, None, "gaussian", "orthogonal", "eva"), BASE_CHANGED),
+    },
+    entry=entry,
+    parameters=parameters,
+)  # fmt: skip

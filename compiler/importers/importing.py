@@ -1,0 +1,328 @@
+"""From an adapter's folder and its base to a spec and its tensors: every tensor is used once and every target is there,
+or the import is refused with what is left.
+
+The spec is written first, from the names of the tensors; then it is planned like any other, and each tensor of the plan
+is filled from the module that its site is. So an import that is wrong anywhere does not fit the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonschema import Draft202012Validator
+
+from peltc.compiler.adapter.identity import BaseRecord, public_name
+from peltc.compiler.adapter.mathematics import mathematics
+from peltc.compiler.adapter.provenance import provenance
+from peltc.compiler.adapter.weights import finite
+from peltc.compiler.base.base import Base
+from peltc.compiler.base.opening import open_base
+from peltc.compiler.base.source import find_model, read_config
+from peltc.compiler.files.talk import Talk, logged
+from peltc.compiler.importers.folder import Folder, read_folder
+from peltc.compiler.importers.formats import Array, Entry, Format, is_off, own_rows
+from peltc.compiler.importers.hf_peft import FORMATS, WHOLE
+from peltc.compiler.importers.selectors import selections
+from peltc.compiler.importers.targets import targeted
+from peltc.compiler.plan.claims import Plan
+from peltc.compiler.plan.planner import make_plan
+from peltc.compiler.survey.anatomy import Site
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
+from peltc.spec.document import dump
+from peltc.spec.foreign import IMPORTED, PEFT, recognised
+from peltc.spec.specification import ModelChoice, Spec, load_spec
+
+TASKS = {
+    "SEQ_CLS": ("ForSequenceClassification",), "TOKEN_CLS": ("ForTokenClassification",),
+    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"), "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+    "QUESTION_ANS": ("ForQuestionAnswering",),
+}  # fmt: skip
+"""How the classes of `transformers` for PEFT's tasks end."""
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+SHOWN = 4
+Reading = Callable[[str], str]
+"""From a name in the adapter to the name in the model."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An adapter in our own words.
+
+    Attributes:
+        spec: the spec.
+        content: the spec as plain data.
+        tensors: the adapter's tensors by our names, float32.
+        metadata: what their file says of how they were trained.
+        base: the model's folder or hub id.
+    """
+
+    spec: Spec
+    content: Mapping[str, Any]
+    tensors: Mapping[str, Array]
+    metadata: Mapping[str, str]
+    base: str
+    origin: str
+
+    def text(self, weights: str = "") -> str:
+        """The spec's YAML, with where it came from.
+
+        Args:
+            weights: the name of the tensors' file, beside the spec.
+        """
+        content = {**self.content, **({"weights": weights} if weights else {})}
+        return f"# {self.origin}\n{dump(content)}"
+
+
+def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imported:
+    """Read an adapter's folder for a model.
+
+    Args:
+        model: the base's folder or hub id; the one that the adapter names where absent.
+
+    Raises:
+        PeltError: E216 a model that is no folder; E430 what is wrong with the adapter's; E431 what of it has no
+            counterpart here; E432 modules that the model does not have, or that the file has no tensors of; E433
+            tensors that are left; E5xx the model.
+    """
+    if model is not None and not isinstance(model, (str, Path)):
+        raise wrong_type("the base of an adapter's folder", model, "the folder or hub id that it was loaded from")
+    folder = read_folder(path)
+    known = FORMATS.get(folder.kind)
+    if known is None:
+        raise fail("E431", f"adapters of PEFT's method {folder.kind} are not imported yet", folder.place,
+                   one_of(sorted(FORMATS)))  # fmt: skip
+    check_keys(folder, known)
+    named = model or folder.base
+    if not named:
+        raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
+    modules, whole = sorted_by_module(folder, known)
+    base = base_of(folder, named, whole, talk)
+    stem = shift(folder, [*modules, *whole], base)
+    sites = {name: sites_of(base, stem(name)) for name in (*modules, *whole)}
+    check_targets(folder, base, {stem(name) for name in modules})
+    content = spec_content(folder, known, base, {n: sites[n] for n in modules}, {n: sites[n] for n in whole})
+    spec = load_spec(content)
+    plan = make_plan(spec, base.anatomy, base.fingerprint)
+    tensors = filled(plan, known, sites, modules, whole, folder)
+    said = provenance(mathematics(plan), BaseRecord(base.architecture, public_name(folder.base)))
+    origin = f"Imported from '{path.name}', an adapter of Hugging Face PEFT ({folder.kind})"
+    version = folder.config.get("peft_version")
+    origin += f" {version}" if isinstance(version, str) and version.isprintable() else ""
+    return Imported(spec, content, tensors, said.metadata(), str(named), origin)
+
+
+def imports(given: str | Path) -> bool:
+    """Whether what is given is an adapter's folder of a method that is imported."""
+    found = recognised(given) if Path(given).is_dir() else None
+    return found is not None and found.library == PEFT and found.kind in IMPORTED
+
+
+def check_keys(folder: Folder, known: Format) -> None:
+    """Whether each key of a config is understood, or off.
+
+    Raises:
+        PeltError: E430 a value that is none of the key; E431, a finding for each key that is not understood.
+    """
+    findings = []
+    for key, value in folder.config.items():
+        place = Place(folder.place.path, key=key)
+        if key in known.read:
+            if error := next(Draft202012Validator(known.read[key]).iter_errors(value), None):
+                findings.append(Diagnostic("E430", f"'{key}' is {value!r:.60}, as PEFT never writes it", place,
+                                           f"by its schema, {error.message[:120]}"))  # fmt: skip
+            continue
+        if key in known.inert:
+            continue
+        if key in known.only:
+            allowed, why = known.only[key]
+            if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
+                findings.append(Diagnostic("E431", f"'{key}' is {value!r:.60}: {why}", place,
+                                           one_of([repr(one) for one in allowed])))  # fmt: skip
+        elif not is_off(value):
+            why = known.refused.get(key, "the key is not known here")
+            findings.append(Diagnostic("E431", f"'{key}' is {value!r:.60}: {why}", place, "the key left out"))
+    if findings:
+        raise PeltError(findings)
+
+
+def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """The names of the tensors, by module and what they are there: of modules that carry the method, and of modules
+    that were trained as a whole.
+
+    Raises:
+        PeltError: E433 tensors that are neither.
+    """
+    saved = folder.config.get("modules_to_save") or ()
+    modules: dict[str, dict[str, str]] = {}
+    whole: dict[str, dict[str, str]] = {}
+    left = []
+    for name in folder.tensors:
+        suffix = next((s for s in known.tensors if name.endswith(f".{s}")), "")
+        module, _, leaf = name.rpartition(".")
+        if suffix:
+            modules.setdefault(name.removesuffix(f".{suffix}"), {})[known.tensors[suffix]] = name
+        elif leaf in ("weight", "bias") and any(part in saved for part in module.split(".")):
+            whole.setdefault(module, {})[leaf] = name
+        else:
+            left.append(name)
+    if left:
+        shown = ", ".join(f"'{name[:120]}'" for name in left[:SHOWN]) + (", ..." if len(left) > SHOWN else "")
+        raise fail("E433", f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {shown}",
+                   Place(str(folder.path)), "a file each of whose tensors is used once")  # fmt: skip
+    return modules, whole
+
+
+def base_of(folder: Folder, model: str | Path, whole: Mapping[str, Mapping[str, str]], talk: Talk) -> Base:
+    """The base, as the class of the adapter's task where the checkpoint is of another, with as many labels as the
+    adapter's head has."""
+    found = find_model(model)
+    config = read_config(found)
+    architecture = class_for(folder, config)
+    heads = [folder.tensors[names["weight"]].shape for names in whole.values() if "weight" in names]
+    labels = heads[-1][0] if heads and folder.config.get("task_type") in CLASSIFIERS and len(heads[-1]) == 2 else None
+    return open_base(found, choice=ModelChoice(architecture, labels), talk=talk)
+
+
+def class_for(folder: Folder, config: Mapping[str, Any]) -> str:
+    """The class of the adapter's task, where the checkpoint's own is another; "" for the checkpoint's own."""
+    named = config.get("architectures") or []
+    own = str(named[0]) if isinstance(named, list) and named else ""
+    endings = TASKS.get(str(folder.config.get("task_type")), ())
+    if not own or not endings or own.endswith(endings):
+        return ""
+    import transformers
+
+    stem = own.partition("For")[0].removesuffix("Model").removesuffix("LMHead")
+    return next((stem + ending for ending in endings if hasattr(transformers, stem + ending)), "")
+
+
+def _without(stem: str, name: str) -> str:
+    return name.removeprefix(stem)
+
+
+def shift(folder: Folder, modules: list[str], base: Base) -> Reading:
+    """How the adapter's names become the model's: as they are, or with the base model's own name put before or taken
+    off, where the adapter was saved on an inner or an outer model.
+
+    Raises:
+        PeltError: E432 no reading finds all modules, or several do.
+    """
+    names = {name.removesuffix(".weight") for name in base.parameters if name.endswith(".weight")}
+    stems = sorted({f"{name.partition('.')[0]}." for name in names})
+    readings: dict[str, Reading] = {"": str}
+    readings |= {f"{stem} before": stem.__add__ for stem in stems}
+    inner = [stem for stem in stems if all(name.startswith(stem) for name in modules)]
+    readings |= {f"{stem} off": partial(_without, stem) for stem in inner}
+    fitting = [read for read in readings.values() if all(read(name) in names for name in modules)]
+    if len(fitting) == 1 or (fitting and fitting[0] is readings[""]):
+        return fitting[0]
+    missing = [name for name in modules if name not in names]
+    shown = ", ".join(f"'{name[:120]}'" for name in missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+    raise fail("E432", f"{len(missing)} of the adapter's {len(modules)} modules are not in the {base.architecture}:"
+                       f" {shown}", Place(str(folder.path)), "an adapter of this model",
+               f"it says that it is for '{folder.base[:120]}'" if folder.base else "")  # fmt: skip
+
+
+def sites_of(base: Base, module: str) -> list[Site]:
+    """The sites whose weight a torch module owns; of a fused map, all."""
+    found = [
+        site for site in base.anatomy if site.takes("linear") and site.parameters.get("weight") == f"{module}.weight"
+    ]
+    if not found:
+        raise fail("E432", f"'{module}' is no linear map that modules attach to", expected="a linear map of the model")
+    return found
+
+
+def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
+    """Whether the file has tensors of each module that the config means, and the config means each module that the file
+    has tensors of: PEFT fills the former with random values and drops the latter, without a word.
+
+    Raises:
+        PeltError: E432.
+    """
+    maps = {s.parameters["weight"].removesuffix(".weight"): s.role for s in base.anatomy if s.kind == "linear"}
+    heads = [module for module, role in maps.items() if role == "head"]
+    wanted = set(targeted(folder.config, maps, heads))
+    missing, left = sorted(wanted - held), sorted(held - wanted)
+    for names, what in ((missing, "has no tensors of"), (left, "has tensors of, and its config does not mean,")):
+        if names:
+            shown = ", ".join(f"'{name[:120]}'" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            raise fail("E432", f"the adapter {what} {len(names)} modules: {shown}", folder.place,
+                       "`target_modules` that mean the modules in the file")  # fmt: skip
+
+
+def spec_content(
+    folder: Folder, known: Format, base: Base, modules: Mapping[str, list[Site]], whole: Mapping[str, list[Site]]
+) -> dict[str, Any]:
+    """The spec as plain data: modules with equal options are one attachment, or as few as say all of their sites."""
+    groups: dict[Entry, list[Site]] = {}
+    for name, sites in modules.items():
+        groups.setdefault(known.entry(folder.config, name), []).extend(sites)
+    if whole:
+        groups[WHOLE] = [site for sites in whole.values() for site in sites]
+    attach: list[dict[str, Any]] = []
+    for entry, sites in groups.items():
+        for selection in selections(sites, base.anatomy):
+            count = sum(other["method"] == entry.method for other in attach)
+            called = {"name": f"{entry.method}_{count + 1}"} if count else {}
+            attach.append({"method": entry.method, **called, **selection, **dict(entry.options)})
+    model = {}
+    if base.changed:
+        labels = base.config.get("id2label")
+        model = {"model": {"architecture": base.architecture, **({"labels": len(labels)} if whole and labels else {})}}
+    return {"pelt": 1, "name": _name(folder.path), **model, "attach": attach}
+
+
+def _name(path: Path) -> str:
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in path.resolve().name)
+    return kept.strip("_-")[:60] or "imported"
+
+
+def filled(
+    plan: Plan,
+    known: Format,
+    sites: Mapping[str, list[Site]],
+    modules: Mapping[str, Mapping[str, str]],
+    whole: Mapping[str, Mapping[str, str]],
+    folder: Folder,
+) -> dict[str, Array]:
+    """The plan's tensors, from the modules that its sites are.
+
+    Raises:
+        PeltError: E433 a module that the plan does not have, or tensors that do not fit it; E404 values that are no
+            numbers.
+    """
+    owner = {site.key: name for name, found in sites.items() for site in found}
+    tensors: dict[str, Array] = {}
+    for claim in plan.claims:
+        name = owner.pop(claim.site.key, None)
+        if name is None:
+            raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
+                       Place(str(folder.path)), hint="please report this")  # fmt: skip
+        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in {**modules, **whole}[name].items()}
+        found = replaced(claim.site, stored) if name in whole else dict(known.parameters(stored, claim.site))
+        for parameter, tensor in claim.tensors.items():
+            value = found.pop(parameter, None)
+            if value is None or value.shape != tensor.shape:
+                what = "is missing" if value is None else f"has the shape {list(value.shape)}"
+                raise fail("E433", f"'{parameter}' of '{name}' {what}", Place(str(folder.path)),
+                           f"the shape {list(tensor.shape)}")  # fmt: skip
+            tensors[tensor.name] = np.ascontiguousarray(value)
+        if found:
+            raise fail("E433", f"'{next(iter(found))}' of '{name}' has no counterpart at {claim.site.name}",
+                       Place(str(folder.path)))  # fmt: skip
+    if owner:
+        raise fail("E433", f"the spec that was made of it leaves out {', '.join(sorted(owner)[:SHOWN])}",
+                   Place(str(folder.path)), hint="please report this")  # fmt: skip
+    return finite(tensors, Place(str(folder.path)))
+
+
+def replaced(site: Site, stored: Mapping[str, Array]) -> dict[str, Array]:
+    """A map's own weight [O, I] and bias [O]; of a fused map, a site's own rows."""
+    turned = {n: array.T if n == "weight" and site.transposed else array for n, array in stored.items()}
+    return {name: own_rows(array, site) for name, array in turned.items()}

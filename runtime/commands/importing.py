@@ -1,0 +1,36 @@
+"""The command that reads what other libraries trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from peltc.runtime.commands.shell import cli, quiet_option, talking
+
+SPEC, TENSORS = "spec.yaml", "adapter.safetensors"
+
+
+@cli.command("import")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The spec's folder.")
+@quiet_option
+def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> None:
+    """Read ADAPTER, a folder that Hugging Face PEFT saved, into a spec and its tensors.
+
+    MODEL is the base, a folder or a hub id; the one that the adapter names where it is left out.
+    """
+    from safetensors.numpy import save
+
+    from peltc.compiler.artifact import write_whole
+    from peltc.compiler.importers.importing import import_adapter
+
+    with talking(quiet) as talk:
+        found = import_adapter(adapter, model, talk=talk)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / TENSORS, save(dict(found.tensors), dict(found.metadata)))
+    write_whole(out / SPEC, found.text(TENSORS).encode())
+    values = sum(array.size for array in found.tensors.values())
+    click.echo(f"{out / SPEC}: {len(found.spec.attach)} attachments; {out / TENSORS}: {values:,} values")
+    click.echo(f"  pelt-compile {out / SPEC} {found.base} -o {out}-artifact")

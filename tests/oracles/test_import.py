@@ -1,0 +1,280 @@
+"""Folders that Hugging Face PEFT saves, imported and compiled: the artifact computes what PEFT's model does, folded and
+static; and what cannot be imported is refused by name, with nothing written."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import peltc
+from peltc.compiler.importers.hf_peft import FORMATS
+from peltc.compiler.importers.importing import import_adapter, imports
+from peltc.compiler.importers.targets import targeted
+from peltc.runtime.commands.cli import run
+from peltc.runtime.verification.verify import TOLERANCE
+from peltc.spec.diagnostics import PeltError
+from peltc.spec.foreign import IMPORTED
+
+Folder = Callable[..., Path]
+QV, SEQ = ["query", "value"], "SEQ_CLS"
+CAUSAL, PAIR = "CAUSAL_LM", "SEQ_2_SEQ_LM"
+EFFECT = 1e-2
+"""How much, at least, an adapter must move the output for the comparison to mean anything."""
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    # name: the model, the config, and how many attachments the spec has
+    "a list of endings": ("bert", {"target_modules": QV, "r": 4, "lora_alpha": 12, "lora_dropout": 0.1}, 1),
+    "a head beside": ("bert", {"target_modules": QV, "task_type": SEQ, "modules_to_save": ["classifier"]}, 2),
+    "all linear maps": ("bert", {"target_modules": "all-linear", "task_type": SEQ, "use_rslora": True}, 2),
+    "a fused map": ("gpt2", {"target_modules": ["c_attn"], "task_type": CAUSAL, "fan_in_fan_out": True}, 1),
+    "a fused map with DoRA": (
+        "gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True}, 1),
+    "patterns that overlap": (
+        "llama", {"target_modules": ["q_proj", "k_proj", "down_proj"], "task_type": CAUSAL,
+                  "rank_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 2},
+                  "alpha_pattern": {"self_attn.k_proj": 5, "k_proj": 64}}, 4),
+    "DoRA with patterns": (
+        "llama", {"target_modules": "all-linear", "use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 3},
+                  "task_type": CAUSAL}, 2),
+    "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}, 1),
+    "what is left out": ("llama", {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*0.*k_proj"}, 2),
+    "an expression": ("t5", {"target_modules": r".*decoder.*EncDec.*\.(q|k)", "task_type": PAIR}, 1),
+    "both stacks": ("t5", {"target_modules": ["q", "wo"], "task_type": PAIR, "layers_to_transform": 1}, 1),
+}  # fmt: skip
+
+
+def written(
+    family: str, settings: dict[str, Any], base: Path, out: Path
+) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    """Save an adapter with random weights; what PEFT's model answers, and to what."""
+    architecture = json.loads((base / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(base).eval()
+    given = {"input_ids": torch.arange(3, 12)[None]}
+    if family == "t5":
+        given["decoder_input_ids"] = torch.arange(3, 8)[None]
+    with torch.no_grad():
+        bare = model(**given).logits.numpy()
+        live: Any = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in live.named_parameters():
+            if ".lora_" in name or "modules_to_save" in name:
+                change = 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter + change if "magnitude" in name else change)
+        live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
+        again = getattr(transformers, architecture).from_pretrained(base)
+        answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
+    assert np.abs(answer - bare).max() > EFFECT * np.abs(answer).max()
+    return answer, {name: value.numpy() for name, value in given.items()}
+
+
+@pytest.fixture
+def adapter(model_folder: Folder, tmp_path: Path) -> Path:
+    written("bert", {"target_modules": QV, "task_type": SEQ, "modules_to_save": ["classifier"]}, model_folder("bert"),
+            tmp_path / "adapter")  # fmt: skip
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_compiled_is_what_peft_computes(case: str, model_folder: Folder, tmp_path: Path) -> None:
+    family, settings, attachments = CASES[case]
+    base = model_folder(family)
+    expected, given = written(family, settings, base, tmp_path / "adapter")
+    assert imports(tmp_path / "adapter")
+    assert run(["import", str(tmp_path / "adapter"), str(base), "-o", str(tmp_path / "spec"), "-q"]) == 0
+    assert len(peltc.load_spec(tmp_path / "spec/spec.yaml").attach) == attachments
+    for mode in ("fold", "static"):
+        out = tmp_path / mode
+        peltc.compile(tmp_path / "spec/spec.yaml", base, out, mode=mode)
+        found = peltc.Session(out, ["CPUExecutionProvider"])(**given)["logits"]
+        assert np.abs(found - expected).max() < TOLERANCE["float32"] * np.abs(expected).max()
+
+
+def test_one_command_from_the_folder_to_the_artifact(adapter: Path, model_folder: Folder, tmp_path: Path) -> None:
+    """The base is the one that the adapter names, where none is given."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(model_folder("bert"))})
+    )
+    assert run(["compile", str(adapter), "-o", str(tmp_path / "named"), "-q"]) == 0
+    assert run(["compile", str(adapter), str(model_folder("bert")), "-o", str(tmp_path / "given"), "-q"]) == 0
+    given = {"input_ids": [[5, 6, 7]]}
+    first, second = (
+        peltc.Session(tmp_path / n, ["CPUExecutionProvider"])(**given)["logits"] for n in ("named", "given")
+    )
+    assert np.array_equal(first, second)
+
+
+def test_a_checkpoint_without_the_head(adapter: Path, tmp_path: Path, model_folder: Folder) -> None:
+    """As bases are published: the class follows from the task, the labels from the head in the file."""
+    whole = transformers.BertForSequenceClassification.from_pretrained(model_folder("bert"))
+    whole.bert.save_pretrained(tmp_path / "headless")
+    found = import_adapter(adapter, tmp_path / "headless")
+    assert found.content["model"] == {"architecture": "BertForSequenceClassification", "labels": 2}
+    peltc.compile(adapter, tmp_path / "headless", tmp_path / "out")
+
+
+def test_an_adapter_that_was_saved_on_an_inner_model(tmp_path: Path, model_folder: Folder) -> None:
+    """Its names lack the model's own first name; exactly one reading fits."""
+    whole = transformers.BertForSequenceClassification.from_pretrained(model_folder("bert"))
+    live = peft.get_peft_model(whole.bert, peft.LoraConfig(target_modules=QV))
+    live.save_pretrained(tmp_path / "inner")
+    assert any(
+        name.startswith("base_model.model.encoder.") for name in load_file(tmp_path / "inner/adapter_model.safetensors")
+    )
+    found = import_adapter(tmp_path / "inner", model_folder("bert"))
+    assert found.content["attach"][0]["at"] == ["attention.query", "attention.value"]
+
+
+def test_every_tensor_is_in_the_spec_bit_by_bit(adapter: Path, model_folder: Folder) -> None:
+    theirs = load_file(adapter / "adapter_model.safetensors")
+    ours = import_adapter(adapter, model_folder("bert")).tensors
+    assert sorted(array.tobytes() for array in theirs.values()) == sorted(array.tobytes() for array in ours.values())
+
+
+KEYS = {
+    "lora_bias": True, "bias": "all", "init_lora_weights": "pissa", "target_parameters": ["experts.up"],
+    "layer_replication": [[0, 1]], "alora_invocation_tokens": [1], "kasa_config": {"a": 1}, "a_key_of_tomorrow": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_that_change_the_function_are_refused_by_name(key: str, adapter: Path, model_folder: Folder) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: KEYS[key]}))
+    with pytest.raises(PeltError, match=f"E431 '{key}' is "):
+        import_adapter(adapter, model_folder("bert"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target_modules": [*QV, "dense"]}, "E432 the adapter has no tensors of 7 modules"),
+        ({"target_modules": ["query"]}, "E432 the adapter has tensors of, and its config does not mean, 2 modules"),
+        ({"modules_to_save": None}, "E433 2 of the 10 tensors are no part of LORA: 'classifier.bias'"),
+        ({"r": 2}, r"E433 'A' of '.*' has the shape \[8, 32\]"),
+        ({"peft_type": "BOFT"}, "E431 adapters of PEFT's method BOFT are not imported yet"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str, adapter: Path, model_folder: Folder) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(PeltError, match=words):
+        import_adapter(adapter, model_folder("bert"))
+
+
+def test_another_model_is_refused(adapter: Path, model_folder: Folder) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": None}))
+    with pytest.raises(PeltError, match="E432 5 of the adapter's 5 modules are not in the GPT2"):
+        import_adapter(adapter, model_folder("gpt2"))
+
+
+def mutations(folder: Path, out: Path, count: int) -> Iterator[Path]:
+    """Copies of a folder with bytes, keys or tensors changed."""
+    draw = random.Random(0)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    values = [None, True, -1, 2**70, "x", "../../etc", [], {}, [1], {"a": 1}, [[[]]], "(((", 1.5, "\0"]
+    for _ in range(count):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(folder, out)
+        kind = draw.choice(["config", "bytes", "cut", "tensors", "json"])
+        if kind == "config":
+            changed = dict(config)
+            for key in draw.sample(sorted(config), 2):
+                changed[key] = draw.choice(values)
+            (out / "adapter_config.json").write_text(json.dumps(changed))
+        elif kind == "json":
+            text = (folder / "adapter_config.json").read_bytes()
+            place = draw.randrange(len(text))
+            (out / "adapter_config.json").write_bytes(text[:place] + bytes([draw.randrange(256)]) + text[place + 1 :])
+        elif kind == "tensors":
+            changed = dict(tensors)
+            name = draw.choice(sorted(changed))
+            array = changed.pop(name)
+            if draw.random() < 0.7:
+                changed[draw.choice([name, name + "/../x", "", name.replace("query", "key")])] = draw.choice(
+                    [array, array.T, array[:1], array.astype(np.int64), np.full_like(array, np.nan)])  # fmt: skip
+            save_file({n: np.ascontiguousarray(a) for n, a in changed.items()}, out / "adapter_model.safetensors")
+        else:
+            data = bytearray((folder / "adapter_model.safetensors").read_bytes())
+            if kind == "cut":
+                data = data[: draw.randrange(len(data))]
+            for _ in range(draw.randrange(1, 4) if kind == "bytes" else 0):
+                data[draw.randrange(min(len(data), 2000))] = draw.randrange(256)
+            (out / "adapter_model.safetensors").write_bytes(data)
+        yield out
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_folders_that_are_broken_raise_nothing_else(
+    count: int, adapter: Path, model_folder: Folder, tmp_path: Path
+) -> None:
+    base, refused = model_folder("bert"), 0
+    for folder in mutations(adapter, tmp_path / "mutant", count):
+        try:
+            import_adapter(folder, base)
+        except PeltError:
+            refused += 1
+    assert refused > count / 3
+
+
+def test_a_pickle_is_not_opened(adapter: Path, model_folder: Folder) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(PeltError, match=r"E430 the adapter's tensors are a pickle(.|\n)*safe_serialization"):
+        import_adapter(adapter, model_folder("bert"))
+
+
+def test_weights_beside_an_adapter_are_refused(adapter: Path, model_folder: Folder, tmp_path: Path) -> None:
+    with pytest.raises(PeltError, match="E410 an adapter's folder is given as the spec, and weights beside"):
+        peltc.compile(adapter, model_folder("bert"), tmp_path / "out", {})
+
+
+def test_importing_on_a_known_base_imports_no_torch(adapter: Path, model_folder: Folder, tmp_path: Path) -> None:
+    import_adapter(adapter, model_folder("bert"))
+    program = (
+        "import sys; from peltc.runtime.commands.cli import run;"
+        f"code = run(['import', {str(adapter)!r}, {str(model_folder('bert'))!r}, '-o', {str(tmp_path / 'spec')!r}]);"
+        "print(code, sorted({'torch', 'transformers', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("0 []\n"), done.stdout + done.stderr
+
+
+def test_what_hints_say_is_imported_is() -> None:
+    assert set(FORMATS) <= set(IMPORTED) <= {*FORMATS, "DORA"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"], "layers_to_transform": [0]},
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+        {"target_modules": r".*\.1\..*_proj", "exclude_modules": r".*down.*"},
+        {"target_modules": ["up_proj"], "layers_to_transform": 1, "layers_pattern": ["layers"]},
+    ],
+)
+def test_the_matcher_is_pefts(settings: dict[str, Any], model_folder: Folder) -> None:
+    model = transformers.LlamaForCausalLM.from_pretrained(model_folder("llama"))
+    maps = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    live: Any = peft.get_peft_model(model, peft.LoraConfig(task_type=CAUSAL, **settings))
+    assert sorted(targeted(settings, maps, ["lm_head"])) == sorted(live.base_model.targeted_module_names)
