@@ -11,19 +11,17 @@ import numpy as np
 
 from peltc.compiler.adapter.weights import inside, load_tensors
 from peltc.compiler.artifact import (
-    MANIFEST,
     free,
-    read_manifest,
     staged,
     tidy,
-    write_manifest,
-)  # fmt: skip
+)
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
+from peltc.compiler.files.manifest import MANIFEST, read_manifest, write_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan.choice import choice_of
@@ -101,10 +99,10 @@ def compile(
             attached to it, their tensors are taken.
         out: the artifact's folder; an artifact that is there is replaced when all went well.
         weights: a safetensors file or arrays by tensor name, in place of the spec's own.
-        example_inputs: for a module that `transformers` does not have: example inputs by name, as its forward takes them.
-            Axis 0 is the batch; axis 1, where there is one, a length, which inputs of equal example lengths share; both
-            are of any size in the artifact, and at least 2 here. Verification draws inputs of the same kinds and
-            ranges of values, none longer than these.
+        example_inputs: for a module that `transformers` does not have: example inputs by name, as its forward takes
+            them. Axis 0 is the batch; axis 1, where there is one, a length, which inputs of equal example lengths
+            share; both are of any size in the artifact, and at least 2 here. Verification draws inputs of the same
+            kinds and ranges of values, none longer than these.
         architecture: a class of `transformers` in place of the config's.
         mode: `fold` or `static`, in place of the spec's.
         generation: add the graphs that `Session.generate` runs, in place of what the spec says.

@@ -22,14 +22,13 @@ from peltc.compiler.adapter.provenance import (
 )
 from peltc.compiler.adapter.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.compiler.artifact import (
-    CACHE,
     COMPANIONS,
-    MANIFEST,
     link,
-)  # fmt: skip
+)
 from peltc.compiler.base.base import Base
 from peltc.compiler.export.exported import GRAPHS
 from peltc.compiler.files.checkpoint import read_header
+from peltc.compiler.files.manifest import CACHE, MANIFEST
 from peltc.compiler.files.talk import Talk
 from peltc.compiler.plan.choice import Told
 from peltc.compiler.plan.claims import Plan

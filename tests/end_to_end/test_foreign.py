@@ -445,7 +445,9 @@ def test_sites_out_of_reach(spec: dict[str, Any], code: str, words: str, tmp_pat
     assert words in refused(code, lambda: peltc.attach(module, whole, example_inputs=foreign.inputs()))
     unchanged(module, before)
     where = {"prefix": "E209", "prompt": "E505"}[spec["method"]]
-    assert words in refused(where, lambda: peltc.compile(whole, module, tmp_path / "out", example_inputs=foreign.inputs()))
+    assert words in refused(
+        where, lambda: peltc.compile(whole, module, tmp_path / "out", example_inputs=foreign.inputs())
+    )
     assert not (tmp_path / "out").exists()
 
 
