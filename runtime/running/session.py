@@ -23,6 +23,7 @@ from peltc.runtime.running.inputs import (
     translating,
 )
 from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
+from peltc.spec.packages import needing
 
 Array = np.ndarray[Any, Any]
 
@@ -35,7 +36,8 @@ def providers(wanted: Sequence[str] | None = None) -> list[str]:
     Raises:
         PeltError: E216 no list of names; E604 a provider that this ONNX Runtime does not have.
     """
-    import onnxruntime as ort
+    with needing("a session"):
+        import onnxruntime as ort
 
     available = ort.get_available_providers()
     if isinstance(wanted, str):
@@ -78,7 +80,8 @@ class Session:
         threads: int | None = None,
         spinning: bool = True,
     ):
-        import onnxruntime as ort
+        with needing("a session"):
+            import onnxruntime as ort
 
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -167,11 +170,12 @@ class Session:
         """The artifact as a model of `transformers` that generates; it has no parameters of its own.
 
         Raises:
-            PeltError: E611 the artifact was compiled without generation.
+            PeltError: E611 the artifact was compiled without generation; E623 a package that it needs is missing.
         """
-        from peltc.runtime.running.generation import open_generator
+        with needing("generation"):
+            from peltc.runtime.running.generation import open_generator
 
-        return open_generator(self.folder, self.open)
+            return open_generator(self.folder, self.open)
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
@@ -257,13 +261,14 @@ class Session:
 
         Raises:
             PeltError: E216 a length that is none; E607 the artifact has no tokenizer; E617 no text, or one without
-                tokens.
+                tokens; E623 the package `tokenizers` is missing.
         """
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise fail("E607", "the artifact has no tokenizer.json", Place(str(self.folder)),
                        hint="put the model's tokenizer beside it and compile again")  # fmt: skip
-        from tokenizers import Tokenizer
+        with needing("Session.tokenize"):
+            from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.enable_padding(length=None)

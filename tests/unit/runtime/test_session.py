@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import peltc
 from peltc.spec.diagnostics import PeltError
+from peltc.spec.packages import PACKAGES
+
+ROOT = Path(__file__).parents[3]
 
 SPEC: dict[str, Any] = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query"}]}
 
@@ -141,3 +149,90 @@ def test_inputs_in_a_mapping_are_spread(out: Path) -> None:
 def test_one_text_is_a_batch_of_one(out: Path, ids: Any, code: str) -> None:
     with pytest.raises(PeltError, match=code + r"(?s:.*)hint: .*session\(\*\*session.tokenize\(text\)\)"):
         peltc.Session(out)(input_ids=ids)
+
+
+def without(packages: set[str], program: str) -> str:
+    """What a program prints in a Python in which packages cannot be imported."""
+    block = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+    done = subprocess.run([sys.executable, "-c", block + program], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SERVING = {"onnxruntime", "numpy", "ml_dtypes", "tokenizers"}
+"""What docs/artifact.md installs beside peltc."""
+
+
+def test_a_session_needs_little(out: Path, tmp_path: Path) -> None:
+    """It is called, and texts are tokenized, where only what the document names can be imported; the rest is named."""
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    with_tokenizer(peltc.Session(out), folder)
+    said = without(
+        {*PACKAGES} - SERVING,
+        f"""
+import peltc
+session = peltc.Session({str(folder)!r})
+print(session(**session.tokenize(["w3 w4", "w5"]))["logits"].shape, session.labels)
+for call in (lambda: session.generate([[1]]), lambda: peltc.attach, lambda: peltc.load_spec):
+    try:
+        call()
+    except peltc.PeltError as error:
+        print(str(error).splitlines()[0])
+""",
+    )
+    assert said.splitlines() == [
+        "(2, 2) None",
+        "E623 generation needs the package 'transformers', which is not installed",
+        "E623 peltc.attach needs the package 'yaml', which is not installed",
+        "E623 peltc.load_spec needs the package 'yaml', which is not installed",
+    ]
+    install = re.search(r"--no-deps (/dist.*)", (ROOT / "docs/artifact.md").read_text(encoding="utf-8"))
+    assert install is not None and set(install[1].split()) == SERVING | {"/dist/peltc-*.whl"}
+
+
+@pytest.mark.parametrize(
+    ("package", "call", "said"),
+    [
+        ("tokenizers", "peltc.Session({out!r}).tokenize('w3')", "E623 Session.tokenize needs the package 'tokenizers'"),
+        ("onnxruntime", "peltc.Session({out!r})", "E623 a session needs the package 'onnxruntime'"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(out: Path, tmp_path: Path, package: str, call: str, said: str) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    with_tokenizer(peltc.Session(out), folder)
+    call = call.format(out=str(folder))
+    program = f"import peltc\ntry:\n    {call}\nexcept peltc.PeltError as error:\n    print(error)"
+    found = without({package}, program)
+    assert found.startswith(said) and f"hint: pip install {package}" in found
+
+
+@pytest.mark.parametrize(("package", "arguments"), [("click", ["--help"]), ("tqdm", ["sites", "nowhere"])])
+def test_the_command_line_names_what_is_missing(package: str, arguments: list[str]) -> None:
+    program = f"""
+import io, contextlib
+from peltc.__main__ import main
+sys.argv = ["pelt", *{arguments!r}]
+said = io.StringIO()
+try:
+    with contextlib.redirect_stderr(said):
+        main()
+except SystemExit as end:
+    print(end.code, said.getvalue())
+"""
+    found = without({package}, program)
+    assert f"needs the package '{package}', which is not installed" in found and f"pip install {package}" in found
+
+
+def test_packages_are_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[>=]", line)[0] for line in project["dependencies"]} - {"onnxruntime-gpu"}
+    assert set(PACKAGES.values()) == named | {"tokenizers"}, "tokenizers comes with transformers"
