@@ -6,9 +6,12 @@ import re
 from typing import Any
 
 from peltc.compiler.plan.findings import Findings, at
-from peltc.compiler.survey.anatomy import Anatomy, Site
+from peltc.compiler.survey.anatomy import HEADLESS, Anatomy, Site
+from peltc.spec.aliases import ours
 from peltc.spec.diagnostics import nearest, one_of
 from peltc.spec.specification import Attachment
+
+HEAD = frozenset({"head"})
 
 
 class Selection:
@@ -63,6 +66,8 @@ class Selection:
                 for parameter in site.parameters.values():
                     if parameter.split(".")[-2:-1] == [selector]:
                         return f"'{selector}' is the model's own name of what is '{site.role}' here"
+        if not self.anatomy.has_head and ours(selector, HEAD):
+            return HEADLESS
         return nearest(selector, known)
 
     def layers(self, entry: Attachment, sites: list[Site]) -> dict[str, set[int]] | None:

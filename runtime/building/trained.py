@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,21 @@ def adapter_tensors(
         return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
     if plan.tensors:
         talk("warning: no weights given; the modules have their start values")
-    return start_tensors(plan, base.whole), "start values", frozenset()
+    return start_tensors(plan, partial(_held, base)), "start values", frozenset()
+
+
+def _held(base: Base, name: str) -> Array:
+    """A parameter that a start value reads. What the checkpoint lacks, a module of the plan brings: its trained values
+    alone can stand there.
+
+    Raises:
+        PeltError: E504 the checkpoint lacks it.
+    """
+    if base.lacks(name):
+        raise fail("E504", f"the checkpoint lacks '{name}', which a module of the spec brings once it is trained",
+                   Place(str(base.folder)), "the adapter's tensors, where the trained values are",
+                   "give the trained adapter by --weights, or under `weights:` in the spec")  # fmt: skip
+    return base.whole(name)
 
 
 def kept_provenance(plan: Plan, base: Base, weights: Weights, own: frozenset[str]) -> dict[str, str]:
