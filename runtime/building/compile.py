@@ -17,7 +17,7 @@ from peltc.compiler.artifact import (
 )
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
-from peltc.compiler.base.source import find_model, read_config
+from peltc.compiler.base.source import check_order, find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
@@ -119,6 +119,7 @@ def compile(
         PeltError: whatever the spec, the model, the weights or the disk do not allow; and E701 to E705 where
             verification fails. `out` is left as it was.
     """
+    check_order(spec, model)
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     if generation is not None:

@@ -28,7 +28,7 @@ from peltc.compiler.artifact import (
 )
 from peltc.compiler.base.base import Base
 from peltc.compiler.export.exported import GRAPHS
-from peltc.compiler.files.checkpoint import read_header
+from peltc.compiler.files.checkpoint import MODULES, read_header
 from peltc.compiler.files.manifest import CACHE, MANIFEST
 from peltc.compiler.files.talk import Talk
 from peltc.compiler.plan.choice import Told
@@ -39,8 +39,6 @@ from peltc.spec.specification import Spec
 
 Array = np.ndarray[Any, Any]
 ADAPTER = "adapter.safetensors"
-MODULES = "pelt."
-"""What the names of attached modules' tensors start with in a torch model's own state."""
 
 
 @dataclass(frozen=True)

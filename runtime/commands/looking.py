@@ -82,9 +82,11 @@ def plan(
     every: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Show every decision about SPEC on MODEL; nothing is written."""
+    from peltc.compiler.base.source import check_order
     from peltc.runtime.building.compile import plan_for
     from peltc.spec.specification import load_spec
 
+    check_order(spec, model)
     with talking(quiet) as talk:
         made, base = plan_for(load_spec(spec), model, weights, architecture=architecture, mode=mode,
                               text_only=text_only, talk=talk)  # fmt: skip

@@ -1,0 +1,78 @@
+"""What is given in another's place is said to be: a folder for a file, a model for a spec, a spec for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import peltc
+from peltc.runtime.commands.cli import run
+from peltc.spec.diagnostics import PeltError
+
+SPEC: dict[str, Any] = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query"}]}
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    file = tmp_path / "spec.yaml"
+    file.write_text("pelt: 1\nattach:\n  - {method: lora, at: attention.query}\n")
+    return file
+
+
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(PeltError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_a_checkpoint_with_modules_is_no_file_of_weights(
+    model_folder: Callable[..., Path], spec: Path, tmp_path: Path
+) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(model_folder("bert"))
+    peltc.attach(model, SPEC)
+    checkpoint = tmp_path / "checkpoint-500"
+    model.save_pretrained(checkpoint)
+    calls = (
+        lambda: peltc.compile(spec, model_folder("bert"), tmp_path / "out", checkpoint),
+        lambda: model.load_adapter(checkpoint),
+    )
+    for said in map(refused, calls):
+        assert "E401 a folder is given where a file of tensors is wanted" in said
+        assert "hint: it is a checkpoint with modules in it: give it as MODEL" in said
+
+
+def test_a_folder_with_an_adapter_is_no_file_of_weights(
+    model_folder: Callable[..., Path], spec: Path, tmp_path: Path
+) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(model_folder("bert"))
+    peltc.attach(model, SPEC)
+    (tmp_path / "empty").mkdir()
+    assert "hint: `model.save_adapter(path)` writes" in refused(lambda: model.load_adapter(tmp_path / "empty"))
+    model.save_adapter(tmp_path / "mine" / "tuned.safetensors")
+    assert "hint: the folder has tuned.safetensors" in refused(lambda: model.load_adapter(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("verb", ["compile", "plan", "describe"])
+def test_spec_and_model_are_swapped(
+    verb: str, model_folder: Callable[..., Path], spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["-o", str(tmp_path / "out")] if verb == "compile" else []
+    for model in (str(model_folder("bert")), "organisation/model"):
+        assert run([verb, model, str(spec), *out]) == 1
+        assert "E100 the spec and the model seem to be swapped: " in capsys.readouterr().err
+
+
+def test_spec_and_model_are_swapped_in_python(model_folder: Callable[..., Path], spec: Path, tmp_path: Path) -> None:
+    model = model_folder("bert")
+    for call in (lambda: peltc.compile(model, spec, tmp_path / "out"), lambda: peltc.plan(model, spec)):
+        assert "seem to be swapped" in refused(call)
+
+
+def test_a_folder_is_no_spec_and_a_spec_no_model(spec: Path) -> None:
+    assert "hint: the folder has spec.yaml" in refused(lambda: peltc.load_spec(spec.parent))
+    assert "E501 a file is given where a model's folder is wanted" in refused(lambda: peltc.survey(spec))
+    assert "E100 cannot read the file" in refused(lambda: peltc.load_spec("a" * 5000))
