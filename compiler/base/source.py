@@ -22,10 +22,8 @@ def check_order(spec: Any, model: Any) -> None:
     """
     if not isinstance(spec, (str, Path)) or os.path.isfile(spec) or not isinstance(model, (str, Path, type(None))):
         return
-    folder, file = (
-        os.path.isfile(os.path.join(spec, "config.json")),
-        model is not None and Path(model).suffix in SUFFIXES,
-    )
+    folder = os.path.isfile(os.path.join(spec, "config.json"))
+    file = model is not None and Path(model).suffix in SUFFIXES
     if folder or file:
         what = f"'{spec}' is a model's folder" if folder else f"'{model}' is a YAML file, and '{spec}' is none"
         raise fail("E100", f"the spec and the model seem to be swapped: {what}", Place(str(spec)),

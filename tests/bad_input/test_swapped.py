@@ -76,3 +76,13 @@ def test_a_folder_is_no_spec_and_a_spec_no_model(spec: Path) -> None:
     assert "hint: the folder has spec.yaml" in refused(lambda: peltc.load_spec(spec.parent))
     assert "E501 a file is given where a model's folder is wanted" in refused(lambda: peltc.survey(spec))
     assert "E100 cannot read the file" in refused(lambda: peltc.load_spec("a" * 5000))
+
+
+def test_shapes_of_a_shipped_method_are_found_at_the_attachment(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The file is called as the method's own is."""
+    file = tmp_path / "oft.yaml"
+    file.write_text("pelt: 1\nattach:\n  - {method: oft, at: attention.query, block: 12}\n")
+    said = refused(lambda: peltc.plan(file, model_folder("bert")))
+    assert said.startswith(f"{file}:3:5  attach[0]\n  E310 'weight' of 'oft' at encoder.layers.0.attention.query")
