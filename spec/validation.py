@@ -91,10 +91,11 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
             for inner in error.context or ():
                 yield from _diagnose(document, inner)
         case "additionalProperties":
-            known = [k for k in within.get("properties", {}) if k not in value]
+            every = sorted(within.get("properties", {}))
+            known = [k for k in every if k not in value]  # one that is there already was not meant
             for key in _extra(value, within):
                 where = document.key_place(*keys, key)
-                yield Diagnostic("E110", f"unknown key '{key}'", where, one_of(sorted(known)), nearest(key, known))
+                yield Diagnostic("E110", f"unknown key '{key}'", where, one_of(every), nearest(key, known))
         case "required":
             missing = [key for key in rule if key not in value]
             for key in missing:

@@ -61,11 +61,11 @@ class Selection:
 
     def meant(self, selector: str, kind: str, known: list[str]) -> str:
         """The hint for a selector that matches nothing: a site whose parameters are called so, or the nearest name."""
-        for site in self.anatomy:
-            if site.takes(kind) and site.path:
-                for parameter in site.parameters.values():
-                    if parameter.split(".")[-2:-1] == [selector]:
-                        return f"'{selector}' is the model's own name of what is '{site.role}' here"
+        own = [site.role for site in self.anatomy if site.takes(kind) and site.path
+               for parameter in site.parameters.values() if parameter.split(".")[-2:-1] == [selector]]  # fmt: skip
+        if roles := list(dict.fromkeys(own)):
+            here = f"'{roles[0]}'" if len(roles) == 1 else f"`at: [{', '.join(roles)}]`"
+            return f"'{selector}' is the model's own name of what is {here} here"
         if not self.anatomy.has_head and ours(selector, HEAD):
             return HEADLESS
         return nearest(selector, known)

@@ -1,4 +1,4 @@
-"""What is given in another's place is said to be: a folder for a file, a model for a spec, a spec for a model."""
+"""What is given in another's place, or by another's name, is said to be: a folder for a file, a spec for a model."""
 
 from __future__ import annotations
 
@@ -86,3 +86,34 @@ def test_shapes_of_a_shipped_method_are_found_at_the_attachment(
     file.write_text("pelt: 1\nattach:\n  - {method: oft, at: attention.query, block: 12}\n")
     said = refused(lambda: peltc.plan(file, model_folder("bert")))
     assert said.startswith(f"{file}:3:5  attach[0]\n  E310 'weight' of 'oft' at encoder.layers.0.attention.query")
+
+
+@pytest.mark.parametrize(
+    ("word", "here"),
+    [
+        ("c_attn", "`at: [attention.query, attention.key, attention.value]`"),
+        ("c_proj", "`at: [attention.output, feed_forward.down]`"),
+        ("c_fc", "'feed_forward.up'"),
+    ],
+)
+def test_the_models_own_name_stands_for_all_that_it_is(word: str, here: str, model_folder: Callable[..., Path]) -> None:
+    """A fused map is several sites, and several maps of one name are several too."""
+    said = refused(lambda: peltc.plan({"pelt": 1, "attach": [{"method": "lora", "at": word}]}, model_folder("gpt2")))
+    assert f"hint: '{word}' is the model's own name of what is {here} here" in said
+
+
+def test_every_linear_map_is_a_star(model_folder: Callable[..., Path]) -> None:
+    said = refused(lambda: peltc.plan({"pelt": 1, "attach": [{"method": "lora", "at": "all-linear"}]},
+                                      model_folder("gpt2")))  # fmt: skip
+    assert "hint: `at: '*'` is every linear map that has a role, a head too" in said
+    found = peltc.plan({"pelt": 1, "attach": [{"method": "lora", "at": "*"}]}, model_folder("gpt2"))
+    assert {claim.site.role for claim in found.claims} == {
+        "attention.query", "attention.key", "attention.value", "attention.output", "feed_forward.up",
+        "feed_forward.down", "head"}  # fmt: skip
+
+
+def test_keys_that_are_written_stay_in_the_list() -> None:
+    entry = {"method": "lora", "at": "attention.query", "r": 4, "rank": 8}
+    said = refused(lambda: peltc.load_spec({"pelt": 1, "attach": [entry]}))
+    listed = said.split("expected one of: ")[1].split("\n")[0].split(", ")
+    assert {"method", "at", "r"} <= set(listed) and "did you mean 'r'" not in said
