@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,16 +19,14 @@ import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.integrity import check_unchanged, digest_file, stamp
+from peltc.compiler.files.manifest import MANIFEST, write_manifest
 from peltc.compiler.files.staging import OLD, staging, sweep
 from peltc.compiler.passes.absorb import MAX_LOSS, Folded
 from peltc.compiler.plan.claims import Plan
 from peltc.spec.diagnostics import Place, fail
 
-MANIFEST = "pelt.json"
 MODEL = ".model-"
 """What the names of the folders start with in which live torch modules lie for as long as a compilation takes."""
-CACHE = "cache.safetensors"
-"""What the caches of keys and values begin with, by the graph's inputs."""
 ALIGNMENT = 64
 INLINE = 256
 COMPANIONS = (
@@ -244,41 +241,6 @@ def manifest_of(
         "tools": versions(),
         "verification": None,
     }  # fmt: skip
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        new.write_bytes(content)
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `pelt.json`, whole or not at all."""
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact.
-
-    Raises:
-        PeltError: E603 the folder is no artifact, or its manifest is malformed.
-    """
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise fail(
-            "E603", "the folder is no artifact: it has no pelt.json", Place(str(folder)), "what pelt-compile wrote"
-        ) from None
-    except ValueError as error:
-        raise fail("E603", f"the manifest is not JSON: {error}", Place(str(file))) from None
-    if not isinstance(manifest, dict) or manifest.get("pelt") != 1:
-        raise fail("E603", "the manifest is of another version", Place(str(file)), "pelt: 1")
-    return manifest
 
 
 def versions() -> dict[str, str]:

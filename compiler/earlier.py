@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peltc.compiler.artifact import MANIFEST, read_manifest
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.manifest import MANIFEST, read_manifest
 from peltc.spec.diagnostics import PeltError, Place, fail, printable, wrong_type
 from peltc.spec.document import parse
 from peltc.spec.specification import Spec

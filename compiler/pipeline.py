@@ -17,9 +17,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from safetensors.numpy import save
 
-from peltc.compiler.artifact import CACHE, DataFile, digest, write_artifact
+from peltc.compiler.artifact import DataFile, digest, write_artifact
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.limits import Limits, values_below
+from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind

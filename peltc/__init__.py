@@ -60,7 +60,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return metadata.version("peltc")
     if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
+        from peltc.spec.packages import needing
+
+        with needing(f"peltc.{name}"):
+            return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'peltc' has no attribute '{name}'")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from peltc.compiler.base.live import is_known, survey_model
 from peltc.compiler.base.opening import open_base
+from peltc.compiler.base.source import check_order
 from peltc.compiler.earlier import check_model
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
@@ -52,6 +53,7 @@ def plan(
     Raises:
         PeltError: what is wrong with either, or keeps them from fitting.
     """
+    check_order(spec, model)
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     check_model(model)

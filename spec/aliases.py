@@ -34,7 +34,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "bias_tuning": ("bitfit",), "ln_tuning": ("norm_tuning",), "layer_norm_tuning": ("norm_tuning",),
     "layernorm": ("norm_tuning", "norm"), "lora_fa": ("lora",), "rs_lora": ("lora",), "mam_adapter": ("mam",),
     "mix_and_match": ("mam",), "phm": ("compacter",), "compacter++": ("compacter",), "full": ("replace",),
-    "modules_to_save": ("replace",), "token": ("trainable_tokens",), "embedding_tokens": ("trainable_tokens",),
+    "token": ("trainable_tokens",), "embedding_tokens": ("trainable_tokens",),
     "x_peft": ("xpeft",), "uni_pelt": ("unipelt",),
     # sites
     "self_attention": ("attention",), "self_attn": ("attention",), "attn": ("attention",), "mlp": ("feed_forward",),
@@ -44,7 +44,23 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """By other words, ours, of which the first that is known at the place is meant."""
 
 
+SENTENCES = {
+    "modules_to_save": "attach `method: replace` there, `at: head` say: it is trained as a whole and saved too",
+    "all_linear": "`at: '*'` is every linear map that has a role, a head too",
+}
+"""What stands here in place of other words that no single word of ours says."""
+
+
+def said(word: str) -> str:
+    """What to write in place of a word that no word of ours stands for, or ""."""
+    return SENTENCES.get(_plain(word), "")
+
+
 def ours(word: str, known: Container[str]) -> str:
     """Our name for what is called or spelt `word` elsewhere, if it is known at the place; "" otherwise."""
-    plain = word.lower().replace("-", "_").replace(" ", "_").strip("()")
+    plain = _plain(word)
     return next((name for name in (*ALIASES.get(plain, ()), plain) if name in known), "")
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_").replace(" ", "_").strip("()")

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-from peltc.spec.aliases import ours
+from peltc.spec.aliases import ours, said
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ def wrong_type(what: str, given: object, expected: str, hint: str = "") -> PeltE
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The hint "did you mean ...?" for what others call `word`, or for the nearest known word; or empty."""
+    """The hint for what others call `word`, or "did you mean ...?" for the nearest known word; or empty."""
     words = list(known)
+    if sentence := said(word):
+        return sentence
     if own := ours(word, words):
         return f"did you mean '{own}'?"
     match = difflib.get_close_matches(word, words, n=1, cutoff=0.6)

@@ -8,6 +8,7 @@ surprises, `yes`, `no`, `on`, `off`, `1:30`, `010` and `<<` stay strings, and `1
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ MAX_BYTES = 1 << 18
 MAX_DEPTH = 24
 MAX_NODES = 20_000
 MAX_INTEGER = 2**63 - 1
+SUFFIXES = (".yaml", ".yml")
+"""What the names of YAML files end with."""
 
 KeyPath = tuple[str | int, ...]
 
@@ -161,6 +164,10 @@ def read(path: str | Path) -> Document:
         PeltError: as `parse`, and E100 where the file cannot be read.
     """
     place = Place(str(path))
+    if os.path.isdir(path):  # also of text that is no path
+        inside = sorted(file.name for file in Path(path).iterdir() if file.suffix in SUFFIXES)
+        raise fail("E100", "a folder is given where a YAML file is wanted", place, "a readable YAML file",
+                   f"the folder has {', '.join(inside[:4])}" if inside else "")  # fmt: skip
     try:
         with Path(path).open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)

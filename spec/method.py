@@ -41,6 +41,38 @@ NAMES: dict[str, tuple[str, ...]] = {
 `index` of `count` numbers an attachment's sites, `layer` of `layers` their layers, `role` of `roles` what they are in
 one layer; `causal` says that the site's stack lets tokens see earlier ones alone."""
 
+MEANINGS = {
+    "x": "what the site reads; at an attention, what queries, keys and values are made of",
+    "y": "what the site gives, before the method changes it",
+    "r": "the residual stream that the sub-layer is added to",
+    "h": "the input of the site's layer",
+    "q": "the queries, by head",
+    "k": "the keys, by head",
+    "v": "the values, by head",
+    "mask": "1 for tokens, 0 for padding",
+    "W": "the site's own weight",
+    "b": "its bias, zeros where it has none",
+    "in": "how many features the site reads",
+    "out": "how many features it gives",
+    "max_in": "the largest `in` among the attachment's sites",
+    "max_out": "the largest `out` among them",
+    "d": "the site's width",
+    "heads": "how many heads queries have",
+    "kv_heads": "how many heads keys and values have",
+    "head_dim": "the width of a head",
+    "biased": "whether the site has a bias",
+    "table": "whether the site is a table, whose `x` is a one-hot vector: formulas take linear maps of it only",
+    "index": "the number of the site among the attachment's, from 0",
+    "count": "how many sites the attachment has",
+    "layer": "the number of the site's layer among the attachment's, from 0",
+    "layers": "how many layers the attachment has",
+    "role": "the number of the site's role among those of the attachment's sites, from 0",
+    "roles": "how many roles the attachment's sites have",
+    "d_model": "the width of the model",
+    "causal": "whether the site's stack lets tokens see earlier ones alone",
+}
+"""What each name in scope is."""
+
 RUNTIME_NAMES = ("x", "y", "r", "h", "q", "k", "v", "mask")
 """Names of values that exist only while the model runs; everything else is known at compile time."""
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peltc.spec.combinators import COMBINATORS
+from peltc.spec.formula.dims import Dim, shape_text
 from peltc.spec.formula.functions import FUNCTIONS
-from peltc.spec.method import NAMES, Option, shipped
+from peltc.spec.formula.reader import OPERATORS
+from peltc.spec.interpreters.check import site_shapes
+from peltc.spec.method import MEANINGS, NAMES, Option, shipped
 from peltc.spec.recipe import recipes
 from peltc.spec.schema import COMMON_KEYS, spec_schema
 from peltc.spec.table import markdown
@@ -37,7 +40,13 @@ deploy: {precision: float16}
 """
 
 
-FORMULAS = "Arithmetic, comparisons, `a if c else b`, lists, and calls. Names in scope, by the kind of site:"
+FORMULAS = """\
+Arithmetic, comparisons, `a if c else b`, lists, and calls. A formula may read the method's options, its parameters,
+what `let:` binds, and these names; a column says which shape a name has at a kind of site, and is empty where it is not
+there. `B` is the batch, `S` the text's positions, `T` those that keys and values have."""
+FUNCTIONS_INTRO = """\
+The operators and functions. `...` is any leading dimensions; a negative axis counts from the end. At a block, `norm(z)`
+besides is the block's own normalisation of a value `z` that is shaped like `y`."""
 
 
 def page() -> str:
@@ -54,8 +63,7 @@ def page() -> str:
     lines += ["Of an option:", "", *_keys(own["options"]["additionalProperties"]["properties"]), "", "Of a parameter:",
               "", *_keys(own["parameters"]["additionalProperties"]["properties"]), ""]  # fmt: skip
     lines += _section("`recipes`", "A recipe of one's own.", _keys(bundle))
-    functions = ", ".join(f"`{name}`" for name in sorted(FUNCTIONS))
-    lines += ["## Formulas", "", FORMULAS, "", *_names(), "", f"Functions: {functions}.", ""]
+    lines += ["## Formulas", "", FORMULAS, "", *_names(), "", FUNCTIONS_INTRO, "", *_functions(), ""]
     lines += ["## Combinators", "", "Keys of an attachment that wrap its method: `true`, or a mapping of options.", ""]
     for combinator in COMBINATORS.values():
         lines += _entry(f"{combinator.name}:", combinator.title, combinator.options)
@@ -78,9 +86,32 @@ def _entry(name: str, title: str, options: Iterable[Option]) -> list[str]:
     return [f"### `{name}`", "", title, "", *table]
 
 
-def _names() -> Iterator[str]:
+def _names() -> list[str]:
+    """The names that formulas may read: what each is, and its shape at each kind of site that has it."""
+    shapes: dict[str, dict[str, str]] = {}
     for kind, names in NAMES.items():
-        yield f"- {kind}: " + ", ".join(f"`{name}`" for name in names)
+        values, _ = site_shapes(kind, {name: Dim.of(name) for name in names}, width=Dim.of("d_model"))
+        shapes[kind] = {name: f"`{shape_text(values[name].dims)}`" if name in values else _value(name)
+                        for name in names}  # fmt: skip
+    rows = [(f"`{name}`", meaning, *(shapes[kind].get(name, "") for kind in NAMES))
+            for name, meaning in MEANINGS.items()]  # fmt: skip
+    return markdown([("name", "what it is", *NAMES), *rows])
+
+
+def _value(name: str) -> str:
+    """What a name without a shape stands for."""
+    return "true, false" if name in ("biased", "table", "causal") else "number"
+
+
+def _functions() -> list[str]:
+    rows = []
+    for name, one in FUNCTIONS.items():
+        written, meaning = one.signature, one.doc
+        if name in OPERATORS:
+            meaning, _, written = one.doc.rpartition(": ")
+        gives = f"`{one.gives}`" if one.gives.startswith("[") else one.gives
+        rows.append((f"`{written}`", meaning or name, gives))
+    return markdown([("how it is written", "what it means", "shape of the result"), *rows])
 
 
 def _keys(properties: Mapping[str, Any]) -> list[str]:

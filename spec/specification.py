@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ class Attachment:
             **{key: list(v) if isinstance(v, tuple) else v for key, v in options.items()},
             **{name: dict(settings) for name, settings in self.combined.items()},
         }
+
+    @property
+    def formulas(self) -> Place:
+        """Where the user's own files say what its method computes: at the method, if the spec brings it, and at the
+        attachment where it is a shipped one."""
+        return self.place if self.method.name in shipped() else self.method.place
 
     def at_key(self, key: str) -> Place:
         """Where the value of one of its keys stands."""
@@ -164,7 +171,10 @@ def build_spec(document: Document, text: str = "") -> Spec:
     mappings = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
     named = [e.get(key) for e in mappings for key in ("method", "recipe")]
     bundles: Mapping[str, Recipe] = ChainMap(own, recipes())  # type: ignore[arg-type]
-    validate(document, spec_schema(known, [name for name in named if isinstance(name, str)], bundles))
+    try:
+        validate(document, spec_schema(known, [name for name in named if isinstance(name, str)], bundles))
+    except PeltError as error:
+        raise PeltError(_of_other_kind(d, document, known, bundles) for d in error.diagnostics) from None
     attach = tuple(_attachments(document, known, own))
     _check_names(document, attach)
     deploy, model = tree.get("deploy") or {}, tree.get("model") or {}
@@ -187,6 +197,18 @@ def build_spec(document: Document, text: str = "") -> Spec:
         text=text or document.text,
         places={key: document.place(key) for key in tree},
     )
+
+
+def _of_other_kind(
+    finding: Diagnostic, document: Document, methods: Container[str], bundles: Container[str]
+) -> Diagnostic:
+    """The finding about an unknown method that is a recipe, or the other way round, says so."""
+    found = re.fullmatch(r"attach\[(\d+)\]\.(method|recipe)", finding.place.key)
+    if finding.code != "E113" or not found:
+        return finding
+    name = document.tree["attach"][int(found[1])][found[2]]
+    other, there = ("recipe", bundles) if found[2] == "method" else ("method", methods)
+    return replace(finding, hint=f"'{name}' is a {other}: `{other}: {name}`") if name in there else finding
 
 
 def _attachments(

@@ -91,10 +91,11 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
             for inner in error.context or ():
                 yield from _diagnose(document, inner)
         case "additionalProperties":
-            known = [k for k in within.get("properties", {}) if k not in value]
+            every = sorted(within.get("properties", {}))
+            known = [k for k in every if k not in value]  # one that is there already was not meant
             for key in _extra(value, within):
                 where = document.key_place(*keys, key)
-                yield Diagnostic("E110", f"unknown key '{key}'", where, one_of(sorted(known)), nearest(key, known))
+                yield Diagnostic("E110", f"unknown key '{key}'", where, one_of(every), nearest(key, known))
         case "required":
             missing = [key for key in rule if key not in value]
             for key in missing:
@@ -103,7 +104,8 @@ def _diagnose(document: Document, error: ValidationError) -> Iterator[Diagnostic
             yield _wrong_type(value, rule if isinstance(rule, list) else [rule], place)
         case "enum":
             words = [word if isinstance(word, str) else _show(word) for word in rule]
-            yield Diagnostic("E113", f"unknown value {_show(value)}", place, one_of(words), nearest(str(value), words))
+            hint = _unquoted(value) or nearest(str(value), words)
+            yield Diagnostic("E113", f"unknown value {_show(value)}", place, one_of(words), hint)
         case "const":
             yield Diagnostic("E113", f"unknown value {_show(value)}", place, _show(rule))
         case "minimum" | "exclusiveMinimum" | "maximum" | "exclusiveMaximum":
@@ -128,10 +130,17 @@ _FORMS = {
 _UNITS = {"minItems": ("entry", "entries"), "minLength": ("character", "characters"), "minProperties": ("key", "keys")}
 
 
+def _unquoted(value: Any) -> str:
+    """The hint for braces without quotes, which are a mapping in YAML: in a recipe they stand for an option's value."""
+    if isinstance(value, dict) and len(value) == 1 and list(value.values()) == [None]:
+        return f'quote it, "{{{next(iter(value))}}}": braces alone are a mapping in YAML'
+    return ""
+
+
 def _wrong_type(value: Any, types: Iterable[str], place: Place) -> Diagnostic:
     """A value of another type than the schema asks for."""
     wanted = ", or ".join(_WORDS.get(name, name) for name in types)
-    hint = ""
+    hint = _unquoted(value)
     if "boolean" in types and isinstance(value, str):
         hint = {"yes": "write true", "on": "write true", "no": "write false", "off": "write false"}.get(value, "")
     if "integer" in types and isinstance(value, float) and value.is_integer():

@@ -13,7 +13,7 @@ from peltc.compiler.adapter.profile import is_profile, unpack
 from peltc.compiler.files.checkpoint import read_header
 from peltc.compiler.interpreters.numeric import start_value
 from peltc.compiler.plan.claims import Claim, Plan, Tensor
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.foreign import refuse
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.interpreters.check import site_shapes
@@ -72,7 +72,7 @@ def sourced(plan: Plan, given: Container[str] = ()) -> dict[str, Array]:
     for claim in plan.claims:
         for tensor in claim.tensors.values():
             if tensor.source == START and tensor.name not in found and tensor.name not in given:
-                found[tensor.name] = _start(claim, tensor, _unread, plan.spec.seed)
+                found[tensor.name] = _start(plan, claim, tensor, _unread)
     return found
 
 
@@ -139,11 +139,11 @@ def start_tensors(plan: Plan, read: Read) -> dict[str, Array]:
     for claim in plan.claims:
         for tensor in claim.tensors.values():
             if tensor.name not in values:
-                values[tensor.name] = _start(claim, tensor, read, plan.spec.seed)
+                values[tensor.name] = _start(plan, claim, tensor, read)
     return values
 
 
-def _start(claim: Claim, tensor: Tensor, read: Read, seed: int) -> Array:
+def _start(plan: Plan, claim: Claim, tensor: Tensor, read: Read) -> Array:
     site = claim.site
 
     def weight() -> Array:
@@ -161,11 +161,11 @@ def _start(claim: Claim, tensor: Tensor, read: Read, seed: int) -> Array:
             ShapeInterpreter().evaluate(
                 tensor.init, {**claim.constants, **{n: values[n] for n in ("W", "b") if n in values}}
             )
-        return start_value(tensor.name, tensor.shape, tensor.init, scope, seed)
+        return start_value(tensor.name, tensor.shape, tensor.init, scope, plan.spec.seed)
     except (EvaluationError, ValueError, KeyError) as error:
-        raise PeltError(
-            Diagnostic("E405", f"the start value of '{tensor.name}' cannot be computed: {error}", claim.method.place)
-        ) from None
+        entry = next((entry for entry in plan.spec.attach if entry.name == claim.attachment), None)
+        place = claim.method.place if entry is None else entry.formulas
+        raise fail("E405", f"the start value of '{tensor.name}' cannot be computed: {error}", place) from None
 
 
 def _index(claim: Claim) -> Any:

@@ -143,5 +143,7 @@ def missing_weights(
         Place(str(folder)),
         "a checkpoint of this architecture" + (f", or modules that bring these weights: `method: replace` at {where}"
                                                if where else ""),
-        nearest(missing[0], others) or "name the class that was trained by --architecture",
+        nearest(missing[0], others)
+        or (f"attach `method: replace` at {where} and train it, or " if where else "")
+        + "name the class that was trained by --architecture",
     )  # fmt: skip

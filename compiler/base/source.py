@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peltc.spec.diagnostics import Place, fail
+from peltc.spec.document import SUFFIXES
 from peltc.spec.foreign import refuse
 from peltc.spec.specification import ModelChoice
 
-if TYPE_CHECKING:
-    pass
+
+def check_order(spec: Any, model: Any) -> None:
+    """Refuse a spec and a model that stand in each other's place.
+
+    Raises:
+        PeltError: E100.
+    """
+    if not isinstance(spec, (str, Path)) or os.path.isfile(spec) or not isinstance(model, (str, Path, type(None))):
+        return
+    folder = os.path.isfile(os.path.join(spec, "config.json"))
+    file = model is not None and Path(model).suffix in SUFFIXES
+    if folder or file:
+        what = f"'{spec}' is a model's folder" if folder else f"'{model}' is a YAML file, and '{spec}' is none"
+        raise fail("E100", f"the spec and the model seem to be swapped: {what}", Place(str(spec)),
+                   "first the spec, a YAML file, then the model")  # fmt: skip
 
 
 def find_model(model: str | Path) -> Path:
@@ -25,6 +40,10 @@ def find_model(model: str | Path) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder.resolve()
+    if os.path.isfile(folder):
+        what = "a spec is YAML, and stands before the model" if folder.suffix in SUFFIXES else ""
+        raise fail("E501", "a file is given where a model's folder is wanted", Place(str(model)),
+                   "a folder with a config.json", what)  # fmt: skip
     if folder.exists() or str(model).startswith((".", "/", "~")):
         raise fail("E501", "there is no such model folder", Place(str(model)), "a folder with a config.json")
     from huggingface_hub import snapshot_download

@@ -20,6 +20,8 @@ from peltc.compiler.files.integrity import Stamp, stamp
 from peltc.spec.diagnostics import Place, fail
 
 MAX_HEADER = 100 * 1024 * 1024
+MODULES = "pelt."
+"""What the names of attached modules' tensors start with in a torch model's own state."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -50,6 +52,8 @@ def _header(file: Path, code: str) -> tuple[Any, int, int]:
     """A safetensors file's header, its length, and the file's size."""
     place = Place(str(file))
     expected = "a safetensors file"
+    if file.is_dir():
+        raise fail(code, "a folder is given where a file of tensors is wanted", place, expected, _hint_of(file))
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -65,6 +69,18 @@ def _header(file: Path, code: str) -> tuple[Any, int, int]:
     if not isinstance(header, dict):
         raise fail(code, "the file's header is not a mapping", place, expected)
     return header, length, size
+
+
+def _hint_of(folder: Path) -> str:
+    """What may have been meant by a folder in a file's place."""
+    files = sorted(folder.glob("*.safetensors"))
+    if any(name.startswith(MODULES) for file in files for name in _header(file, "E401")[0] if file.is_file()):
+        return (
+            "it is a checkpoint with modules in it: give it as MODEL to compile it, and to a Trainer as"
+            " `resume_from_checkpoint=` to go on with the training"
+        )
+    adapters = [file.name for file in files if not file.name.startswith("model")]
+    return f"the folder has {', '.join(adapters[:4])}" if adapters else "`model.save_adapter(path)` writes such a file"
 
 
 def read_metadata(file: Path, code: str = "E401") -> dict[str, str]:

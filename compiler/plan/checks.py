@@ -70,7 +70,7 @@ class Checks:
             return False
         whole: dict[str, Shape] = {}
         for name, expr in claim.effects.items():
-            place = entry.method.place
+            place = entry.formulas
             try:
                 found = as_tensor(shapes.evaluate(expr, claim.scope(readable(values, name), shapes)))
                 wanted, whole[name] = expected[name], found
@@ -87,7 +87,7 @@ class Checks:
                 )
                 return False
         if problem := joined(whole, expected):
-            self.find("E310", f"'{claim.method.name}' at {claim.site.name}: {problem}", entry.method.place,
+            self.find("E310", f"'{claim.method.name}' at {claim.site.name}: {problem}", entry.formulas,
                       "keys and values of the same positions")  # fmt: skip
             return False
         if claim.site.kind == "table" and (reason := not_of_ids(claim)):

@@ -6,9 +6,12 @@ import re
 from typing import Any
 
 from peltc.compiler.plan.findings import Findings, at
-from peltc.compiler.survey.anatomy import Anatomy, Site
+from peltc.compiler.survey.anatomy import HEADLESS, Anatomy, Site
+from peltc.spec.aliases import ours
 from peltc.spec.diagnostics import nearest, one_of
 from peltc.spec.specification import Attachment
+
+HEAD = frozenset({"head"})
 
 
 class Selection:
@@ -58,11 +61,13 @@ class Selection:
 
     def meant(self, selector: str, kind: str, known: list[str]) -> str:
         """The hint for a selector that matches nothing: a site whose parameters are called so, or the nearest name."""
-        for site in self.anatomy:
-            if site.takes(kind) and site.path:
-                for parameter in site.parameters.values():
-                    if parameter.split(".")[-2:-1] == [selector]:
-                        return f"'{selector}' is the model's own name of what is '{site.role}' here"
+        own = [site.role for site in self.anatomy if site.takes(kind) and site.path
+               for parameter in site.parameters.values() if parameter.split(".")[-2:-1] == [selector]]  # fmt: skip
+        if roles := list(dict.fromkeys(own)):
+            here = f"'{roles[0]}'" if len(roles) == 1 else f"`at: [{', '.join(roles)}]`"
+            return f"'{selector}' is the model's own name of what is {here} here"
+        if not self.anatomy.has_head and ours(selector, HEAD):
+            return HEADLESS
         return nearest(selector, known)
 
     def layers(self, entry: Attachment, sites: list[Site]) -> dict[str, set[int]] | None:

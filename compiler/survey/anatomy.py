@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 Rows = tuple[tuple[int, int], ...]
 
+HEADLESS = (
+    "this class has no head; name one that has, `model: {architecture: BertForSequenceClassification}` in the spec say,"
+    " or by --architecture"
+)
+"""What to do where a model has no head."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -182,7 +188,14 @@ class Anatomy:
             lines += ["", f"{len(self.unnamed)} linear maps have no role; attach to them by `parameter:`"]
             unnamed = [(None if every else s.layer, (f"  {s.parameters['weight']}",)) for s in self.unnamed]
             lines += [row[0] for row in grouped(unnamed)]
+        if not self.has_head:
+            lines += ["", HEADLESS]
         return lines
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a map after the last layer makes the answers of a task."""
+        return any(site.role == "head" or site.role.startswith("head.") for site in self.named)
 
     def __getitem__(self, path: str) -> Site:
         return next(site for site in self.sites if site.path == path)

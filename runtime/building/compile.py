@@ -11,19 +11,17 @@ import numpy as np
 
 from peltc.compiler.adapter.weights import inside, load_tensors
 from peltc.compiler.artifact import (
-    MANIFEST,
     free,
-    read_manifest,
     staged,
     tidy,
-    write_manifest,
-)  # fmt: skip
+)
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
-from peltc.compiler.base.source import find_model, read_config
+from peltc.compiler.base.source import check_order, find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
+from peltc.compiler.files.manifest import MANIFEST, read_manifest, write_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
 from peltc.compiler.pipeline import build
@@ -132,6 +130,7 @@ def compile(
             check_model(model, Path(out))
         found = import_adapter(Path(spec), model, talk=talk)
         spec, weights, model = found.spec, found.tensors, found.base
+    check_order(spec, model)
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
     if generation is not None:

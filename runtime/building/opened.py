@@ -16,10 +16,11 @@ from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.export.refusals import check_live
 from peltc.compiler.export.torch_model import quiet
+from peltc.compiler.files.checkpoint import MODULES
 from peltc.compiler.files.staging import staging
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.plan.choice import Told, check_choice, choice_of
-from peltc.runtime.building.trained import MODULES, Live
+from peltc.runtime.building.trained import Live
 from peltc.spec.diagnostics import fail
 from peltc.spec.foreign import refuse
 from peltc.spec.specification import Spec

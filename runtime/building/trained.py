@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,13 @@ from peltc.compiler.adapter.provenance import (
 )
 from peltc.compiler.adapter.weights import check_arrays, inside, load_tensors, overridden, start_tensors
 from peltc.compiler.artifact import (
-    CACHE,
     COMPANIONS,
-    MANIFEST,
     link,
-)  # fmt: skip
+)
 from peltc.compiler.base.base import Base
 from peltc.compiler.export.exported import GRAPHS
-from peltc.compiler.files.checkpoint import read_header
+from peltc.compiler.files.checkpoint import MODULES, read_header
+from peltc.compiler.files.manifest import CACHE, MANIFEST
 from peltc.compiler.files.talk import Talk
 from peltc.compiler.plan.choice import Told
 from peltc.compiler.plan.claims import Plan
@@ -39,8 +39,6 @@ from peltc.spec.specification import Spec
 
 Array = np.ndarray[Any, Any]
 ADAPTER = "adapter.safetensors"
-MODULES = "pelt."
-"""What the names of attached modules' tensors start with in a torch model's own state."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,21 @@ def adapter_tensors(
         return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
     if plan.tensors:
         talk("warning: no weights given; the modules have their start values")
-    return start_tensors(plan, base.whole), "start values", frozenset()
+    return start_tensors(plan, partial(_held, base)), "start values", frozenset()
+
+
+def _held(base: Base, name: str) -> Array:
+    """A parameter that a start value reads. What the checkpoint lacks, a module of the plan brings: its trained values
+    alone can stand there.
+
+    Raises:
+        PeltError: E504 the checkpoint lacks it.
+    """
+    if base.lacks(name):
+        raise fail("E504", f"the checkpoint lacks '{name}', which a module of the spec brings once it is trained",
+                   Place(str(base.folder)), "the adapter's tensors, where the trained values are",
+                   "give the trained adapter by --weights, or under `weights:` in the spec")  # fmt: skip
+    return base.whole(name)
 
 
 def kept_provenance(plan: Plan, base: Base, weights: Weights, own: frozenset[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ import click
 from peltc.runtime.commands import compiling, describing, importing, looking
 from peltc.runtime.commands.shell import cli
 from peltc.spec.diagnostics import PeltError
+from peltc.spec.packages import missing
 
 COMMANDS = (compiling, looking, describing, importing)
 """The modules whose commands there are; each adds its own when it is imported."""
@@ -57,6 +58,9 @@ def run(arguments: Sequence[str], name: str = "pelt", verb: str = "") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (absent := missing(error, f"this command of {name}")):
+            click.echo(f"{absent}", err=True)
+            return INPUT
         if isinstance(error, OSError) and error.errno in DISK:
             click.echo(f"{error.filename or 'disk'}\n  E602 cannot write: {error.strerror}", err=True)
             return INPUT

@@ -165,7 +165,7 @@ def bank(adapters: tuple[Path, ...], out: Path) -> None:
     from safetensors.numpy import save
 
     from peltc.compiler.adapter.bank import silent_files, stack_bank
-    from peltc.compiler.artifact import write_whole
+    from peltc.compiler.files.manifest import write_whole
 
     stacked = stack_bank(list(adapters))
     if silent := silent_files(list(adapters)):

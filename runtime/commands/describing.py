@@ -56,8 +56,11 @@ def describe(
     """
     from shutil import get_terminal_size
 
+    from peltc.compiler.base.source import check_order
     from peltc.runtime.describe import describe, read, told
 
+    if model is not None and not spec.startswith("recipe:"):
+        check_order(spec, model)
     with talking(quiet) as talk:
         specs = [read(name) for name in (spec, *others)]
         reports = [describe(each, model, architecture=architecture, text_only=text_only, talk=talk) for each in specs]

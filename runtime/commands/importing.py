@@ -23,7 +23,7 @@ def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> 
     """
     from safetensors.numpy import save
 
-    from peltc.compiler.artifact import write_whole
+    from peltc.compiler.files.manifest import write_whole
     from peltc.compiler.importers.importing import import_adapter
 
     with talking(quiet) as talk:

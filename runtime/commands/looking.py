@@ -84,9 +84,11 @@ def plan(
     text_only: bool, every: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Show every decision about SPEC on MODEL; nothing is written."""
+    from peltc.compiler.base.source import check_order
     from peltc.runtime.building.compile import plan_for
     from peltc.spec.specification import load_spec
 
+    check_order(spec, model)
     read = load_spec(spec)
     read = read if generation is None else replace(read, generation=generation)
     with talking(quiet) as talk:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from peltc.compiler.artifact import CACHE, read_manifest
+from peltc.compiler.files.manifest import CACHE, read_manifest
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
     check_lengths,

@@ -20,6 +20,7 @@ TYPES = {
     "tensor(float16)": np.float16, "tensor(double)": np.float64,
 }  # fmt: skip
 """What inputs are given to ONNX Runtime as, which converts none itself."""
+TOKENIZED = "session(**session.tokenize(text)) makes inputs of a text, or of a list of texts"
 NO_LIMITS: Mapping[str, Any] = {"values": {}, "lengths": {}}
 """Of an artifact whose manifest records none."""
 
@@ -43,7 +44,8 @@ def converted(name: str, value: Any, kind: str) -> Array:
         return array.astype(wanted, copy=False)
     whole, given = array.dtype.kind in "iu", array.dtype
     if not (whole or given.kind == "b" or is_float(given)):
-        raise fail("E614", f"the input '{name}' holds {_called(array)}", expected=f"numbers, {wanted}")
+        raise fail("E614", f"the input '{name}' holds {_called(array)}", expected=f"numbers, {wanted}",
+                   hint=TOKENIZED if array.dtype.kind in "US" else "")  # fmt: skip
     if wanted.kind in "iub" and is_float(given):
         odd = np.asarray(array != np.floor(array)) | ~np.isfinite(array)
         said = f"{array[_first(odd)]} {_place(_first(odd))}" if odd.any() else str(given)
@@ -143,7 +145,9 @@ def check_shapes(
     sizes: dict[str, tuple[int, str]] = {}
     for name, array in feeds.items():
         if array.ndim != len(shapes[name]):
-            raise fail("E606", f"the input '{name}' has the shape {list(array.shape)}", expected=_sizes(shapes[name]))
+            one = f"of one text, {name}=[[...]]; " if array.ndim + 1 == len(shapes[name]) else ""
+            raise fail("E606", f"the input '{name}' has the shape {list(array.shape)}", expected=_sizes(shapes[name]),
+                       hint=one + TOKENIZED if shapes[name][1:2] == ["sequence"] else "")  # fmt: skip
     for name, array in feeds.items():
         if not array.size:
             what = "no text" if not array.shape[0] else "texts without a token"

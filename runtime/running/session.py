@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,23 +10,38 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import MANIFEST, read_manifest
 from peltc.compiler.files.integrity import check_record
-from peltc.runtime.running.inputs import NO_LIMITS, check, checked_options, converted, shown, translating
-from peltc.spec.diagnostics import Place, fail
+from peltc.compiler.files.manifest import MANIFEST, read_manifest
+from peltc.compiler.files.talk import logged
+from peltc.runtime.running.inputs import (
+    NO_LIMITS,
+    TOKENIZED,
+    check,
+    checked_options,
+    converted,
+    shown,
+    translating,
+)
+from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
+from peltc.spec.packages import needing
 
 Array = np.ndarray[Any, Any]
+
+LIBRARIES = "the GPU build needs the GPU, its driver, and the libraries of CUDA and cuDNN that fit it"
 
 
 def providers(wanted: Sequence[str] | None = None) -> list[str]:
     """Execution providers in order of preference: CUDA where this build and the machine have it, the CPU always.
 
     Raises:
-        PeltError: E604 a provider that this ONNX Runtime does not have.
+        PeltError: E216 no list of names; E604 a provider that this ONNX Runtime does not have.
     """
-    import onnxruntime as ort
+    with needing("a session"):
+        import onnxruntime as ort
 
     available = ort.get_available_providers()
+    if isinstance(wanted, str):
+        raise wrong_type("what to run on", wanted, "a list of execution providers", f'providers=["{wanted}"]')
     if wanted is not None:
         for name in wanted:
             if name not in available:
@@ -44,13 +60,17 @@ class Session:
 
     Args:
         folder: what `pelt-compile` wrote.
-        providers: execution providers in order of preference.
+        providers: execution providers in order of preference; without it, CUDA where this machine has it, else the
+            CPU. What is asked for by name is there, or the artifact does not open.
         threads: threads of one operator; ONNX Runtime's choice where absent.
         spinning: whether idle threads wait busily, which answers sooner and keeps the cores from others.
 
     Raises:
-        PeltError: E603 no artifact; E604 an execution provider that is not there; E605 ONNX Runtime cannot open it;
-            E621 the base's file is not the one that was compiled.
+        PeltError: E603 no artifact; E604 an execution provider that is not there, or cannot be used on this machine;
+            E605 ONNX Runtime cannot open it; E621 the base's file is not the one that was compiled.
+
+    Attributes:
+        providers: the execution providers of the graph that was opened last; before any is opened, those wanted.
     """
 
     def __init__(
@@ -60,7 +80,8 @@ class Session:
         threads: int | None = None,
         spinning: bool = True,
     ):
-        import onnxruntime as ort
+        with needing("a session"):
+            import onnxruntime as ort
 
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -71,7 +92,8 @@ class Session:
             self.options.intra_op_num_threads = threads
         if not spinning:
             self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.providers = globals()["providers"](providers)
+        self.asked = providers is not None
+        self.wanted = self.providers = globals()["providers"](providers)
         if "decode" not in self.manifest.get("graphs", ()):
             self.inference  # noqa: B018  # what is wrong with it, now rather than later
 
@@ -87,7 +109,7 @@ class Session:
 
     def close(self) -> None:
         """Give the memory back; what is called afterwards opens it again."""
-        for held in ("inference", "inputs", "outputs", "generator"):
+        for held in ("inference", "inputs", "outputs", "labels", "generator"):
             self.__dict__.pop(held, None)
 
     def open(self, file: str) -> Any:
@@ -96,14 +118,31 @@ class Session:
         Raises:
             PeltError: E605 it cannot be opened; E621 the base's file is not the one that was compiled.
         """
+        check_record(self.folder / MANIFEST, self.manifest)  # a graph may be opened long after the session
+        return self.start(str(self.folder / file))
+
+    def start(self, model: str | bytes) -> Any:
+        """ONNX Runtime's session of a graph, from a file or from memory, on the providers that are wanted.
+
+        Raises:
+            PeltError: E604 a provider that was asked for and cannot be used here; E605 the graph cannot be opened.
+        """
         import onnxruntime as ort
 
-        check_record(self.folder / MANIFEST, self.manifest)  # a graph may be opened long after the session
-        try:
-            return ort.InferenceSession(str(self.folder / file), self.options, providers=self.providers)
+        place = Place(str(self.folder))
+        try:  # ONNX Runtime would go on with other providers, when it opens the graph and when it runs it
+            opened = ort.InferenceSession(model, self.options, providers=self.wanted, enable_fallback=0)
         except Exception as error:
             reason = str(error).splitlines()[0][:300]
-            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", Place(str(self.folder))) from None
+            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", place) from None
+        real: list[str] = opened.get_providers()
+        if missing := [name for name in self.wanted if name not in real]:
+            message = f"{missing[0]} cannot be used on this machine, though this ONNX Runtime was built with it"
+            if self.asked:
+                raise fail("E604", message, place, one_of(real), LIBRARIES)
+            logged(f"warning: {message}; the artifact runs on {', '.join(real)}. {LIBRARIES[0].upper()}{LIBRARIES[1:]}")
+        self.providers = real
+        return opened
 
     @cached_property
     def inference(self) -> Any:
@@ -131,11 +170,12 @@ class Session:
         """The artifact as a model of `transformers` that generates; it has no parameters of its own.
 
         Raises:
-            PeltError: E611 the artifact was compiled without generation.
+            PeltError: E611 the artifact was compiled without generation; E623 a package that it needs is missing.
         """
-        from peltc.runtime.running.generation import open_generator
+        with needing("generation"):
+            from peltc.runtime.running.generation import open_generator
 
-        return open_generator(self.folder, self.open)
+            return open_generator(self.folder, self.open)
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
@@ -156,21 +196,25 @@ class Session:
             options["inputs"] = inputs
         return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
 
-    def __call__(self, **inputs: Any) -> dict[str, Array]:
+    def __call__(self, *texts: Any, **inputs: Any) -> dict[str, Array]:
         """Run the model.
 
         Args:
+            texts: none: inputs are given by their names, and texts become inputs by `tokenize`.
             inputs: arrays [B, S] by input name, torch tensors, or nested lists. A mask that is left out is all ones,
                 token types that are left out are all zeros. Whole numbers of any type become the graph's own; floats
                 are none, whatever their values. A text that the mask hides throughout changes no other text, and what
                 is answered for it itself means nothing.
 
         Raises:
-            PeltError: E606 an input that the model does not have, one that is missing, or one of the wrong rank; E613
-                inputs that share an axis and differ in it; E614 values that the input's type does not hold; E615 token
-                ids or types that the model's tables do not have; E616 a text that is longer than its positions; E617
-                no text, or an empty one; E612 what ONNX Runtime says besides.
+            PeltError: E216 something that is given without a name; E606 an input that the model does not have, one that
+                is missing, or one of the wrong rank; E613 inputs that share an axis and differ in it; E614 values that
+                the input's type does not hold; E615 token ids or types that the model's tables do not have; E616 a text
+                that is longer than its positions; E617 no text, or an empty one; E612 what ONNX Runtime says besides.
         """
+        if texts:
+            hint = "session(**inputs)" if isinstance(texts[0], Mapping) else TOKENIZED
+            raise wrong_type("what the model reads", texts[0], f"inputs by name: {', '.join(self.inputs)}", hint)
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise fail("E606", f"the model takes no input '{unknown[0]}'", expected=", ".join(self.inputs))
@@ -194,20 +238,49 @@ class Session:
                 raise fail("E606", f"the input '{name}' is missing", expected=", ".join(self.inputs))
         return feeds
 
-    def tokenize(self, text: str | Sequence[str]) -> dict[str, Array]:
-        """Inputs from text, by the tokenizer in the artifact.
+    @cached_property
+    def labels(self) -> list[str] | None:
+        """The names of the classes that the last axis of the model's `logits` has, in their order, as its config calls
+        them; None where the model has no classes, or its config has no names for them."""
+        file = self.folder / "config.json"
+        named = json.loads(file.read_text(encoding="utf-8")).get("id2label") if file.is_file() else None
+        if not isinstance(named, dict):
+            return None
+        sizes = [o.shape[-1] for o in self.inference.get_outputs() if o.shape]
+        order = [named.get(str(i)) for i in range(len(named))]
+        # The config of a model without a head may still have the names of one that it was trained with.
+        return [str(name) for name in order] if len(named) in sizes and None not in order else None
+
+    def tokenize(self, text: str | Sequence[str], max_length: int | None = None) -> dict[str, Array]:
+        """Inputs from text, by the tokenizer in the artifact. Nothing is cut unless it is asked for, whatever the
+        tokenizer's file says: a text that is too long for the model is refused when the model is called (E616).
+
+        Args:
+            max_length: the most tokens of a text, those included that the tokenizer puts around it; the rest is cut
+                off at the side where the tokenizer's file says so, at the end otherwise.
 
         Raises:
-            PeltError: E607 the artifact has no tokenizer; E617 no text, or one without tokens.
+            PeltError: E216 a length that is none; E607 the artifact has no tokenizer; E617 no text, or one without
+                tokens; E623 the package `tokenizers` is missing.
         """
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise fail("E607", "the artifact has no tokenizer.json", Place(str(self.folder)),
                        hint="put the model's tokenizer beside it and compile again")  # fmt: skip
-        from tokenizers import Tokenizer
+        with needing("Session.tokenize"):
+            from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.enable_padding(length=None)
+        side = (tokenizer.truncation or {}).get("direction", "right")
+        tokenizer.no_truncation()
+        if max_length is not None:
+            around = tokenizer.num_special_tokens_to_add(False)
+            if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length <= around:
+                own = f", since the tokenizer puts {around} around each text" if around else ""
+                raise wrong_type("the most tokens of a text, max_length,", max_length,
+                                 f"a whole number of at least {around + 1}{own}")  # fmt: skip
+            tokenizer.enable_truncation(max_length, direction=side)
         texts = [text] if isinstance(text, str) else list(text)
         encoded = tokenizer.encode_batch(texts)
         empty = [i for i, found in enumerate(encoded) if not any(found.attention_mask)]

@@ -17,8 +17,8 @@ from torch import nn
 from peltc.compiler.adapter.profile import pack
 from peltc.compiler.adapter.provenance import DIGEST, check_file, provenance
 from peltc.compiler.adapter.weights import load_tensors
-from peltc.compiler.artifact import write_whole
 from peltc.compiler.export.torch_model import is_pretrained
+from peltc.compiler.files.manifest import write_whole
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.runtime.training.blocks import Blocks
 from peltc.runtime.training.merging import merge

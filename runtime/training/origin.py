@@ -7,10 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peltc.compiler.files.checkpoint import open_checkpoint
+from peltc.compiler.files.checkpoint import MODULES, open_checkpoint
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.survey.anatomy import Anatomy
-from peltc.runtime.training.saving import MODULES, SHOWN, own_parameters, replaced
+from peltc.runtime.training.saving import SHOWN, own_parameters, replaced
 from peltc.spec.diagnostics import PeltError
 
 

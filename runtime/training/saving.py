@@ -14,12 +14,12 @@ import torch
 from peltc.compiler.adapter.identity import ELEMENTS, BaseRecord, Read, Sample, pick, public_name
 from peltc.compiler.adapter.mathematics import spread
 from peltc.compiler.base.live import is_known
+from peltc.compiler.files.checkpoint import MODULES
 from peltc.compiler.plan.claims import Plan, walk_resolved
 from peltc.compiler.survey.anatomy import Anatomy, Site
 from peltc.spec.formula.syntax import Name
 from peltc.spec.method import ROLES, shipped
 
-MODULES = "pelt."
 THAWED = 16
 MAX_LABELS = 4096
 SHOWN = 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peltc.runtime.running.session import Session
-from peltc.spec.diagnostics import Place, fail
 
 FILES = "session.model_external_initializers_file_folder_path"
 """The option of ONNX Runtime that says where a graph from memory has its weights."""
@@ -20,17 +19,11 @@ class Rewritten(Session):
 
     def open(self, file: str) -> Any:
         import onnx_ir as ir
-        import onnxruntime as ort
 
         model = ir.load(self.folder / file)
         self.rewrite(model)
         self.options.add_session_config_entry(FILES, str(self.folder.absolute()))
-        content = ir.to_proto(model).SerializeToString()
-        try:
-            return ort.InferenceSession(content, self.options, providers=self.providers)
-        except Exception as error:
-            reason = str(error).splitlines()[0][:300]
-            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", Place(str(self.folder))) from None
+        return self.start(ir.to_proto(model).SerializeToString())
 
 
 class Widened(Rewritten):

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.artifact import read_manifest
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.manifest import read_manifest
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.runtime.running.session import Session

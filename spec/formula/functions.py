@@ -15,10 +15,12 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Function:
-    """A function's signature: `parameters` maps names to defaults, in order; `variadic` takes any number of tensors."""
+    """A function's signature: `parameters` maps names to defaults, in order; `variadic` takes any number of tensors.
+    `doc` says in a line what it means, `gives` which shape its result has."""
 
     name: str
     doc: str
+    gives: str
     parameters: tuple[tuple[str, Any], ...]
     variadic: bool = False
 
@@ -61,72 +63,88 @@ class Function:
         return f"{self.name}({', '.join([*required, *many, *optional])})"
 
 
-def _function(name: str, doc: str, *parameters: str | tuple[str, Any], variadic: bool = False) -> Function:
+def _function(name: str, doc: str, gives: str, *parameters: str | tuple[str, Any], variadic: bool = False) -> Function:
     full = tuple((p, REQUIRED) if isinstance(p, str) else p for p in parameters)
-    return Function(name, doc, full, variadic)
+    return Function(name, doc, gives, full, variadic)
+
+
+BOTH, SAME, NUMBER, TRUTH = "that of a and b, broadcast", "that of x", "a number", "true or false"
+REDUCED = "that of x, 1 along the axis"
 
 
 _TABLE = [
     # operators
-    *(_function(name, f"elementwise, broadcasting: a {sign} b", "a", "b") for name, sign in [
+    *(_function(name, f"elementwise, broadcasting: a {sign} b", BOTH, "a", "b") for name, sign in [
         ("add", "+"), ("subtract", "-"), ("multiply", "*"), ("divide", "/"), ("power", "**"),
-        ("floor_divide", "//"), ("modulo", "%"), ("equal", "=="), ("not_equal", "!="), ("less", "<"),
+    ]),
+    *(_function(name, f"of known numbers: a {sign} b", NUMBER, "a", "b") for name, sign in [
+        ("floor_divide", "//"), ("modulo", "%"),
+    ]),
+    *(_function(name, f"of known values: a {sign} b", TRUTH, "a", "b") for name, sign in [
+        ("equal", "=="), ("not_equal", "!="), ("less", "<"),
         ("less_equal", "<="), ("greater", ">"), ("greater_equal", ">="), ("and", "and"), ("or", "or"),
     ]),
-    _function("negate", "-x", "x"),
-    _function("not", "not x", "x"),
-    _function("min", "the smaller of two known numbers", "a", "b"),
-    _function("max", "the larger of two known numbers", "a", "b"),
-    _function("floor", "the largest whole number that is not above a known number", "x"),
-    _function("matmul", "matrix product over the last two axes: [..., M, K] @ [..., K, N] → [..., M, N]", "a", "b"),
+    _function("negate", "-x", SAME, "x"),
+    _function("not", "not x", TRUTH, "x"),
+    _function("min", "the smaller of two known numbers", NUMBER, "a", "b"),
+    _function("max", "the larger of two known numbers", NUMBER, "a", "b"),
+    _function("floor", "the largest whole number that is not above a known number", NUMBER, "x"),
+    _function("matmul", "matrix product over the last two axes, a [..., M, K] and b [..., K, N]: a @ b", "[..., M, N]",
+              "a", "b"),
     # linear algebra
-    _function("linear", "x Wᵀ + b: [..., I], weight [O, I], bias [O] → [..., O]", "x", "weight", ("bias", None)),
-    _function("einsum", "Einstein summation: einsum('ij,jk->ik', a, b)", "operands", "equation", variadic=True),
-    _function("kron", "Kronecker product: [A, B], [C, D] → [A*C, B*D]", "a", "b"),
-    _function("inverse", "inverse of square matrices: [..., N, N]", "x"),
-    _function("eye", "the identity matrix [n, n]", "n"),
-    _function("skew", "[..., n(n-1)/2] → skew-symmetric [..., n, n], the vector above the diagonal in row order",
-              "x", "n"),
-    _function("block_diagonal", "[K, A, B] → [K*A, K*B] with the K blocks on the diagonal", "x"),
-    _function("norm2", "Euclidean norm along an axis, which stays with size 1", "x", ("axis", -1)),
+    _function("linear", "x Wᵀ + b: x [..., I], weight [O, I], bias [O]", "[..., O]", "x", "weight", ("bias", None)),
+    _function("einsum", "Einstein summation: einsum('ij,jk->ik', a, b)", "as the equation says",
+              "operands", "equation", variadic=True),
+    _function("kron", "Kronecker product of a [A, B] and b [C, D]", "[A*C, B*D]", "a", "b"),
+    _function("inverse", "inverse of square matrices [..., N, N]", SAME, "x"),
+    _function("eye", "the identity matrix", "[n, n]", "n"),
+    _function("skew", "skew-symmetric matrices: vectors [..., n(n-1)/2] above the diagonal, in row order",
+              "[..., n, n]", "x", "n"),
+    _function("block_diagonal", "a matrix with the K blocks of x [K, A, B] on its diagonal", "[K*A, K*B]", "x"),
+    _function("norm2", "Euclidean norm along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
     # elementwise
-    *(_function(name, doc, "x") for name, doc in [
+    *(_function(name, doc, SAME, "x") for name, doc in [
         ("relu", "max(x, 0)"), ("gelu", "x Φ(x), with erf"), ("gelu_tanh", "the tanh approximation of gelu"),
         ("silu", "x σ(x), also called swish"), ("tanh", "tanh"), ("sigmoid", "σ(x) = 1 / (1 + e⁻ˣ)"),
         ("exp", "eˣ"), ("log", "natural logarithm"), ("sqrt", "√x"), ("abs", "|x|"), ("identity", "x"),
     ]),
-    _function("activation", "one of relu, gelu, gelu_tanh, silu, tanh, sigmoid, identity, by name", "x", "name"),
-    _function("softmax", "softmax along an axis", "x", ("axis", -1)),
-    _function("detach", "x; no gradient flows through it in training", "x"),
-    _function("dropout", "dropout with probability p in training, x otherwise", "x", "p"),
+    _function("activation", "one of relu, gelu, gelu_tanh, silu, tanh, sigmoid, identity, by name", SAME, "x", "name"),
+    _function("softmax", "softmax along an axis", SAME, "x", ("axis", -1)),
+    _function("detach", "x; no gradient flows through it in training", SAME, "x"),
+    _function("dropout", "dropout with probability p in training, x otherwise", SAME, "x", "p"),
     _function("layer_norm", "(x - mean) / √(variance + 1e-5) over the last axis, times a gain, plus a bias",
-              "x", ("gain", None), ("bias", None)),
-    _function("attend", "softmax(q kᵀ / √E) v: q [B, S, E], k [B, T, E], v [B, T, F] → [B, S, F]; a mask [B, T] hides"
-              " keys, `causal` those that come later", "q", "k", "v", ("mask", None), ("causal", False)),
+              SAME, "x", ("gain", None), ("bias", None)),
+    _function("attend", "softmax(q kᵀ / √E) v: q [B, S, E], k [B, T, E], v [B, T, F]; a mask [B, T] hides keys,"
+              " `causal` those that come later", "[B, S, F]", "q", "k", "v", ("mask", None), ("causal", False)),
     # reductions; the reduced axis stays with size 1
-    _function("mean", "mean along an axis, which stays with size 1", "x", ("axis", -1)),
-    _function("sum", "sum along an axis, which stays with size 1", "x", ("axis", -1)),
-    _function("mean_seq", "mean over the sequence: [B, S, ...] → [B, 1, ...]; with a mask [B, S], over its ones only",
-              "x", ("mask", None)),
+    _function("mean", "mean along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
+    _function("sum", "sum along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
+    _function("mean_seq", "mean of x [B, S, ...] over the sequence; with a mask [B, S], over its ones only",
+              "[B, 1, ...]", "x", ("mask", None)),
     # layout
-    _function("reshape", "the same elements in another shape; only for tensors known at compile time", "x", "shape"),
-    _function("transpose", "swaps the last two axes", "x"),
-    _function("permute", "reorders all axes: permute(x, [1, 0, 2])", "x", "axes"),
-    _function("concat", "joins along an axis; tensors of lower rank repeat over the leading axes", "tensors",
-              ("axis", -1), variadic=True),
-    _function("take", "the index-th slice along an axis, which goes", "x", "index", ("axis", 0)),
-    _function("slice", "x from start up to stop along an axis", "x", "start", "stop", ("axis", -1)),
-    _function("pick", "slices along an axis, by a list of their indices", "x", "index", ("axis", 0)),
-    _function("put", "x with other slices along an axis, at a list of indices", "x", "values", "index", ("axis", 0)),
-    _function("length", "how many a list has", "items"),
-    _function("unsqueeze", "a new axis of size 1 at the place", "x", ("axis", -1)),
-    _function("zeros", "zeros of a shape", "shape"),
-    _function("ones", "ones of a shape", "shape"),
+    _function("reshape", "the same elements in another shape; only for tensors known at compile time", "shape",
+              "x", "shape"),
+    _function("transpose", "swaps the last two axes of x [..., M, N]", "[..., N, M]", "x"),
+    _function("permute", "reorders all axes: permute(x, [1, 0, 2])", "that of x, reordered", "x", "axes"),
+    _function("concat", "joins along an axis; tensors of lower rank repeat over the leading axes",
+              "that of the tensors, sizes added along the axis", "tensors", ("axis", -1), variadic=True),
+    _function("take", "the index-th slice along an axis, which goes", "that of x without the axis",
+              "x", "index", ("axis", 0)),
+    _function("slice", "x from start up to stop along an axis", "that of x, stop - start along the axis",
+              "x", "start", "stop", ("axis", -1)),
+    _function("pick", "slices along an axis, by a list of their indices",
+              "that of x, as many along the axis as the list has", "x", "index", ("axis", 0)),
+    _function("put", "x with other slices along an axis, at a list of indices", SAME,
+              "x", "values", "index", ("axis", 0)),
+    _function("length", "how many a list has", NUMBER, "items"),
+    _function("unsqueeze", "a new axis of size 1 at the place", "that of x with the axis", "x", ("axis", -1)),
+    _function("zeros", "zeros of a shape", "shape", "shape"),
+    _function("ones", "ones of a shape", "shape", "shape"),
     # one meaning in training, another in deployment
     _function("choose", "a random index of the first axis in training (draw j), the mean over it in deployment",
-              "stack", ("draw", 0)),
+              "that of the stack without its first axis", "stack", ("draw", 0)),
     _function("top_k_mask", "1 at the k largest along the last axis, lowest index first among equals, 0 elsewhere;"
-              " straight-through gradient in training", "z", "k"),
+              " straight-through gradient in training", "that of z", "z", "k"),
 ]  # fmt: skip
 
 FUNCTIONS: dict[str, Function] = {function.name: function for function in _TABLE}

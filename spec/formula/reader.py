@@ -123,8 +123,8 @@ class _Reader:
                 return result
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 known = (*FUNCTIONS, *self.functions)
-                if name not in known or name in _OPERATORS:
-                    offered = sorted(set(known) - _OPERATORS)
+                if name not in known or name in OPERATORS:
+                    offered = sorted(set(known) - OPERATORS)
                     raise fail(
                         "E303",
                         f"unknown function '{name}' in '{shown(text)}'",
@@ -181,4 +181,5 @@ _FORBIDDEN: dict[type[ast.AST], tuple[str, str]] = {
     **{kind: ("a comprehension", "") for kind in (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)},
     **{kind: ("a coroutine or generator", "") for kind in (ast.Await, ast.Yield, ast.YieldFrom)},
 }
-_OPERATORS = {*_BINARY.values(), *COMPARE.values(), "negate", "not", "and", "or"}
+OPERATORS = {*_BINARY.values(), *COMPARE.values(), "negate", "not", "and", "or"}
+"""Functions that are written as signs, and not called by their names."""

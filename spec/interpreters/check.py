@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from peltc.spec.diagnostics import Diagnostic, PeltError
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place
 from peltc.spec.formula.dims import Dim, Size, same, shape_text
 from peltc.spec.formula.interpreter import Deferred, EvaluationError, FormulaError, Undecided
 from peltc.spec.formula.syntax import Expr, shown
@@ -25,28 +25,34 @@ def check_formulas(spec: Spec) -> None:
     findings = []
     for entry in spec.attach:
         options = {k: v[0] if isinstance(v, list) else v for k, v in entry.options.items()}
-        findings += check_method(entry.method, options)
+        findings += check_method(entry.method, options, entry.formulas)
     if findings:
         raise PeltError(list(dict.fromkeys(findings)))
 
 
-def check_method(method: Method, options: dict[str, Any]) -> list[Diagnostic]:
+def check_method(method: Method, options: dict[str, Any], place: Place | None = None) -> list[Diagnostic]:
     """What is wrong with a method's shapes for some options, sizes being symbols.
 
     A formula that fits square maps only is right for many sites: wrong is what fits neither those nor others.
+
+    Args:
+        place: where the findings stand; at the method where absent.
     """
+    place = place or method.place
     names = {"linear": ("in", "out", "max_in", "max_out"), "norm": ("d",), "block": ("d",), "embedding": ("d",),
              "attention": ("heads", "kv_heads", "head_dim")}[method.site]  # fmt: skip
     sizes: dict[str, Any] = {name: Dim.of(name) for name in names}
     if method.site == "block":
         sizes |= {"in": sizes["d"], "out": sizes["d"]}
-    findings = _check(method, options, sizes, "width")
+    findings = _check(method, options, sizes, "width", place)
     d = Dim.of("d")
     square = {name: d if name in ("in", "out", "max_in", "max_out") else size for name, size in sizes.items()}
-    return findings if findings and _check(method, options, square, d) else []
+    return findings if findings and _check(method, options, square, d, place) else []
 
 
-def _check(method: Method, options: dict[str, Any], sizes: dict[str, Any], width: Size | str) -> list[Diagnostic]:
+def _check(
+    method: Method, options: dict[str, Any], sizes: dict[str, Any], width: Size | str, place: Place
+) -> list[Diagnostic]:
     constants = {
         **options,
         **sizes,
@@ -58,7 +64,7 @@ def _check(method: Method, options: dict[str, Any], sizes: dict[str, Any], width
     }
     constants |= {"layer": 0, "layers": Dim.of("layers"), "role": 0, "roles": Dim.of("roles"), "causal": False}
     values, expected = site_shapes(method.site, sizes, width=width)
-    check = _Check(method)
+    check = _Check(place)
     for parameter in method.parameters:
         what = f"the size of '{parameter.name}'"
         if parameter.condition is None or check.value(what, parameter.condition, constants, undecided=True):
@@ -87,8 +93,8 @@ def _check(method: Method, options: dict[str, Any], sizes: dict[str, Any], width
 class _Check:
     """Evaluates formulas and collects what is wrong; what only a model decides passes."""
 
-    def __init__(self, method: Method):
-        self.place = method.place
+    def __init__(self, place: Place):
+        self.place = place
         self.interpreter = ShapeInterpreter()
         self.findings: list[Diagnostic] = []
 

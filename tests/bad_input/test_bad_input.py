@@ -528,7 +528,7 @@ FIT = [
         "no_divisor",
         HEAD + "  - {method: oft, at: attention.query, block: 5}\n",
         "E310",
-        "oft.yaml",
+        "spec.yaml:3:5  attach[0]",
         "[32, 32]",
         "[30, 30]",
     ),

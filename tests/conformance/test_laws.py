@@ -101,7 +101,7 @@ def test_cell(
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    from peltc.compiler.artifact import read_manifest
+    from peltc.compiler.files.manifest import read_manifest
 
     return read_manifest(folder)
 

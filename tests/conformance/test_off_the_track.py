@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from meaning import disagreements, meaning, opened
 
 import peltc
-from peltc.compiler.artifact import read_manifest
+from peltc.compiler.files.manifest import read_manifest
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan

@@ -23,8 +23,8 @@ import torch
 from jsonschema import Draft202012Validator
 
 import peltc
-from peltc.compiler.artifact import read_manifest, write_manifest
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.manifest import read_manifest, write_manifest
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan.claims import Plan
 from peltc.runtime.building.compile import plan_for

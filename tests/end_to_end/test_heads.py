@@ -170,13 +170,15 @@ def test_what_nobody_brings_is_an_error(model_folder: Callable[..., Path], tmp_p
     for attach in ([LORA], [LORA, {**LORA, "at": "head", "name": "head"}]):
         with pytest.raises(PeltError, match=r"E504.*classifier\.bias, classifier\.weight") as caught:
             plan_for(load_spec({"pelt": 1, "attach": attach}), folder)
-        assert "`method: replace` at 'head'" in str(caught.value)
+        assert "hint: attach `method: replace` at 'head' and train it, or name the class" in str(caught.value)
 
 
 def test_a_head_that_nobody_holds_has_no_start_value(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = headless(model_folder("bert"), tmp_path / "base", "BertForSequenceClassification", "classifier")
-    with pytest.raises(PeltError, match=r"E504.*classifier\.weight"):
+    with pytest.raises(PeltError, match=r"E504.*classifier\.weight") as caught:
         compile({"pelt": 1, "attach": [HEAD]}, folder, tmp_path / "out")
+    assert "hint: give the trained adapter by --weights" in str(caught.value)
+    assert "--architecture" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -283,3 +285,17 @@ def test_a_whole_table_of_more_rows(shared: Path, tmp_path: Path) -> None:
     ids = np.arange(94, 103)[None]
     same(Session(tmp_path / "out")(input_ids=ids, attention_mask=np.ones_like(ids))["logits"],
          in_torch(model.eval(), {"input_ids": ids}))  # fmt: skip
+
+
+@pytest.mark.parametrize("selector", ["head", "classifier", "score"])
+def test_a_class_without_a_head_is_named_as_such(
+    selector: str, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Which class has one is what its user must say; the list of sites says so too, and nothing where there is one."""
+    bare = headless(model_folder("bert"), tmp_path / "base", "BertModel", "classifier")
+    with pytest.raises(PeltError) as caught:
+        plan_for(load_spec({"pelt": 1, "attach": [{**HEAD, "at": selector}]}), bare)
+    hint = "this class has no head; name one that has, `model: {architecture: BertForSequenceClassification}`"
+    assert f"hint: {hint}" in str(caught.value)
+    assert str(peltc.survey(bare)).splitlines()[-1].startswith(hint)
+    assert hint not in str(peltc.survey(model_folder("bert")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peltc.spec.aliases import ALIASES, ours
+from peltc.spec.aliases import ALIASES, SENTENCES, ours
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import nearest
 from peltc.spec.method import shipped
@@ -31,6 +31,13 @@ def test_every_alias_leads_to_a_word_of_the_language() -> None:
 )  # fmt: skip
 def test_ours(word: str, known: list[str], own: str) -> None:
     assert ours(word, known) == own
+
+
+def test_words_that_no_word_of_ours_stands_for() -> None:
+    """The hint is a sentence, whatever is known at the place."""
+    assert nearest("modules_to_save", ["method", "at"]).startswith("attach `method: replace` there")
+    assert nearest("all-linear", ["attention.query"]).startswith("`at: '*'` is every linear map")
+    assert {*SENTENCES} & {*ALIASES} == set()
 
 
 def test_the_nearest_word_where_nobody_else_has_one() -> None:

@@ -93,13 +93,13 @@ def test_one_finding(value: str, schema: Any, text: str | None) -> None:
 
 
 def test_unknown_and_missing_keys() -> None:
-    """An unknown key stands where the key does, with the nearest that could still be given."""
+    """An unknown key stands where the key does, with all that there are and the nearest that could still be given."""
     schema = {"additionalProperties": False, "required": ["mode"], "properties": {"mode": {}, "name": {}}}
     found = findings("name: x\nmoda: 1\nother: 2\n", schema)
     assert [str(d) for d in found] == [
         "f:1:1\n  E111 the key 'mode' is missing\n  expected a key 'mode'",
-        "f:2:1  moda\n  E110 unknown key 'moda'\n  expected one of: mode\n  hint: did you mean 'mode'?",
-        "f:3:1  other\n  E110 unknown key 'other'\n  expected one of: mode",
+        "f:2:1  moda\n  E110 unknown key 'moda'\n  expected one of: mode, name\n  hint: did you mean 'mode'?",
+        "f:3:1  other\n  E110 unknown key 'other'\n  expected one of: mode, name",
     ]
 
 

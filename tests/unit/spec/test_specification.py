@@ -174,3 +174,51 @@ def test_a_spec_is_a_value() -> None:
     assert Spec("base", ()) == Spec("base", ())
     with pytest.raises(AttributeError):
         load_spec(spec()).name = "other"  # type: ignore[misc]
+
+
+OWN: dict[str, Any] = {
+    "pelt": 1,
+    "methods": {"bend": {"title": "t", "site": "linear", "delta": "tanh(x)"}},
+    "recipes": {"ours": {"title": "t", "attach": [{"method": "lora", "at": "attention.query"}]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [
+        ({"method": "ours", "at": "attention.query"}, "hint: 'ours' is a recipe: `recipe: ours`"),
+        ({"method": "mam", "at": "attention.query"}, "hint: 'mam' is a recipe: `recipe: mam`"),
+        ({"recipe": "bend"}, "hint: 'bend' is a method: `method: bend`"),
+        ({"recipe": "lora"}, "hint: 'lora' is a method: `method: lora`"),
+        ({"recipe": "our"}, "hint: did you mean 'ours'?"),
+        ({"method": "bent", "at": "attention.query"}, "hint: did you mean 'bend'?"),
+    ],
+)
+def test_a_recipe_is_no_method(entry: dict[str, Any], hint: str) -> None:
+    """What is known under the other key is said to be, and lists have what the spec brings itself."""
+    with pytest.raises(PeltError) as caught:
+        load_spec({**OWN, "attach": [entry]})
+    said = str(caught.value)
+    assert hint in said
+    listed = said.split("expected one of: ")[1].split("\n")[0]
+    assert ("ours" if "recipe" in entry else "bend") in listed.split(", ")
+
+
+@pytest.mark.parametrize("key", ["r", "method", "mode", "at"])
+def test_braces_without_quotes_are_a_mapping(key: str) -> None:
+    entry = {"method": "lora", "at": "attention.query", key: {"r": None}}
+    bundle = {"title": "t", "options": {"r": {"type": "integer", "default": 8}}, "attach": [entry]}
+    with pytest.raises(PeltError, match=r'hint: quote it, "\{r\}": braces alone are a mapping in YAML'):
+        load_spec({"pelt": 1, "recipes": {"ours": bundle}, "attach": [{"recipe": "ours"}]})
+
+
+def test_findings_about_shipped_formulas_stand_at_the_attachment(tmp_path: Path) -> None:
+    """Whoever uses a method has not its file; whoever wrote one is shown where. The spec is called as a shipped one."""
+    file = tmp_path / "oft.yaml"
+    file.write_text(
+        "pelt: 1\nattach:\n  - {method: lora, at: attention.query}\n  - {method: oft, at: attention.key}\n"
+        "  - {method: mine, at: attention.key}\nmethods:\n  mine: {title: t, site: linear, delta: tanh(x)}\n"
+    )
+    places = [entry.formulas for entry in load_spec(file).attach]
+    assert [(place.path, place.line, place.key) for place in places] == [
+        (str(file), 3, "attach[0]"), (str(file), 4, "attach[1]"), (str(file), 7, "methods.mine")]  # fmt: skip

@@ -1,0 +1,51 @@
+"""The manifest of an artifact, `pelt.json`: read, and written whole. Whoever runs an artifact needs this and the check
+of its files, and nothing else of the compiler; so nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peltc.spec.diagnostics import Place, fail
+
+MANIFEST = "pelt.json"
+CACHE = "cache.safetensors"
+"""What the caches of keys and values begin with, by the graph's inputs."""
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        new.write_bytes(content)
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `pelt.json`, whole or not at all."""
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact.
+
+    Raises:
+        PeltError: E603 the folder is no artifact, or its manifest is malformed.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise fail(
+            "E603", "the folder is no artifact: it has no pelt.json", Place(str(folder)), "what pelt-compile wrote"
+        ) from None
+    except ValueError as error:
+        raise fail("E603", f"the manifest is not JSON: {error}", Place(str(file))) from None
+    if not isinstance(manifest, dict) or manifest.get("pelt") != 1:
+        raise fail("E603", "the manifest is of another version", Place(str(file)), "pelt: 1")
+    return manifest
