@@ -7,6 +7,7 @@ is filled from the module that its site is. So an import that is wrong anywhere 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,8 @@ TASKS = {
 """How the classes of `transformers` for PEFT's tasks end."""
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 SHOWN = 4
+ORIGIN = "Imported from"
+"""What the first line of an imported spec begins with."""
 Reading = Callable[[str], str]
 """From a name in the adapter to the name in the model."""
 
@@ -110,9 +113,9 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
     plan = make_plan(spec, base.anatomy, base.fingerprint)
     tensors = filled(plan, known, sites, modules, whole, folder)
     said = provenance(mathematics(plan), BaseRecord(base.architecture, public_name(folder.base)))
-    origin = f"Imported from '{path.name}', an adapter of Hugging Face PEFT ({folder.kind})"
     version = folder.config.get("peft_version")
-    origin += f" {version}" if isinstance(version, str) and version.isprintable() else ""
+    told = f" {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""
+    origin = f"{ORIGIN} '{spec.name}', an adapter of Hugging Face PEFT{told} ({folder.kind})"
     return Imported(spec, content, tensors, said.metadata(), str(named), origin)
 
 

@@ -24,8 +24,13 @@ def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> 
     from safetensors.numpy import save
 
     from peltc.compiler.files.manifest import write_whole
-    from peltc.compiler.importers.importing import import_adapter
+    from peltc.compiler.importers.importing import ORIGIN, import_adapter
+    from peltc.spec.diagnostics import Place, fail
 
+    written = out / SPEC
+    if written.exists() and not written.read_text("utf-8", "replace").startswith(f"# {ORIGIN}"):
+        raise fail("E601", "the folder holds a spec that was not imported", Place(str(written)),
+                   "a folder without one, or with an imported one, which is replaced")  # fmt: skip
     with talking(quiet) as talk:
         found = import_adapter(adapter, model, talk=talk)
     out.mkdir(parents=True, exist_ok=True)

@@ -278,3 +278,32 @@ def test_the_matcher_is_pefts(settings: dict[str, Any], model_folder: Folder) ->
     maps = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     live: Any = peft.get_peft_model(model, peft.LoraConfig(task_type=CAUSAL, **settings))
     assert sorted(targeted(settings, maps, ["lm_head"])) == sorted(live.base_model.targeted_module_names)
+
+
+def test_a_spec_of_ones_own_is_not_overwritten(
+    adapter: Path, model_folder: Folder, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "spec").mkdir()
+    (tmp_path / "spec/spec.yaml").write_text("pelt: 1\n")
+    arguments = ["import", str(adapter), str(model_folder("bert")), "-o", str(tmp_path / "spec"), "-q"]
+    assert run(arguments) == 1 and "E601 the folder holds a spec that was not imported" in capsys.readouterr().err
+    (tmp_path / "spec/spec.yaml").unlink()
+    assert run(arguments) == 0 and run(arguments) == 0
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)+b", ".*.*.*.*.*.*.*x", r"(a*)\1", "(((", "a{1,9999999999999}"])
+def test_expressions_that_take_forever_are_refused(pattern: str, adapter: Path, model_folder: Folder) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": pattern}))
+    with pytest.raises(PeltError, match="E430 the expression"):
+        import_adapter(adapter, model_folder("bert"))
+
+
+def test_expressions_of_other_trainers_are_read() -> None:
+    """As Unsloth writes them for towers and layers, and LLaMA-Factory for all modules of a tower."""
+    unsloth = (
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp).*?(?:q_proj|k_proj|v_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))"
+    )
+    assert targeted({"target_modules": unsloth}, ["model.layers.10.self_attn.q_proj", "model.layers.0.mlp.up"], []) == [
+        "model.layers.10.self_attn.q_proj"]  # fmt: skip
