@@ -32,7 +32,7 @@ OURS = {
     "VERA": "vera",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
-IMPORTED = ("LORA", "DORA")
+IMPORTED = ("LORA", "DORA", "IA3", "LOHA", "OFT")
 """Those that `pelt import` reads."""
 UNMERGED = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 """Those that do not."""

@@ -66,6 +66,16 @@ TARGETS = {
 """Keys that say which modules carry the adapter."""
 
 
+NUMBER = {"type": "number"}
+RANK = {"type": "integer", "minimum": 1, "maximum": 2**20}
+SWITCH = {"type": ["boolean", "null"]}
+
+
+def patterns_of(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of patterns with values."""
+    return {"type": ["object", "null"], "additionalProperties": dict(value)}
+
+
 def own_rows(array: Array, site: Site) -> Array:
     """Of an array with a row for each feature of a fused map, those of a site; an array without as many rows as it is,
     for its shape will be found not to fit."""

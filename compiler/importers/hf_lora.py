@@ -10,19 +10,22 @@ the file is written with sorted keys and every reload sees them so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from peltc.compiler.importers.formats import COMMON, TARGETS, Array, Config, Entry, Format, own_rows
-from peltc.compiler.importers.targets import compiled
+from peltc.compiler.importers.formats import (
+    COMMON,
+    NUMBER,
+    RANK,
+    SWITCH,
+    TARGETS,
+    Array,
+    Config,
+    Entry,
+    Format,
+    own_rows,
+    patterns_of,
+)
+from peltc.compiler.importers.targets import patterned
 from peltc.compiler.survey.anatomy import Site
-
-
-def patterned(patterns: Any, module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that fits a module's name."""
-    for pattern in sorted(patterns or {}):
-        if compiled(rf"(.*\.)?({pattern})$").match(module):
-            return patterns[pattern]
-    return otherwise
 
 
 def entry(config: Config, module: str) -> Entry:
@@ -46,23 +49,14 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 BASE_CHANGED = (
     "PEFT changes the base's weights when it loads it; save it with `path_initial_model_for_weight_conversion`"
 )
-RANK = {"type": "integer", "minimum": 1, "maximum": 2**20}
-SWITCH = {"type": ["boolean", "null"]}
-
-
-def patterns_of(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of patterns with values."""
-    return {"type": ["object", "null"], "additionalProperties": dict(value)}
-
-
 LORA = Format(
     kind="LORA",
     tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m",
              "lora_magnitude_vector.weight": "m"},
     read={
-        **TARGETS, "r": RANK, "lora_alpha": {"type": "number"}, "lora_dropout": {"type": "number"},
+        **TARGETS, "r": RANK, "lora_alpha": NUMBER, "lora_dropout": NUMBER,
         "use_rslora": SWITCH, "use_dora": SWITCH, "rank_pattern": patterns_of(RANK),
-        "alpha_pattern": patterns_of({"type": "number"}),
+        "alpha_pattern": patterns_of(NUMBER),
     },
     inert=COMMON | {"fan_in_fan_out", "megatron_config", "megatron_core", "ensure_weight_tying", "eva_config",
                     "qalora_group_size"},

@@ -61,6 +61,14 @@ def _ways(parsed: Any, within: bool) -> int:
     return total
 
 
+def patterned(patterns: Any, module: str, otherwise: Any) -> Any:
+    """The value of the first pattern, in sorted order, that fits a module's name."""
+    for pattern in sorted(patterns or {}):
+        if compiled(rf"(.*\.)?({pattern})$").match(module):
+            return patterns[pattern]
+    return otherwise
+
+
 def means(wanted: Any, module: str) -> bool:
     """Whether a text or a list of names means a module."""
     if isinstance(wanted, str):

@@ -57,6 +57,18 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}, 1),
     "what is left out": ("llama", {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*0.*k_proj"}, 2),
     "an expression": ("t5", {"target_modules": r".*decoder.*EncDec.*\.(q|k)", "task_type": PAIR}, 1),
+    "vectors": ("bert", {"kind": peft.IA3Config, "target_modules": ["key", "value", "output.dense"],
+                         "feedforward_modules": ["output.dense"]}, 2),
+    "vectors on a fused map": ("gpt2", {"kind": peft.IA3Config, "target_modules": ["c_attn", "mlp.c_proj"],
+                                        "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True}, 2),
+    "vectors of two stacks": ("t5", {"kind": peft.IA3Config, "target_modules": ["k", "v", "wo"],
+                                     "feedforward_modules": ["wo"], "task_type": PAIR}, 2),
+    "products of products": ("bert", {"kind": peft.LoHaConfig, "target_modules": QV, "r": 3, "alpha": 7}, 1),
+    "products with patterns": ("llama", {"kind": peft.LoHaConfig, "target_modules": ["q_proj", "up_proj"],
+                                         "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 5}}, 2),
+    "rotations": ("llama", {"kind": peft.OFTConfig, "target_modules": ["q_proj", "down_proj"], "oft_block_size": 8}, 1),
+    "exact rotations": ("bert", {"kind": peft.OFTConfig, "target_modules": QV, "oft_block_size": 4,
+                                 "use_cayley_neumann": False}, 1),
     "both stacks": ("t5", {"target_modules": ["q", "wo"], "task_type": PAIR, "layers_to_transform": 1}, 1),
 }  # fmt: skip
 
@@ -72,12 +84,13 @@ def written(
         given["decoder_input_ids"] = torch.arange(3, 8)[None]
     with torch.no_grad():
         bare = model(**given).logits.numpy()
-        live: Any = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+        kind = settings.get("kind", peft.LoraConfig)
+        live: Any = peft.get_peft_model(model, kind(**{n: v for n, v in settings.items() if n != "kind"})).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in live.named_parameters():
-            if ".lora_" in name or "modules_to_save" in name:
+            if parameter.requires_grad:
                 change = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter + change if "magnitude" in name else change)
+                parameter.copy_(parameter + change if "magnitude" in name or "ia3" in name else change)
         live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
         again = getattr(transformers, architecture).from_pretrained(base)
         answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()

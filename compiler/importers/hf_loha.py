@@ -1,0 +1,48 @@
+"""LoHa as Hugging Face PEFT stores it.
+
+ΔW = (alpha / r) (w1_a w1_b) ⊙ (w2_a w2_b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peltc.compiler.importers.formats import (
+    COMMON,
+    NUMBER,
+    RANK,
+    TARGETS,
+    Array,
+    Config,
+    Entry,
+    Format,
+    own_rows,
+    patterns_of,
+)
+from peltc.compiler.importers.targets import patterned
+from peltc.compiler.survey.anatomy import Site
+
+
+def entry(config: Config, module: str) -> Entry:
+    """Rank and alpha at a module."""
+    r = patterned(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = patterned(config.get("alpha_pattern"), module, config.get("alpha", 8))
+    return Entry("loha", (("r", r), ("alpha", alpha)))
+
+
+def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
+    """Both products' factors [O, r] and [r, I]; of a fused map, a site's own rows of the former."""
+    return {name: own_rows(array, site) if name.endswith("_a") else array for name, array in tensors.items()}
+
+
+LOHA = Format(
+    kind="LOHA",
+    tensors={f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+    read={**TARGETS, "r": RANK, "alpha": NUMBER, "rank_pattern": patterns_of(RANK),
+          "alpha_pattern": patterns_of(NUMBER)},
+    inert=COMMON | {"rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"},
+    refused={},
+    only={},
+    entry=entry,
+    parameters=parameters,
+)  # fmt: skip
