@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,7 +53,7 @@ def _header(file: Path, code: str) -> tuple[Any, int, int]:
     """A safetensors file's header, its length, and the file's size."""
     place = Place(str(file))
     expected = "a safetensors file"
-    if file.is_dir():
+    if os.path.isdir(file):  # also of what is no path at all
         raise fail(code, "a folder is given where a file of tensors is wanted", place, expected, _hint_of(file))
     try:
         size = file.stat().st_size

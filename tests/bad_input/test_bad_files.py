@@ -99,7 +99,8 @@ def test_weights_that_are_not_there(desk: Any, path: str) -> None:
     (desk.folder / "folder").mkdir()
     desk.write(LORA + f"weights: {path}\n")
     err = desk.refuse().err
-    assert f"{path}\n  E401 cannot read the file: " in err
+    what = "a folder is given where a file of tensors is wanted" if path == "folder" else "cannot read the file: "
+    assert f"{path}\n  E401 {what}" in err
 
 
 def test_wrong_tensors_are_all_counted(desk: Any) -> None:

@@ -1,0 +1,154 @@
+"""The code in the documents runs: Python page by page in one namespace; commands have the options that they name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import foreign
+import models
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+
+import peltc
+from peltc.runtime.commands.cli import cli, run
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+IDS = [[3, 4, 5], [6, 7, 8]]
+ATTACHED = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query"}]}
+
+
+def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
+    """A page's blocks of code in some languages, each with its language."""
+    found = FENCE.findall(PAGES[page].read_text(encoding="utf-8"))
+    return [(language, textwrap.dedent(text)) for _, language, text in found if language in languages]
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """A model's folder with a tokenizer for its hundred words."""
+    tokenizer = Tokenizer(WordLevel({"[PAD]": 0, **{f"w{i}": i for i in range(1, 100)}}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="w1")
+    whole.save_pretrained(folder)
+    return folder
+
+
+def base(folder: Path) -> Path:
+    """A tiny BERT as bases are published: without a head, with a tokenizer."""
+    models.build("bert").bert.save_pretrained(folder)
+    return with_tokenizer(folder)
+
+
+def readme(folder: Path) -> dict[str, Any]:
+    (folder / "examples").mkdir()
+    (folder / "examples/minilm.yaml").symlink_to(ROOT / "examples/minilm.yaml")
+    return {"transformers": transformers, "minilm": base(folder / "MINILM")}
+
+
+def artifact(folder: Path) -> dict[str, Any]:
+    spec = {**ATTACHED, "model": {"labels": ["bad", "good"]}}
+    model = with_tokenizer(models.save("bert", folder / "model"))
+    peltc.compile(spec, model, folder / "out", verify=False)
+    return {"ids": torch.tensor(IDS), "mask": torch.ones(2, 3, dtype=torch.long)}
+
+
+def generation(folder: Path) -> dict[str, Any]:
+    peltc.compile(ATTACHED, models.save("llama", folder / "model"), folder / "out", verify=False, generation=True)
+    return {"ids": torch.tensor(IDS), "mask": torch.ones(2, 3, dtype=torch.long)}
+
+
+def training(folder: Path) -> dict[str, Any]:
+    base(folder / "model")
+    (folder / "spec.yaml").write_text(blocks("docs/training.md", "yaml")[0][1])
+    return {}
+
+
+def own_module(folder: Path) -> dict[str, Any]:
+    (folder / "spec.yaml").write_text("pelt: 1\nattach:\n  - {method: lora, at: attention.query}\n")
+    given = foreign.inputs()
+    return {"module": foreign.build("mosaic"), "ids": given["input_ids"], "mask": given["attention_mask"]}
+
+
+PREPARED: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "README.md": readme, "docs/artifact.md": artifact, "docs/generation.md": generation,
+    "docs/training.md": training, "docs/models.md": own_module,
+}  # fmt: skip
+"""What stands ready in a page's folder, and the names that its blocks do not make themselves."""
+
+
+def test_every_page_with_python_is_run() -> None:
+    assert {page for page in PAGES if blocks(page, "python", "py")} == set(PREPARED)
+
+
+@pytest.mark.parametrize("page", PREPARED)
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the page; commands on a console between them too."""
+    monkeypatch.chdir(tmp_path)
+    names = {"peltc": peltc, **PREPARED[page](tmp_path)}
+    for language, text in blocks(page, "python", "console"):
+        if language == "python":
+            exec(compile(text, page, "exec"), names)
+            continue
+        for words in commands_of(text):
+            program, *rest = words
+            verb = ["compile"] if program == "pelt-compile" else []
+            assert run([*verb, *rest]) == 0, words
+
+
+# commands
+
+INLINE = re.compile(r"(?<!`)`((?:pelt|pelt-compile) [^`]+)`(?!`)")
+
+
+def commands_of(text: str) -> Iterator[list[str]]:
+    """The commands in a block, or on indented lines."""
+    for line in text.splitlines():
+        if re.match(r"(\$ |    |)(pelt|pelt-compile) ", line):
+            yield shlex.split(line.strip().removeprefix("$ "), comments=True)
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """The commands that a page shows: on consoles, on indented lines, and in its sentences."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    shown = (block for _, language, block in FENCE.findall(text) if language in ("console", "sh", ""))
+    yield from (words for block in shown for words in commands_of(block))
+    plain = FENCE.sub("", text)
+    yield from (words for line in plain.splitlines() if line.startswith("    ") for words in commands_of(line))
+    yield from (shlex.split(found.replace("\n", " ")) for found in INLINE.findall(plain))
+
+
+def unknown(words: list[str]) -> list[str]:
+    """What of a command there is not: its verb, or options."""
+    program, *rest = words
+    verb = "compile" if program == "pelt-compile" else rest.pop(0)
+    if verb.startswith("-"):
+        return [] if verb == "--help" else [verb]
+    if verb not in cli.commands:
+        return [verb]
+    options = {"-h", "--help"}
+    for parameter in cli.commands[verb].params:
+        if isinstance(parameter, click.Option):
+            options |= {*parameter.opts, *parameter.secondary_opts}
+    return [word for word in rest if word.startswith("-") and word.partition("=")[0] not in options]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page: str) -> None:
+    assert {" ".join(words): wrong for words in commands(page) if (wrong := unknown(words))} == {}
+
+
+def test_commands_that_there_are_not_are_seen() -> None:
+    assert unknown(["pelt", "compile", "a", "b", "--nothing", "-o", "out"]) == ["--nothing"]
+    assert unknown(["pelt", "fly"]) == ["fly"] and unknown(["pelt-compile", "a", "b", "-o", "out"]) == []
+    assert sum(len(list(commands(page))) for page in PAGES) > 15
