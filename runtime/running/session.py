@@ -19,6 +19,7 @@ from peltc.runtime.running.inputs import (
     check,
     checked_options,
     converted,
+    essence,
     shown,
     translating,
 )
@@ -27,6 +28,7 @@ from peltc.spec.packages import needing
 
 Array = np.ndarray[Any, Any]
 
+CPU = ["CPUExecutionProvider"]
 LIBRARIES = "the GPU build needs the GPU, its driver, and the libraries of CUDA and cuDNN that fit it"
 
 
@@ -47,7 +49,7 @@ def providers(wanted: Sequence[str] | None = None) -> list[str]:
             if name not in available:
                 raise fail("E604", f"this ONNX Runtime has no {name}", expected=f"one of: {', '.join(available)}")
         return list(wanted)
-    return [p for p in ("CUDAExecutionProvider",) if p in available and _has_gpu()] + ["CPUExecutionProvider"]
+    return [p for p in ("CUDAExecutionProvider",) if p in available and _has_gpu()] + CPU
 
 
 def _has_gpu() -> bool:
@@ -133,8 +135,10 @@ class Session:
         try:  # ONNX Runtime would go on with other providers, when it opens the graph and when it runs it
             opened = ort.InferenceSession(model, self.options, providers=self.wanted, enable_fallback=0)
         except Exception as error:
-            reason = str(error).splitlines()[0][:300]
-            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", place) from None
+            if self._opens_on_cpu(model):  # so it is not the graph that is at fault
+                message = f"the artifact cannot be opened on {', '.join(self.wanted)}: {essence(error)}"
+                raise fail("E604", message, place, one_of(CPU), LIBRARIES) from None
+            raise fail("E605", f"ONNX Runtime cannot open the artifact: {essence(error)}", place) from None
         real: list[str] = opened.get_providers()
         if missing := [name for name in self.wanted if name not in real]:
             message = f"{missing[0]} cannot be used on this machine, though this ONNX Runtime was built with it"
@@ -143,6 +147,18 @@ class Session:
             logged(f"warning: {message}; the artifact runs on {', '.join(real)}. {LIBRARIES[0].upper()}{LIBRARIES[1:]}")
         self.providers = real
         return opened
+
+    def _opens_on_cpu(self, model: str | bytes) -> bool:
+        """Whether a graph that cannot be opened on the providers that are wanted opens on the CPU."""
+        import onnxruntime as ort
+
+        if set(self.wanted) <= set(CPU):
+            return False
+        try:
+            ort.InferenceSession(model, self.options, providers=CPU, enable_fallback=0)
+        except Exception:
+            return False
+        return True
 
     @cached_property
     def inference(self) -> Any:

@@ -58,6 +58,29 @@ def test_a_provider_that_was_asked_for_is_there_or_nothing_opens(out: Path) -> N
     )
 
 
+class Refusing(onnxruntime.InferenceSession):
+    """A provider that raises when its libraries are not there, as TensorRT's does."""
+
+    def __init__(self, model: Any, options: Any = None, providers: Any = None, **rest: Any):
+        if providers != ["CPUExecutionProvider"]:
+            raise RuntimeError("/src/a.cc:7 void f() Please install TensorRT libraries")
+        super().__init__(model, options, providers=providers, **rest)
+
+
+@pytest.mark.usefixtures("built_for_cuda")
+def test_a_provider_that_raises_is_at_fault_where_the_cpu_opens_the_graph(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Refusing)
+    with pytest.raises(PeltError, match=r"E604 the artifact cannot be opened on CUDAEx.*: .*Please install TensorRT"):
+        peltc.Session(out, providers=["CUDAExecutionProvider"])
+    broken = tmp_path / "out"
+    shutil.copytree(out, broken)
+    (broken / "model.onnx").write_bytes(b"none")
+    with pytest.raises(PeltError, match=r"E605 ONNX Runtime cannot open the artifact"):
+        peltc.Session(broken, providers=["CUDAExecutionProvider"])
+
+
 @pytest.mark.usefixtures("built_for_cuda")
 def test_who_asks_for_none_is_told_where_it_runs(
     out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
