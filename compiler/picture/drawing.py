@@ -185,7 +185,7 @@ def _page(anatomy: Anatomy, title: str, modules: Sequence[Attached]) -> Panel:
         notes.append(f"+ {count} linear map{'s' if count > 1 else ''} without a role, selected by parameter")
     parts = [*(labelled_text(note, "note") for note in reversed(notes)), body]
     if modules:
-        parts.append(legend(modules, max(body.width, 480.0)))
+        parts.append(legend(modules, max(body.width, 600.0)))
     if title:
         parts.append(labelled_text(clipped(title, int(max(body.width, 360.0) / TITLE)), "title"))
     stacked = column([replace(part, inlets=(), outlets=()) for part in parts], 12.0)
