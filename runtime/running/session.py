@@ -138,7 +138,8 @@ class Session:
             if self._opens_on_cpu(model):  # so it is not the graph that is at fault
                 message = f"the artifact cannot be opened on {', '.join(self.wanted)}: {essence(error)}"
                 raise fail("E604", message, place, one_of(CPU), LIBRARIES) from None
-            raise fail("E605", f"ONNX Runtime cannot open the artifact: {essence(error)}", place) from None
+            reason = str(error).splitlines()[0][:300]  # with the code by which verification knows what has no kernel
+            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", place) from None
         real: list[str] = opened.get_providers()
         if missing := [name for name in self.wanted if name not in real]:
             message = f"{missing[0]} cannot be used on this machine, though this ONNX Runtime was built with it"
