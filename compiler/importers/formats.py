@@ -76,6 +76,15 @@ def patterns_of(value: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": ["object", "null"], "additionalProperties": dict(value)}
 
 
+def ranked(alpha: str) -> dict[str, Any]:
+    """The keys of ranks and alphas, with the schemas of their values.
+
+    Args:
+        alpha: what the method calls the alpha of all modules.
+    """
+    return {"r": RANK, alpha: NUMBER, "rank_pattern": patterns_of(RANK), "alpha_pattern": patterns_of(NUMBER)}
+
+
 def own_rows(array: Array, site: Site) -> Array:
     """Of an array with a row for each feature of a fused map, those of a site; an array without as many rows as it is,
     for its shape will be found not to fit."""

@@ -7,27 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peltc.compiler.importers.formats import (
-    COMMON,
-    NUMBER,
-    RANK,
-    TARGETS,
-    Array,
-    Config,
-    Entry,
-    Format,
-    own_rows,
-    patterns_of,
-)
-from peltc.compiler.importers.targets import patterned
+from peltc.compiler.importers.formats import COMMON, TARGETS, Array, Config, Entry, Format, own_rows, ranked
+from peltc.compiler.importers.targets import rank_and_alpha
 from peltc.compiler.survey.anatomy import Site
 
 
 def entry(config: Config, module: str) -> Entry:
     """Rank and alpha at a module."""
-    r = patterned(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = patterned(config.get("alpha_pattern"), module, config.get("alpha", 8))
-    return Entry("loha", (("r", r), ("alpha", alpha)))
+    return Entry("loha", tuple(rank_and_alpha(config, module, "alpha").items()))
 
 
 def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
@@ -38,8 +25,7 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 LOHA = Format(
     kind="LOHA",
     tensors={f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
-    read={**TARGETS, "r": RANK, "alpha": NUMBER, "rank_pattern": patterns_of(RANK),
-          "alpha_pattern": patterns_of(NUMBER)},
+    read={**TARGETS, **ranked("alpha")},
     inert=COMMON | {"rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"},
     refused={},
     only={},

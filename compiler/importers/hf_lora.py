@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from peltc.compiler.importers.formats import (
     COMMON,
     NUMBER,
-    RANK,
     SWITCH,
     TARGETS,
     Array,
@@ -22,9 +21,9 @@ from peltc.compiler.importers.formats import (
     Entry,
     Format,
     own_rows,
-    patterns_of,
+    ranked,
 )
-from peltc.compiler.importers.targets import patterned
+from peltc.compiler.importers.targets import rank_and_alpha
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -32,8 +31,7 @@ def entry(config: Config, module: str) -> Entry:
     """The method at a module, and its options."""
     dora = bool(config.get("use_dora"))
     options = {
-        "r": patterned(config.get("rank_pattern"), module, config.get("r", 8)),
-        "alpha": patterned(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)),
+        **rank_and_alpha(config, module, "lora_alpha"),
         **({"rank_stabilised": True} if config.get("use_rslora") else {}),
         **({"dropout": config["lora_dropout"]} if config.get("lora_dropout") and not dora else {}),
     }
@@ -54,9 +52,7 @@ LORA = Format(
     tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m",
              "lora_magnitude_vector.weight": "m"},
     read={
-        **TARGETS, "r": RANK, "lora_alpha": NUMBER, "lora_dropout": NUMBER,
-        "use_rslora": SWITCH, "use_dora": SWITCH, "rank_pattern": patterns_of(RANK),
-        "alpha_pattern": patterns_of(NUMBER),
+        **TARGETS, **ranked("lora_alpha"), "lora_dropout": NUMBER, "use_rslora": SWITCH, "use_dora": SWITCH,
     },
     inert=COMMON | {"fan_in_fan_out", "megatron_config", "megatron_core", "ensure_weight_tying", "eva_config",
                     "qalora_group_size"},

@@ -19,6 +19,7 @@ from jsonschema import Draft202012Validator
 
 from peltc.compiler.adapter.identity import BaseRecord, public_name
 from peltc.compiler.adapter.mathematics import mathematics
+from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import provenance
 from peltc.compiler.adapter.weights import finite
 from peltc.compiler.base.base import Base
@@ -45,7 +46,6 @@ TASKS = {
 }  # fmt: skip
 """How the classes of `transformers` for PEFT's tasks end."""
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
-SHOWN = 4
 ORIGIN = "Imported from"
 """What the first line of an imported spec begins with."""
 Reading = Callable[[str], str]
@@ -174,9 +174,8 @@ def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str,
         else:
             left.append(name)
     if left:
-        shown = ", ".join(f"'{name[:120]}'" for name in left[:SHOWN]) + (", ..." if len(left) > SHOWN else "")
-        raise fail("E433", f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {shown}",
-                   Place(str(folder.path)), "a file each of whose tensors is used once")  # fmt: skip
+        message = f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {names(left)}"
+        raise fail("E433", message, Place(str(folder.path)), "a file each of whose tensors is used once")
     return modules, whole
 
 
@@ -186,7 +185,7 @@ def base_of(folder: Folder, model: str | Path, whole: Mapping[str, Mapping[str, 
     found = find_model(model)
     config = read_config(found)
     architecture = class_for(folder, config)
-    heads = [folder.tensors[names["weight"]].shape for names in whole.values() if "weight" in names]
+    heads = [folder.tensors[parts["weight"]].shape for parts in whole.values() if "weight" in parts]
     labels = heads[-1][0] if heads and folder.config.get("task_type") in CLASSIFIERS and len(heads[-1]) == 2 else None
     return open_base(found, choice=ModelChoice(architecture, labels), talk=talk)
 
@@ -215,19 +214,18 @@ def shift(folder: Folder, modules: list[str], base: Base) -> Reading:
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
-    names = {name.removesuffix(".weight") for name in base.parameters if name.endswith(".weight")}
-    stems = sorted({f"{name.partition('.')[0]}." for name in names})
+    held = {name.removesuffix(".weight") for name in base.parameters if name.endswith(".weight")}
+    stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
     readings |= {f"{stem} before": stem.__add__ for stem in stems}
     inner = [stem for stem in stems if all(name.startswith(stem) for name in modules)]
     readings |= {f"{stem} off": partial(_without, stem) for stem in inner}
-    fitting = [read for read in readings.values() if all(read(name) in names for name in modules)]
+    fitting = [read for read in readings.values() if all(read(name) in held for name in modules)]
     if len(fitting) == 1 or (fitting and fitting[0] is readings[""]):
         return fitting[0]
-    missing = [name for name in modules if name not in names]
-    shown = ", ".join(f"'{name[:120]}'" for name in missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+    missing = [name for name in modules if name not in held]
     raise fail("E432", f"{len(missing)} of the adapter's {len(modules)} modules are not in the {base.architecture}:"
-                       f" {shown}", Place(str(folder.path)), "an adapter of this model",
+                       f" {names(missing)}", Place(str(folder.path)), "an adapter of this model",
                f"it says that it is for '{folder.base[:120]}'" if folder.base else "")  # fmt: skip
 
 
@@ -252,10 +250,9 @@ def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
     heads = [module for module, role in maps.items() if role == "head"]
     wanted = set(targeted(folder.config, maps, heads))
     missing, left = sorted(wanted - held), sorted(held - wanted)
-    for names, what in ((missing, "has no tensors of"), (left, "has tensors of, and its config does not mean,")):
-        if names:
-            shown = ", ".join(f"'{name[:120]}'" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-            raise fail("E432", f"the adapter {what} {len(names)} modules: {shown}", folder.place,
+    for found, what in ((missing, "has no tensors of"), (left, "has tensors of, and its config does not mean,")):
+        if found:
+            raise fail("E432", f"the adapter {what} {len(found)} modules: {names(found)}", folder.place,
                        "`target_modules` that mean the modules in the file")  # fmt: skip
 
 
@@ -301,13 +298,14 @@ def filled(
             numbers.
     """
     owner = {site.key: name for name, found in sites.items() for site in found}
+    parts = {**modules, **whole}
     tensors: dict[str, Array] = {}
     for claim in plan.claims:
         name = owner.pop(claim.site.key, None)
         if name is None:
             raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
                        Place(str(folder.path)), hint="please report this")  # fmt: skip
-        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in {**modules, **whole}[name].items()}
+        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in parts[name].items()}
         found = replaced(claim.site, stored) if name in whole else dict(known.parameters(stored, claim.site))
         for parameter, tensor in claim.tensors.items():
             value = found.pop(parameter, None)
@@ -320,7 +318,7 @@ def filled(
             raise fail("E433", f"'{next(iter(found))}' of '{name}' has no counterpart at {claim.site.name}",
                        Place(str(folder.path)))  # fmt: skip
     if owner:
-        raise fail("E433", f"the spec that was made of it leaves out {', '.join(sorted(owner)[:SHOWN])}",
+        raise fail("E433", f"the spec that was made of it leaves out {names(sorted(owner))}",
                    Place(str(folder.path)), hint="please report this")  # fmt: skip
     return finite(tensors, Place(str(folder.path)))
 

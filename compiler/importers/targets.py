@@ -69,6 +69,16 @@ def patterned(patterns: Any, module: str, otherwise: Any) -> Any:
     return otherwise
 
 
+def rank_and_alpha(config: Mapping[str, Any], module: str, alpha: str) -> dict[str, Any]:
+    """Rank and alpha at a module, which are 8 where a config says nothing.
+
+    Args:
+        alpha: what the method calls the alpha of all modules.
+    """
+    return {"r": patterned(config.get("rank_pattern"), module, config.get("r", 8)),
+            "alpha": patterned(config.get("alpha_pattern"), module, config.get(alpha, 8))}  # fmt: skip
+
+
 def means(wanted: Any, module: str) -> bool:
     """Whether a text or a list of names means a module."""
     if isinstance(wanted, str):

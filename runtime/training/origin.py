@@ -7,10 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peltc.compiler.files.checkpoint import MODULES, open_checkpoint
+from peltc.compiler.adapter.mismatch import names
+from peltc.compiler.files.checkpoint import MODULES, open_checkpoint, spellings
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.survey.anatomy import Anatomy
-from peltc.runtime.training.saving import SHOWN, own_parameters, replaced
+from peltc.runtime.training.saving import own_parameters, replaced
 from peltc.spec.diagnostics import PeltError
 
 
@@ -36,16 +37,15 @@ def warn_of_origin(model: Any, plan: Plan, anatomy: Anatomy, given: bool, level:
                       stacklevel=level + 1)  # fmt: skip
     fresh = untrained(model, plan, anatomy, held)
     if fresh:
-        shown = ", ".join(f"'{each}'" for each in fresh[:SHOWN]) + (", ..." if len(fresh) > SHOWN else "")
-        warnings.warn(f"'{name}' does not hold {shown}: the values are random and stay so, since the spec's modules"
-                      " alone are trained; attach `method: replace, at: head` (or `at: pooler`) to train them",
+        warnings.warn(f"'{name}' does not hold {names(fresh)}: the values are random and stay so, since the spec's"
+                      " modules alone are trained; attach `method: replace, at: head` (or `at: pooler`) to train them",
                       stacklevel=level + 1)  # fmt: skip
 
 
 def untrained(model: Any, plan: Plan, anatomy: Anatomy, held: set[str]) -> list[str]:
     """The parameters of heads and poolers that a checkpoint does not hold and that no module takes the place of; a head
     that is the same tensor as a table is none of them."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    stem = getattr(model, "base_model_prefix", "")
     poolers = {name for site in anatomy if site.role == "pooler" for name in site.parameters.values()}
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -56,6 +56,6 @@ def untrained(model: Any, plan: Plan, anatomy: Anatomy, held: set[str]) -> list[
         for name, parameter in own_parameters(model)
         if uses[id(parameter)] == 1
         and name not in taken
-        and (name in poolers or not name.startswith(prefix))
-        and not held & {name, name.removeprefix(prefix), prefix + name}
+        and (name in poolers or not name.startswith(f"{stem}."))
+        and held.isdisjoint(spellings(name, stem))
     ]

@@ -136,6 +136,15 @@ def test_modules_are_merged_into_the_weights(case: str, model_folder: Any, tmp_p
         assert torch.equal(again(**given).logits, model(**given).logits)
 
 
+def test_what_is_merged_is_the_closed_form(attached: Any) -> None:
+    """W + (alpha / r) B A, in float64."""
+    query = attached.bert.encoder.layer[1].attention.self.query
+    A, B = (attached.pelt.parameter(f"lora.encoder.layers.1.attention.query.{n}").detach().double() for n in "AB")
+    expected = query.weight.detach().double() + 16 / 2 * (B @ A)
+    attached.merge_adapter()
+    assert (query.weight.double() - expected).abs().max() < TOLERANCE["float32"] * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     ("family", "entry", "words"),
     [
