@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 from peltc.compiler.adapter.weights import start_tensors
 from peltc.compiler.base.base import Base

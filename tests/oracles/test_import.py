@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
+from import_matrix import MAPS, METHODS, WITHOUT, cell, written
 from safetensors.numpy import load_file, save_file
 
 import peltc
@@ -31,9 +32,6 @@ from peltc.spec.foreign import IMPORTED
 Folder = Callable[..., Path]
 QV, SEQ = ["query", "value"], "SEQ_CLS"
 CAUSAL, PAIR = "CAUSAL_LM", "SEQ_2_SEQ_LM"
-EFFECT = 1e-2
-"""How much, at least, an adapter must move the output for the comparison to mean anything."""
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -73,31 +71,6 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def written(
-    family: str, settings: dict[str, Any], base: Path, out: Path
-) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
-    """Save an adapter with random weights; what PEFT's model answers, and to what."""
-    architecture = json.loads((base / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, architecture).from_pretrained(base).eval()
-    given = {"input_ids": torch.arange(3, 12)[None]}
-    if family == "t5":
-        given["decoder_input_ids"] = torch.arange(3, 8)[None]
-    with torch.no_grad():
-        bare = model(**given).logits.numpy()
-        kind = settings.get("kind", peft.LoraConfig)
-        live: Any = peft.get_peft_model(model, kind(**{n: v for n, v in settings.items() if n != "kind"})).eval()
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in live.named_parameters():
-            if parameter.requires_grad:
-                change = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter + change if "magnitude" in name or "ia3" in name else change)
-        live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
-        again = getattr(transformers, architecture).from_pretrained(base)
-        answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
-    assert np.abs(answer - bare).max() > EFFECT * np.abs(answer).max()
-    return answer, {name: value.numpy() for name, value in given.items()}
-
-
 @pytest.fixture
 def adapter(model_folder: Folder, tmp_path: Path) -> Path:
     written("bert", {"target_modules": QV, "task_type": SEQ, "modules_to_save": ["classifier"]}, model_folder("bert"),
@@ -118,6 +91,12 @@ def test_what_is_compiled_is_what_peft_computes(case: str, model_folder: Folder,
         peltc.compile(tmp_path / "spec/spec.yaml", base, out, mode=mode)
         found = peltc.Session(out, ["CPUExecutionProvider"])(**given)["logits"]
         assert np.abs(found - expected).max() < TOLERANCE["float32"] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("method", "family"), [(m, f) for m in METHODS for f in MAPS if (m, f) not in WITHOUT])
+def test_the_matrix(method: str, family: str, model_folder: Folder, tmp_path: Path) -> None:
+    """Every imported method on every architecture; what PEFT itself has not is listed with the reason."""
+    assert max(cell(method, family, model_folder(family), tmp_path).values()) < TOLERANCE["float32"]
 
 
 def test_one_command_from_the_folder_to_the_artifact(adapter: Path, model_folder: Folder, tmp_path: Path) -> None:

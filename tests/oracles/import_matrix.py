@@ -1,0 +1,127 @@
+"""Every method of Hugging Face PEFT that is imported on every architecture of the table, against PEFT itself; writes
+docs/import-matrix.md.
+
+    python tests/oracles/import_matrix.py [--only METHOD ...]
+
+The figures are of one machine; that none exceeds the tolerance is held by test_import.py on any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+import models  # noqa: E402
+
+TABLE = ROOT / "docs/import-matrix.md"
+EFFECT = 1e-2
+"""How much, at least, an adapter must move the output for the comparison to mean anything."""
+MAPS = {
+    "bert": ["query", "value", "output.dense"], "gpt2": ["c_attn", "mlp.c_proj"],
+    "llama": ["q_proj", "v_proj", "down_proj"], "t5": ["q", "v", "wo"], "qwen3_moe": ["q_proj", "v_proj"],
+}  # fmt: skip
+"""The modules that carry the method: attention's and, where there is one, the feed-forward network's last."""
+INSIDE = {"bert": ["output.dense"], "gpt2": ["mlp.c_proj"], "llama": ["down_proj"], "t5": ["wo"], "qwen3_moe": []}
+TASKS = {
+    "bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "qwen3_moe": "CAUSAL_LM",
+}  # fmt: skip
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    # name: PEFT's config, and its settings on every architecture
+    "LoRA": (peft.LoraConfig, {"r": 4, "lora_alpha": 12}),
+    "DoRA": (peft.LoraConfig, {"r": 4, "lora_alpha": 6, "use_dora": True}),
+    "(IA)³": (peft.IA3Config, {}),
+    "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 7}),
+    "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+}
+WITHOUT: dict[tuple[str, str], str] = {
+    ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
+    ("OFT", "gpt2"): "PEFT has none for `Conv1D`",
+}
+"""What PEFT itself has not, with the reason."""
+
+
+def written(
+    family: str, settings: Mapping[str, Any], base: Path, out: Path
+) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    """Save an adapter with random weights; what PEFT's model answers once it is loaded again, and to what.
+
+    Args:
+        settings: the config's, and its class as `kind`; LoRA's where absent.
+    """
+    architecture = json.loads((base / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(base).eval()
+    given = {"input_ids": torch.arange(3, 12)[None]}
+    if family == "t5":
+        given["decoder_input_ids"] = torch.arange(3, 8)[None]
+    with torch.no_grad():
+        bare = model(**given).logits.numpy()
+        kind = settings.get("kind", peft.LoraConfig)
+        live: Any = peft.get_peft_model(model, kind(**{n: v for n, v in settings.items() if n != "kind"})).eval()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in live.named_parameters():
+            if parameter.requires_grad:
+                change = 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter + change if "magnitude" in name or "ia3" in name else change)
+        live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
+        again = getattr(transformers, architecture).from_pretrained(base)
+        answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
+    assert np.abs(answer - bare).max() > EFFECT * np.abs(answer).max()
+    return answer, {name: value.numpy() for name, value in given.items()}
+
+
+def cell(method: str, family: str, base: Path, folder: Path) -> dict[str, float]:
+    """The worst error of the compiled artifact against PEFT's model, as a share of the largest value, by mode."""
+    import peltc
+
+    kind, settings = METHODS[method]
+    inside = {"feedforward_modules": INSIDE[family]} if kind is peft.IA3Config else {}
+    settings = {"kind": kind, "target_modules": MAPS[family], "task_type": TASKS[family], **inside, **settings}
+    expected, given = written(family, settings, base, folder / "adapter")
+    errors = {}
+    for mode in ("fold", "static"):
+        peltc.compile(folder / "adapter", base, folder / mode, mode=mode)
+        found = peltc.Session(folder / mode, ["CPUExecutionProvider"])(**given)["logits"]
+        errors[mode] = float(np.abs(found - expected).max() / np.abs(expected).max())
+    return errors
+
+
+def main(only: Iterable[str]) -> None:
+    """Measure and write the table."""
+    rows = ["| method | " + " | ".join(MAPS) + " |", "|---|" + "---|" * len(MAPS)]
+    for method in only or METHODS:
+        cells = []
+        for family in MAPS:
+            if (method, family) in WITHOUT:
+                cells.append(WITHOUT[method, family])
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                base = models.save(family, Path(folder) / "base")
+                cells.append(" / ".join(f"{e:.0e}" for e in cell(method, family, base, Path(folder)).values()))
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+        print(rows[-1], file=sys.stderr)
+    text = (
+        "# Imported adapters against their own library\n\n"
+        "The largest difference between the artifact and the library's own model in eval mode, as a share of the\n"
+        "largest logit, folded / static, on tiny models with random weights, biases and norms. Written by\n"
+        "`python tests/oracles/import_matrix.py`,\n"
+        f"with Hugging Face PEFT {peft.__version__} and torch {torch.__version__}.\n\n"
+    )
+    TABLE.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], metavar="METHOD")
+    main(parser.parse_args().only)
