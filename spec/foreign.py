@@ -30,9 +30,16 @@ OURS = {
     "LOKR": "lokr",
     "OFT": "oft",
     "VERA": "vera",
+    "BOFT": "boft",
+    "HRA": "hra",
+    "MISS": "miss",
+    "HIRA": "hira",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
-IMPORTED = ("LORA", "DORA", "IA3", "LOHA", "OFT")
+IMPORTED = (
+    "LORA", "DORA", "IA3", "LOHA", "OFT", "ADALORA", "LOKR", "VERA", "LN_TUNING", "TRAINABLE_TOKENS", "BOFT", "HRA",
+    "MISS", "HIRA", "BEFT",
+)  # fmt: skip
 """Those that `pelt import` reads."""
 UNMERGED = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 """Those that do not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from peltc.compiler.survey.anatomy import Site
 
 Array = np.ndarray[Any, Any]
 Config = Mapping[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of a module's tensors, by what `parameters` calls them."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Entry:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+def unmeasured(shapes: Shapes, site: Site) -> dict[str, Any]:
+    """No options: the config tells them all."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Format:
     """One method as its library stores it.
@@ -40,6 +47,10 @@ class Format:
         only: keys of which some values alone are understood, with these and the reason.
         entry: the method and options of a module, by the config and the module's name.
         parameters: our parameters at a site, by the tensors of the module that owns its weight.
+        kinds: the kinds of site whose modules can carry it.
+        shared: names of tensors that all modules of the model share → what `parameters` calls them.
+        measured: options that the shapes of a module's tensors tell, and not the config, by these shapes and the site.
+        tied: whether what is the same tensor as a table in the model changes with it; the file may hold copies then.
     """
 
     kind: str
@@ -50,6 +61,10 @@ class Format:
     only: Mapping[str, tuple[tuple[Any, ...], str]]
     entry: Callable[[Config, str], Entry]
     parameters: Callable[[Mapping[str, Array], Site], dict[str, Array]]
+    kinds: tuple[str, ...] = ("linear",)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    measured: Callable[[Shapes, Site], dict[str, Any]] = unmeasured
+    tied: bool = False
 
 
 COMMON = frozenset({
@@ -92,6 +107,19 @@ def own_rows(array: Array, site: Site) -> Array:
         return array
     index = np.concatenate([np.arange(a, b) for a, b in site.rows])
     return array[index] if array.ndim and index.max() < len(array) else array
+
+
+def whole_blocks(site: Site, size: int) -> list[int] | None:
+    """Of a fused map whose features lie in blocks, the numbers of the blocks that a site owns; None where it owns parts
+    of blocks.
+
+    Args:
+        size: features in a block.
+    """
+    ranges = site.rows or ((0, site.sizes["out"]),)
+    if any(a % size or b % size for a, b in ranges):
+        return None
+    return [block for a, b in ranges for block in range(a // size, b // size)]
 
 
 def is_off(value: Any) -> bool:

@@ -8,32 +8,31 @@ is filled from the module that its site is. So an import that is wrong anywhere 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jsonschema import Draft202012Validator
 
 from peltc.compiler.adapter.identity import BaseRecord, public_name
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import provenance
-from peltc.compiler.adapter.weights import finite
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.files.talk import Talk, logged
+from peltc.compiler.importers.filling import filled
 from peltc.compiler.importers.folder import Folder, read_folder
-from peltc.compiler.importers.formats import Array, Entry, Format, is_off, own_rows
+from peltc.compiler.importers.formats import Array, Entry, Format, is_off
 from peltc.compiler.importers.hf_peft import FORMATS, WHOLE
 from peltc.compiler.importers.selectors import selections
 from peltc.compiler.importers.targets import targeted
-from peltc.compiler.plan.claims import Plan
+from peltc.compiler.importers.ties import WRAPPED, Modules, merged, owner, owners, tied_sites
 from peltc.compiler.plan.planner import make_plan
-from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
 from peltc.spec.document import dump
 from peltc.spec.foreign import IMPORTED, PEFT, recognised
@@ -103,15 +102,21 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
     named = model or folder.base
     if not named:
         raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
-    modules, whole = sorted_by_module(folder, known)
+    modules, whole, shared = sorted_by_module(folder, known)
     base = base_of(folder, named, whole, talk)
-    stem = shift(folder, [*modules, *whole], base)
-    sites = {name: sites_of(base, stem(name)) for name in (*modules, *whole)}
-    check_targets(folder, base, {stem(name) for name in modules})
-    content = spec_content(folder, known, base, {n: sites[n] for n in modules}, {n: sites[n] for n in whole})
+    own = {name: name.removesuffix(WRAPPED) if known.tied else name for name in (*modules, *whole)}
+    stem = shift(folder, list(own.values()), base, owners(base) if known.tied else set())
+    called = {name: stem(one) for name, one in own.items()}
+    check_targets(folder, known, base, {called[name] for name in modules})
+    if known.tied:
+        modules = merged(modules, called, base, folder)
+    sites = {name: sites_of(base, called[name], ("linear", "table")) for name in whole}
+    for name in modules:
+        sites[name] = tied_sites(base, called[name]) if known.tied else sites_of(base, called[name], known.kinds)
+    content = spec_content(folder, known, base, modules, {n: sites[n] for n in modules}, {n: sites[n] for n in whole})
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
-    tensors = filled(plan, known, sites, modules, whole, folder)
+    tensors = filled(plan, known, sites, modules, whole, shared, folder)
     said = provenance(mathematics(plan), BaseRecord(base.architecture, public_name(folder.base)))
     version = folder.config.get("peft_version")
     told = f" {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""
@@ -153,9 +158,9 @@ def check_keys(folder: Folder, known: Format) -> None:
         raise PeltError(findings)
 
 
-def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+def sorted_by_module(folder: Folder, known: Format) -> tuple[Modules, Modules, dict[str, str]]:
     """The names of the tensors, by module and what they are there: of modules that carry the method, and of modules
-    that were trained as a whole.
+    that were trained as a whole; and of tensors that all modules share, by what they are.
 
     Raises:
         PeltError: E433 tensors that are neither.
@@ -163,11 +168,14 @@ def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str,
     saved = folder.config.get("modules_to_save") or ()
     modules: dict[str, dict[str, str]] = {}
     whole: dict[str, dict[str, str]] = {}
+    shared: dict[str, str] = {}
     left = []
     for name in folder.tensors:
         suffix = next((s for s in known.tensors if name.endswith(f".{s}")), "")
         module, _, leaf = name.rpartition(".")
-        if suffix:
+        if name in known.shared:
+            shared[known.shared[name]] = name
+        elif suffix:
             modules.setdefault(name.removesuffix(f".{suffix}"), {})[known.tensors[suffix]] = name
         elif leaf in ("weight", "bias") and any(part in saved for part in module.split(".")):
             whole.setdefault(module, {})[leaf] = name
@@ -176,7 +184,7 @@ def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str,
     if left:
         message = f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {names(left)}"
         raise fail("E433", message, Place(str(folder.path)), "a file each of whose tensors is used once")
-    return modules, whole
+    return modules, whole, shared
 
 
 def base_of(folder: Folder, model: str | Path, whole: Mapping[str, Mapping[str, str]], talk: Talk) -> Base:
@@ -207,14 +215,17 @@ def _without(stem: str, name: str) -> str:
     return name.removeprefix(stem)
 
 
-def shift(folder: Folder, modules: list[str], base: Base) -> Reading:
+def shift(folder: Folder, modules: list[str], base: Base, others: Set[str] = frozenset()) -> Reading:
     """How the adapter's names become the model's: as they are, or with the base model's own name put before or taken
     off, where the adapter was saved on an inner or an outer model.
+
+    Args:
+        others: modules that the model has beside those in its graph.
 
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
-    held = {name.removesuffix(".weight") for name in base.parameters if name.endswith(".weight")}
+    held = {name.removesuffix(".weight") for name in base.parameters if name.endswith(".weight")} | others
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
     readings |= {f"{stem} before": stem.__add__ for stem in stems}
@@ -229,26 +240,32 @@ def shift(folder: Folder, modules: list[str], base: Base) -> Reading:
                f"it says that it is for '{folder.base[:120]}'" if folder.base else "")  # fmt: skip
 
 
-def sites_of(base: Base, module: str) -> list[Site]:
-    """The sites whose weight a torch module owns; of a fused map, all."""
-    found = [
-        site for site in base.anatomy if site.takes("linear") and site.parameters.get("weight") == f"{module}.weight"
-    ]
+NOUNS = {"linear": "linear map", "table": "table", "norm": "norm"}
+"""What a kind of site is called."""
+
+
+def sites_of(base: Base, module: str, kinds: Sequence[str]) -> list[Site]:
+    """The sites of some kinds whose weight a torch module owns; of a fused map, all."""
+    found = [s for s in base.anatomy if s.kind in kinds and s.parameters.get("weight") == f"{module}.weight"]
     if not found:
-        raise fail("E432", f"'{module}' is no linear map that modules attach to", expected="a linear map of the model")
+        what = " or ".join(NOUNS[kind] for kind in kinds)
+        raise fail("E432", f"'{module}' is no {what} that modules attach to", expected=f"a {what} of the model")
     return found
 
 
-def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
+def check_targets(folder: Folder, known: Format, base: Base, held: set[str]) -> None:
     """Whether the file has tensors of each module that the config means, and the config means each module that the file
     has tensors of: PEFT fills the former with random values and drops the latter, without a word.
 
     Raises:
         PeltError: E432.
     """
-    maps = {s.parameters["weight"].removesuffix(".weight"): s.role for s in base.anatomy if s.kind == "linear"}
-    heads = [module for module, role in maps.items() if role == "head"]
-    wanted = set(targeted(folder.config, maps, heads))
+    sites = {s.parameters["weight"].removesuffix(".weight"): s for s in base.anatomy if s.kind in known.kinds}
+    apart = [module for module, site in sites.items() if site.role == "head" or site.kind != "linear"]
+    modules = [*sites, *(sorted(owners(base) - {*sites}) if known.tied else ())]
+    wanted = set(targeted(folder.config, modules, apart))
+    if known.tied:
+        wanted, held = ({owner(base, module) for module in some} for some in (wanted, held))
     missing, left = sorted(wanted - held), sorted(held - wanted)
     for found, what in ((missing, "has no tensors of"), (left, "has tensors of, and its config does not mean,")):
         if found:
@@ -257,20 +274,31 @@ def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
 
 
 def spec_content(
-    folder: Folder, known: Format, base: Base, modules: Mapping[str, list[Site]], whole: Mapping[str, list[Site]]
+    folder: Folder,
+    known: Format,
+    base: Base,
+    parts: Modules,
+    modules: Mapping[str, list[Site]],
+    whole: Mapping[str, list[Site]],
 ) -> dict[str, Any]:
-    """The spec as plain data: modules with equal options are one attachment, or as few as say all of their sites."""
-    groups: dict[Entry, list[Site]] = {}
+    """The spec as plain data: modules with equal options are one attachment, or as few as say all of their sites. Parts
+    of a fused map are apart where modules share tensors, of which each part has its own rows."""
+    groups: dict[tuple[Entry, Rows | None], list[Site]] = {}
     for name, sites in modules.items():
-        groups.setdefault(known.entry(folder.config, name), []).extend(sites)
+        stated = known.entry(folder.config, name)
+        shapes = {parameter: folder.tensors[tensor].shape for parameter, tensor in parts[name].items()}
+        for site in sites:
+            entry = replace(stated, options=(*stated.options, *known.measured(shapes, site).items()))
+            groups.setdefault((entry, site.rows if known.shared else None), []).append(site)
     if whole:
-        groups[WHOLE] = [site for sites in whole.values() for site in sites]
+        groups[WHOLE, None] = [site for sites in whole.values() for site in sites]
     attach: list[dict[str, Any]] = []
-    for entry, sites in groups.items():
+    for (entry, _), sites in groups.items():
+        options = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.options}
         for selection in selections(sites, base.anatomy):
             count = sum(other["method"] == entry.method for other in attach)
             called = {"name": f"{entry.method}_{count + 1}"} if count else {}
-            attach.append({"method": entry.method, **called, **selection, **dict(entry.options)})
+            attach.append({"method": entry.method, **called, **selection, **options})
     model = {}
     if base.changed:
         labels = base.config.get("id2label")
@@ -281,49 +309,3 @@ def spec_content(
 def _name(path: Path) -> str:
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in path.resolve().name)
     return kept.strip("_-")[:60] or "imported"
-
-
-def filled(
-    plan: Plan,
-    known: Format,
-    sites: Mapping[str, list[Site]],
-    modules: Mapping[str, Mapping[str, str]],
-    whole: Mapping[str, Mapping[str, str]],
-    folder: Folder,
-) -> dict[str, Array]:
-    """The plan's tensors, from the modules that its sites are.
-
-    Raises:
-        PeltError: E433 a module that the plan does not have, or tensors that do not fit it; E404 values that are no
-            numbers.
-    """
-    owner = {site.key: name for name, found in sites.items() for site in found}
-    parts = {**modules, **whole}
-    tensors: dict[str, Array] = {}
-    for claim in plan.claims:
-        name = owner.pop(claim.site.key, None)
-        if name is None:
-            raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
-                       Place(str(folder.path)), hint="please report this")  # fmt: skip
-        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in parts[name].items()}
-        found = replaced(claim.site, stored) if name in whole else dict(known.parameters(stored, claim.site))
-        for parameter, tensor in claim.tensors.items():
-            value = found.pop(parameter, None)
-            if value is None or value.shape != tensor.shape:
-                what = "is missing" if value is None else f"has the shape {list(value.shape)}"
-                raise fail("E433", f"'{parameter}' of '{name}' {what}", Place(str(folder.path)),
-                           f"the shape {list(tensor.shape)}")  # fmt: skip
-            tensors[tensor.name] = np.ascontiguousarray(value)
-        if found:
-            raise fail("E433", f"'{next(iter(found))}' of '{name}' has no counterpart at {claim.site.name}",
-                       Place(str(folder.path)))  # fmt: skip
-    if owner:
-        raise fail("E433", f"the spec that was made of it leaves out {names(sorted(owner))}",
-                   Place(str(folder.path)), hint="please report this")  # fmt: skip
-    return finite(tensors, Place(str(folder.path)))
-
-
-def replaced(site: Site, stored: Mapping[str, Array]) -> dict[str, Array]:
-    """A map's own weight [O, I] and bias [O]; of a fused map, a site's own rows."""
-    turned = {n: array.T if n == "weight" and site.transposed else array for n, array in stored.items()}
-    return {name: own_rows(array, site) for name, array in turned.items()}

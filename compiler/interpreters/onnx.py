@@ -240,6 +240,9 @@ class OnnxInterpreter(NumericInterpreter):
     def on_norm2(self, x: Any, axis: int) -> Any:
         return self.emitter.node("ReduceL2", [self.value(x), self.emitter.integers([axis])], {"keepdims": 1})
 
+    def on_upper(self, x: Any) -> Any:
+        return self.emitter.node("Trilu", [self.value(x), self.emitter.constant(np.array(1))], {"upper": 1})
+
     # layout
 
     def on_transpose(self, x: Any) -> Any:

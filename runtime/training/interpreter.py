@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peltc.compiler.interpreters.numeric import EPSILON, HIDDEN, PASSING, OneHot, looked_up
+from peltc.compiler.interpreters.numeric import EPSILON, HIDDEN, PASSING, OneHot, butterfly_order, looked_up
 from peltc.spec.formula.interpreter import FormulaError, Interpreter
 
 Tensor = torch.Tensor
@@ -100,6 +100,20 @@ def _block_diagonal(x: Tensor) -> Tensor:
     return result
 
 
+def _butterfly(x: Tensor) -> Tensor:
+    product = torch.eye(x.shape[1] * x.shape[2], dtype=x.dtype, device=x.device)
+    for level, blocks in enumerate(x):
+        order = torch.from_numpy(butterfly_order(len(product), x.shape[2], level)).to(x.device)
+        product = _block_diagonal(blocks)[order][:, order] @ product
+    return product
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    q, r = torch.linalg.qr(x.double())
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return (q * signs[..., None, :]).to(x.dtype)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
@@ -138,7 +152,8 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight, bias: F.linear(x, weight, bias),
     "einsum": lambda operands, equation: torch.einsum(equation, *operands),
     "kron": lambda a, b: torch.kron(a, b), "inverse": lambda x: torch.linalg.inv(x), "skew": _skew,
-    "block_diagonal": lambda x: _block_diagonal(x),
+    "block_diagonal": lambda x: _block_diagonal(x), "butterfly": _butterfly, "orthonormal": _orthonormal,
+    "upper": lambda x: torch.triu(x, 1),
     "norm2": lambda x, axis: torch.linalg.vector_norm(x, dim=axis, keepdim=True),
     **{name: partial(_apply, f) for name, f in _ACTIVATION.items()},
     "activation": lambda x, name: _ACTIVATION[name](x),

@@ -101,6 +101,12 @@ _TABLE = [
     _function("skew", "skew-symmetric matrices: vectors [..., n(n-1)/2] above the diagonal, in row order",
               "[..., n, n]", "x", "n"),
     _function("block_diagonal", "a matrix with the K blocks of x [K, A, B] on its diagonal", "[K*A, K*B]", "x"),
+    _function("butterfly", "the product of M factors, the last one leftmost: each a matrix with K blocks on its diagonal,"
+              " whose rows and columns are permuted so that from factor to factor the halves of blocks that meet lie"
+              " twice as far apart; x [M, K, A, A]", "[K*A, K*A]", "x"),
+    _function("upper", "what lies above the diagonal of x [..., N, N], zeros elsewhere", SAME, "x"),
+    _function("orthonormal", "the columns of x [..., M, N] made orthogonal to those before them and of length 1, by"
+              " Gram-Schmidt; M is at least N", SAME, "x"),
     _function("norm2", "Euclidean norm along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
     # elementwise
     *(_function(name, doc, SAME, "x") for name, doc in [
@@ -151,5 +157,7 @@ FUNCTIONS: dict[str, Function] = {function.name: function for function in _TABLE
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity")
 
-COMPILE_TIME = frozenset({"kron", "inverse", "skew", "block_diagonal", "reshape", "choose", "top_k_mask"})
+COMPILE_TIME = frozenset(
+    {"kron", "inverse", "skew", "block_diagonal", "butterfly", "orthonormal", "reshape", "choose", "top_k_mask"}
+)
 """Functions of tensors known at compile time only: the deployed graph has no form for them."""

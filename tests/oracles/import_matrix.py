@@ -37,6 +37,15 @@ INSIDE = {"bert": ["output.dense"], "gpt2": ["mlp.c_proj"], "llama": ["down_proj
 TASKS = {
     "bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "qwen3_moe": "CAUSAL_LM",
 }  # fmt: skip
+NORMS = {
+    "bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_2", "ln_f"], "llama": ["input_layernorm", "norm"],
+    "t5": ["layer_norm", "final_layer_norm"], "qwen3_moe": ["post_attention_layernorm", "norm"],
+}  # fmt: skip
+WHERE: dict[Any, dict[str, list[str] | None]] = {
+    peft.LNTuningConfig: NORMS,
+    peft.TrainableTokensConfig: dict.fromkeys(MAPS),  # PEFT finds the table itself
+}
+"""The modules of methods that other modules carry than `MAPS`."""
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     # name: PEFT's config, and its settings on every architecture
     "LoRA": (peft.LoraConfig, {"r": 4, "lora_alpha": 12}),
@@ -44,10 +53,22 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "(IA)³": (peft.IA3Config, {}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 7}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+    "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 12, "total_step": 10}),
+    "LoKr": (peft.LoKrConfig, {"r": 2, "alpha": 7}),
+    "VeRA": (peft.VeraConfig, {"r": 6}),
+    "BOFT": (peft.BOFTConfig, {"boft_block_size": 8}),
+    "HRA": (peft.HRAConfig, {"r": 5}),
+    "MiSS": (peft.MissConfig, {"r": 6}),
+    "HiRA": (peft.HiraConfig, {"r": 4}),
+    "BEFT": (peft.BeftConfig, {}),
+    "norms": (peft.LNTuningConfig, {}),
+    "tokens": (peft.TrainableTokensConfig, {"token_indices": [9, 4, 5]}),
 }
+ABOUT_ONE = ("magnitude", "ia3", "boft_s", "ln_tuning")
+"""What the names of parameters have in them that scale something, and start at one."""
 WITHOUT: dict[tuple[str, str], str] = {
     ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
-    ("OFT", "gpt2"): "PEFT has none for `Conv1D`",
+    **{(method, "gpt2"): "PEFT has none for `Conv1D`" for method in ("OFT", "LoKr", "BOFT", "HRA", "MiSS", "BEFT")},
 }
 """What PEFT itself has not, with the reason."""
 
@@ -73,7 +94,7 @@ def written(
         for name, parameter in live.named_parameters():
             if parameter.requires_grad:
                 change = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter + change if "magnitude" in name or "ia3" in name else change)
+                parameter.copy_(parameter + change if any(word in name for word in ABOUT_ONE) else change)
         live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
         again = getattr(transformers, architecture).from_pretrained(base)
         answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
@@ -87,7 +108,13 @@ def cell(method: str, family: str, base: Path, folder: Path) -> dict[str, float]
 
     kind, settings = METHODS[method]
     inside = {"feedforward_modules": INSIDE[family]} if kind is peft.IA3Config else {}
-    settings = {"kind": kind, "target_modules": MAPS[family], "task_type": TASKS[family], **inside, **settings}
+    settings = {
+        "kind": kind,
+        "target_modules": WHERE.get(kind, MAPS)[family],
+        "task_type": TASKS[family],
+        **inside,
+        **settings,
+    }
     expected, given = written(family, settings, base, folder / "adapter")
     errors = {}
     for mode in ("fold", "static"):

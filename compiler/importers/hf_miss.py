@@ -1,0 +1,66 @@
+"""MiSS as Hugging Face PEFT stores it: one block for each module, whose mode is that of its start values.
+
+ΔW = [D, D, ...]ᵀ        D [r, O], the last of them cut; with `mini`, D repeats a block of `mini_r` columns
+W'ᵢⱼ = Wᵢⱼ + Wᵢⱼ Bᵢ + Bᵢ        with `bat`, for blocks of r by r
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peltc.compiler.importers.formats import (
+    COMMON,
+    NUMBER,
+    RANK,
+    TARGETS,
+    Array,
+    Config,
+    Entry,
+    Format,
+    own_rows,
+    whole_blocks,
+)
+from peltc.compiler.survey.anatomy import Site
+from peltc.spec.diagnostics import fail
+
+
+def entry(config: Config, module: str) -> Entry:
+    """The method of the mode, the rank, and the columns of the block where they are fewer than the outputs."""
+    mode, rank = config.get("init_weights", True), config.get("r", 64)
+    if mode == "bat":
+        return Entry("bat", (("r", rank),))
+    width = (("width", config.get("mini_r", 1)),) if mode == "mini" else ()
+    dropout = (("dropout", config["miss_dropout"]),) if config.get("miss_dropout") else ()
+    return Entry("miss", (("r", rank), *width, *dropout))
+
+
+def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
+    """D [r, O] or its first columns, or B [O / r, r, r]; of a fused map, a site's own columns, or blocks of rows.
+
+    Raises:
+        PeltError: E431 a part of a fused map that owns parts of blocks.
+    """
+    found = tensors.get("block")
+    if found is None or site.rows is None or found.ndim not in (2, 3):
+        return dict(tensors)
+    if found.ndim == 2 and found.shape[1] > max(stop for _, stop in site.rows) - 1:
+        return {"block": own_rows(found.T, site).T}
+    size = found.shape[1]  # of a block of rows, or after how many outputs the columns repeat
+    own = whole_blocks(site, size) if size else None
+    if own is None:
+        raise fail("E431", f"{site.name} is a part of a fused map, and the blocks of {size} rows over the whole map do"
+                   " not end where it ends")  # fmt: skip
+    return {"block": found[own] if found.ndim == 3 and max(own) < len(found) else found}
+
+
+MISS = Format(
+    kind="MISS",
+    tensors={"miss_block": "block"},
+    read={**TARGETS, "r": RANK, "mini_r": RANK, "miss_dropout": NUMBER,
+          "init_weights": {"enum": [True, False, None, "bat", "mini"]}},
+    inert=COMMON,
+    refused={},
+    only={"bias": (("none",), "biases that are trained beside have no place in `miss`")},
+    entry=entry,
+    parameters=parameters,
+)  # fmt: skip

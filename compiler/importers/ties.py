@@ -1,0 +1,68 @@
+"""Modules whose weights are one tensor in the model, as a head's and a table's: an adapter may hold its values once for
+each of them, and they are read once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from peltc.compiler.base.base import Base
+from peltc.compiler.importers.folder import Folder
+from peltc.compiler.survey.anatomy import Site
+from peltc.spec.diagnostics import Place, fail
+
+Modules = Mapping[str, Mapping[str, str]]
+"""Names of tensors, by module and what they are there."""
+WRAPPED = ".base_layer"
+"""What PEFT puts after the name of a module that it wraps twice."""
+
+
+def owner(base: Base, module: str) -> str:
+    """The name under which the checkpoint holds a module's weight: one for all modules that are tied."""
+    found = base.parameters.get(f"{module}.weight")
+    return found.stored.removesuffix(".weight") if found is not None and found.stored else module
+
+
+def owners(base: Base) -> set[str]:
+    """The names of the weights that are several parameters, which the graph itself may not know."""
+    count = Counter(parameter.stored for parameter in base.parameters.values() if parameter.stored)
+    return {stored.removesuffix(".weight") for stored, parameters in count.items() if parameters > 1}
+
+
+def merged(modules: Modules, names: Mapping[str, str], base: Base, folder: Folder) -> dict[str, Mapping[str, str]]:
+    """One module in place of all that are tied: a table where one of them is.
+
+    Args:
+        names: the modules' names in the model.
+
+    Raises:
+        PeltError: E433 modules that are tied and have different values.
+    """
+    groups: dict[str, list[str]] = {}
+    for module in modules:
+        groups.setdefault(owner(base, names[module]), []).append(module)
+    maps = {site.parameters["weight"] for site in base.anatomy if site.kind == "linear"}
+    kept: dict[str, Mapping[str, str]] = {}
+    for group in groups.values():
+        one = next((module for module in group if f"{names[module]}.weight" not in maps), group[0])
+        kept[one] = modules[one]
+        for module in group:
+            if _values(folder, modules[module]) != _values(folder, modules[one]):
+                raise fail("E433", f"'{module}' and '{one}' are one tensor in the model, and have different values",
+                           Place(str(folder.path)), "the same values for all that is tied")  # fmt: skip
+    return kept
+
+
+def _values(folder: Folder, tensors: Mapping[str, str]) -> dict[str, bytes]:
+    return {parameter: folder.tensors[name].array().tobytes() for parameter, name in tensors.items()}
+
+
+def tied_sites(base: Base, module: str) -> list[Site]:
+    """The tables that a module's weight is; where it is none, the map that it is."""
+    maps = [s for s in base.anatomy if s.kind == "linear" and s.parameters["weight"] == f"{module}.weight"]
+    return maps or [
+        site
+        for site in base.anatomy
+        if site.kind == "table"
+        and owner(base, site.parameters["weight"].removesuffix(".weight")) == owner(base, module)
+    ]
