@@ -1,4 +1,4 @@
-"""A plan's tensors from an adapter's: those of each module go to the sites that it is, and what does not fit is named."""
+"""A plan's tensors from an adapter's: those of each module go to the sites that it is; what does not fit is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainable tokens as Hugging Face PEFT stores them: single rows of a table, in the order in which the config lists them.
+"""Trainable tokens as Hugging Face PEFT stores them: single rows of a table, in the order in which they are listed.
 
 A head that is the same tensor as the table changes with it. The file holds the rows once more for the head, and for
 whatever else is tied.

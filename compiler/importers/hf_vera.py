@@ -24,6 +24,10 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
     return {name: own_rows(array, site) if name in ("B", "b_scale") else array for name, array in tensors.items()}
 
 
+OUTSIDE = (
+    "its random matrices are not in the file; load it where it was trained, and save it again with"
+    " `save_projection=True`"
+)
 VERA = Format(
     kind="VERA",
     tensors={"vera_lambda_d": "d", "vera_lambda_b": "b_scale"},
@@ -33,9 +37,8 @@ VERA = Format(
     refused={},
     only={
         "bias": (("none",), "biases that are trained beside have no place in `vera`"),
-        "save_projection": ((True,), "its random matrices are not in the file; load it where it was trained, and save it"
-                            " again with `save_projection=True`"),
+        "save_projection": ((True,), OUTSIDE),
     },
     entry=entry,
     parameters=parameters,
-)  # fmt: skip
+)

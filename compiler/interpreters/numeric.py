@@ -139,8 +139,8 @@ def butterfly(x: Array) -> Array:
 
 
 def butterfly_order(size: int, block: int, level: int) -> Array:
-    """Which row of a block-diagonal matrix each row of a factor of a butterfly product is: among 2 · 2ˡ halves of blocks,
-    those with even numbers come first."""
+    """Which row of a block-diagonal matrix each row of a factor of a butterfly product is: of the 2 · 2ˡ halves in
+    a row, those with even numbers come first."""
     if not level:
         return np.arange(size)
     return np.arange(size).reshape(-1, 2**level, 2, block // 2).swapaxes(1, 2).reshape(-1)

@@ -101,9 +101,9 @@ _TABLE = [
     _function("skew", "skew-symmetric matrices: vectors [..., n(n-1)/2] above the diagonal, in row order",
               "[..., n, n]", "x", "n"),
     _function("block_diagonal", "a matrix with the K blocks of x [K, A, B] on its diagonal", "[K*A, K*B]", "x"),
-    _function("butterfly", "the product of M factors, the last one leftmost: each a matrix with K blocks on its diagonal,"
-              " whose rows and columns are permuted so that from factor to factor the halves of blocks that meet lie"
-              " twice as far apart; x [M, K, A, A]", "[K*A, K*A]", "x"),
+    _function("butterfly", "the product of M factors, the last one leftmost: each has K blocks of x [M, K, A, A] on its"
+              " diagonal, and from factor to factor the halves of blocks that meet lie twice as far apart",
+              "[K*A, K*A]", "x"),
     _function("upper", "what lies above the diagonal of x [..., N, N], zeros elsewhere", SAME, "x"),
     _function("orthonormal", "the columns of x [..., M, N] made orthogonal to those before them and of length 1, by"
               " Gram-Schmidt; M is at least N", SAME, "x"),

@@ -62,7 +62,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "HiRA": (peft.HiraConfig, {"r": 4}),
     "BEFT": (peft.BeftConfig, {}),
     "norms": (peft.LNTuningConfig, {}),
-    "tokens": (peft.TrainableTokensConfig, {"token_indices": [9, 4, 5]}),
+    "tokens": (peft.TrainableTokensConfig, {"token_indices": [9, 3, 5]}),
 }
 ABOUT_ONE = ("magnitude", "ia3", "boft_s", "ln_tuning")
 """What the names of parameters have in them that scale something, and start at one."""
@@ -79,7 +79,8 @@ def written(
     """Save an adapter with random weights; what PEFT's model answers once it is loaded again, and to what.
 
     Args:
-        settings: the config's, and its class as `kind`; LoRA's where absent.
+        settings: the config's, its class as `kind`, LoRA's where absent, and as `trained` what training does to the
+            model beside changing its parameters.
     """
     architecture = json.loads((base / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, architecture).from_pretrained(base).eval()
@@ -89,12 +90,14 @@ def written(
     with torch.no_grad():
         bare = model(**given).logits.numpy()
         kind = settings.get("kind", peft.LoraConfig)
-        live: Any = peft.get_peft_model(model, kind(**{n: v for n, v in settings.items() if n != "kind"})).eval()
+        keys = {name: value for name, value in settings.items() if name not in ("kind", "trained")}
+        live: Any = peft.get_peft_model(model, kind(**keys)).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in live.named_parameters():
             if parameter.requires_grad:
                 change = 0.2 * torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(parameter + change if any(word in name for word in ABOUT_ONE) else change)
+        settings.get("trained", lambda live: None)(live)
         live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
         again = getattr(transformers, architecture).from_pretrained(base)
         answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
@@ -108,13 +111,8 @@ def cell(method: str, family: str, base: Path, folder: Path) -> dict[str, float]
 
     kind, settings = METHODS[method]
     inside = {"feedforward_modules": INSIDE[family]} if kind is peft.IA3Config else {}
-    settings = {
-        "kind": kind,
-        "target_modules": WHERE.get(kind, MAPS)[family],
-        "task_type": TASKS[family],
-        **inside,
-        **settings,
-    }
+    where = {"target_modules": WHERE.get(kind, MAPS)[family], "task_type": TASKS[family]}
+    settings = {"kind": kind, **where, **inside, **settings}
     expected, given = written(family, settings, base, folder / "adapter")
     errors = {}
     for mode in ("fold", "static"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,24 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
+
+
+def pruned(live: Any) -> None:
+    """What AdaLoRA's schedule leaves: of the first module nothing, of the second the ranks 0 and 2."""
+    names = [name for name, _ in live.base_model.model.named_parameters() if ".lora_E." in name]
+    masks = [[False] * 4, [True, False, True, False]]
+    live.peft_config["default"].rank_pattern = dict(zip(names, masks, strict=False))
+
+
+@pytest.fixture(autouse=True)
+def butterflies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT takes one factor where it cannot compile its kernel for CUDA, which puts blocks on diagonals: so does
+    torch."""
+    layer = peft.tuners.boft.layer
+    monkeypatch.setattr(layer, "_FBD_CUDA", True)
+    stacked = SimpleNamespace(apply=lambda x: torch.stack([torch.block_diag(*blocks) for blocks in x]))
+    monkeypatch.setattr(layer, "FastBlockDiag", stacked)
+
 
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     # name: the model, the config, and how many attachments the spec has
@@ -67,6 +86,70 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "rotations": ("llama", {"kind": peft.OFTConfig, "target_modules": ["q_proj", "down_proj"], "oft_block_size": 8}, 1),
     "exact rotations": ("bert", {"kind": peft.OFTConfig, "target_modules": QV, "oft_block_size": 4,
                                  "use_cayley_neumann": False}, 1),
+    "singular values": ("bert", {"kind": peft.AdaLoraConfig, "target_modules": QV, "init_r": 4, "lora_alpha": 12,
+                                 "r": 2, "total_step": 9, "lora_dropout": 0.1, "use_rslora": True}, 1),
+    "ranks that were pruned": ("llama", {"kind": peft.AdaLoraConfig, "target_modules": ["q_proj", "k_proj"], "init_r": 4,
+                                         "lora_alpha": 12, "total_step": 9, "trained": pruned}, 3),
+    "pruned ranks for an alpha": ("gpt2", {"kind": peft.AdaLoraConfig, "target_modules": ["c_attn"], "init_r": 4,
+                                           "lora_alpha": 0, "total_step": 9, "fan_in_fan_out": True,
+                                           "trained": pruned}, 2),
+    "Kronecker products": ("bert", {"kind": peft.LoKrConfig, "target_modules": [*QV, "output.dense"], "r": 2, "alpha": 7,
+                                    "rank_dropout": 0.1, "rank_dropout_scale": True, "module_dropout": 0.1}, 2),
+    "both factors of low rank": ("llama", {"kind": peft.LoKrConfig, "target_modules": ["q_proj", "up_proj"], "r": 1,
+                                           "alpha": 3, "decompose_both": True}, 2),
+    "a full large factor": ("bert", {"kind": peft.LoKrConfig, "target_modules": QV, "r": 8, "alpha": 4,
+                                     "rank_pattern": {"value": 5}, "alpha_pattern": {"value": 9}}, 2),
+    "uneven factors": ("t5", {"kind": peft.LoKrConfig, "target_modules": ["q", "wi"], "r": 3, "alpha": 5,
+                              "decompose_factor": 2, "task_type": PAIR}, 1),
+    "Kronecker products on fused maps": ("phi3", {"kind": peft.LoKrConfig, "r": 2, "alpha": 7,
+                                                  "target_modules": ["qkv_proj", "gate_up_proj"]}, 3),
+    "random matrices": ("llama", {"kind": peft.VeraConfig, "target_modules": ["q_proj", "v_proj", "down_proj"], "r": 6,
+                                  "vera_dropout": 0.1}, 1),
+    "random matrices on fused maps": ("phi3", {"kind": peft.VeraConfig, "target_modules": ["qkv_proj", "down_proj"],
+                                               "r": 6}, 4),
+    "random matrices in some layers": ("gpt2", {"kind": peft.VeraConfig, "target_modules": ["c_attn", "c_fc"], "r": 6,
+                                                "layers_to_transform": [1], "fan_in_fan_out": True}, 4),
+    "so many blocks": ("bert", {"kind": peft.BOFTConfig, "target_modules": QV, "boft_block_size": 0,
+                                "boft_block_num": 2, "boft_dropout": 0.1}, 1),
+    "blocks that differ": ("llama", {"kind": peft.BOFTConfig, "target_modules": ["q_proj", "down_proj"],
+                                     "boft_block_size": 0, "boft_block_num": 4}, 2),
+    "butterflies": ("llama", {"kind": peft.BOFTConfig, "target_modules": ["q_proj", "down_proj"], "boft_block_size": 4,
+                              "boft_n_butterfly_factor": 2}, 1),
+    "butterflies of three factors": ("phi3", {"kind": peft.BOFTConfig, "target_modules": ["qkv_proj", "down_proj"],
+                                              "boft_block_size": 2, "boft_n_butterfly_factor": 4}, 1),
+    "reflections": ("bert", {"kind": peft.HRAConfig, "target_modules": [*QV, "output.dense"], "r": 7}, 1),
+    "orthogonal directions": ("phi3", {"kind": peft.HRAConfig, "target_modules": ["qkv_proj", "down_proj"], "r": 6,
+                                       "apply_GS": True}, 1),
+    "reflections on fused maps": ("phi3", {"kind": peft.HRAConfig, "target_modules": ["gate_up_proj"], "r": 1}, 1),
+    "shards": ("bert", {"kind": peft.MissConfig, "target_modules": QV, "r": 8, "miss_dropout": 0.1}, 1),
+    "uneven shards on fused maps": ("phi3", {"kind": peft.MissConfig, "target_modules": ["qkv_proj", "down_proj"],
+                                             "r": 7}, 1),
+    "blocks of the weight": ("llama", {"kind": peft.MissConfig, "target_modules": ["q_proj", "v_proj", "down_proj"],
+                                       "r": 8, "init_weights": "bat"}, 1),
+    "blocks of a fused weight": ("phi3", {"kind": peft.MissConfig, "target_modules": ["qkv_proj"], "r": 4,
+                                          "init_weights": "bat"}, 1),
+    "columns that repeat": ("t5", {"kind": peft.MissConfig, "target_modules": ["q", "wo"], "r": 5, "mini_r": 8,
+                                   "init_weights": "mini", "task_type": PAIR}, 1),
+    "columns that repeat on a fused map": ("phi3", {"kind": peft.MissConfig, "target_modules": ["qkv_proj"], "r": 5,
+                                                    "mini_r": 8, "init_weights": "mini"}, 1),
+    "products with the weight": ("gpt2", {"kind": peft.HiraConfig, "target_modules": ["c_attn", "mlp.c_proj"], "r": 4,
+                                          "hira_dropout": 0.1, "fan_in_fan_out": True,
+                                          "rank_pattern": {"c_proj": 2}}, 2),
+    "biases": ("phi3", {"kind": peft.BeftConfig, "target_modules": ["qkv_proj", "o_proj"]}, 1),
+    "all norms": ("bert", {"kind": peft.LNTuningConfig, "target_modules": ["LayerNorm"], "task_type": SEQ,
+                           "modules_to_save": ["classifier"]}, 2),
+    "the norms of one layer": ("llama", {"kind": peft.LNTuningConfig, "target_modules": r".*1\.input_layernorm"}, 1),
+    "one of two last norms": ("t5", {"kind": peft.LNTuningConfig, "target_modules": r"encoder\.final.*",
+                                     "task_type": PAIR}, 1),
+    "tokens of a tied table": ("llama-tied", {"kind": peft.TrainableTokensConfig, "token_indices": [7, 3, 4, 5]}, 1),
+    "tokens of a table and its head": (
+        "llama-tied", {"kind": peft.TrainableTokensConfig, "token_indices": [50, 4],
+                       "target_modules": ["embed_tokens", "lm_head"]}, 1),
+    "outputs of a tied head": ("llama-tied", {"kind": peft.TrainableTokensConfig, "token_indices": [50, 4],
+                                              "target_modules": ["lm_head"]}, 1),
+    "tokens and outputs": ("llama", {"kind": peft.TrainableTokensConfig, "token_indices": [5, 4],
+                                     "target_modules": ["embed_tokens", "lm_head"]}, 1),
+    "positions": ("gpt2", {"kind": peft.TrainableTokensConfig, "token_indices": [1, 0], "target_modules": ["wpe"]}, 1),
     "both stacks": ("t5", {"target_modules": ["q", "wo"], "task_type": PAIR, "layers_to_transform": 1}, 1),
 }  # fmt: skip
 
