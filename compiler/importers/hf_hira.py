@@ -1,20 +1,39 @@
 """HiRA as Hugging Face PEFT stores it.
 
 W' = W + W ⊙ (B A)
+
+The rank stands in the shapes of the tensors: the config may have a `rank_pattern`, which PEFT does not follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from peltc.compiler.importers.formats import COMMON, RANK, TARGETS, Array, Config, Entry, Format, own_rows, patterns_of
-from peltc.compiler.importers.targets import patterned
+from peltc.compiler.importers.formats import (
+    COMMON,
+    RANK,
+    TARGETS,
+    Array,
+    Config,
+    Entry,
+    Format,
+    Shapes,
+    own_rows,
+    patterns_of,
+)
 from peltc.compiler.survey.anatomy import Site
 
 
 def entry(config: Config, module: str) -> Entry:
-    """The rank at a module."""
-    return Entry("hira", (("r", patterned(config.get("rank_pattern"), module, config.get("r", 32))),))
+    """The method; its rank is in the tensors' shapes."""
+    return Entry("hira")
+
+
+def measured(shapes: Shapes, site: Site) -> dict[str, Any]:
+    """The rank, of A [r, I]."""
+    found = shapes.get("A", ())
+    return {"r": found[0]} if found and found[0] else {}
 
 
 def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
@@ -31,4 +50,5 @@ HIRA = Format(
     only={},
     entry=entry,
     parameters=parameters,
+    measured=measured,
 )

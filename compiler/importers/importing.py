@@ -30,7 +30,7 @@ from peltc.compiler.importers.formats import Array, Entry, Format, is_off
 from peltc.compiler.importers.hf_peft import FORMATS, WHOLE
 from peltc.compiler.importers.selectors import selections
 from peltc.compiler.importers.targets import targeted
-from peltc.compiler.importers.ties import WRAPPED, Modules, merged, owner, owners, tied_sites
+from peltc.compiler.importers.ties import Modules, merged, owner, owners, tied_sites
 from peltc.compiler.plan.planner import make_plan
 from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
@@ -104,9 +104,8 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
         raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
     modules, whole, shared = sorted_by_module(folder, known)
     base = base_of(folder, named, whole, talk)
-    own = {name: name.removesuffix(WRAPPED) if known.tied else name for name in (*modules, *whole)}
-    stem = shift(folder, list(own.values()), base, owners(base) if known.tied else set())
-    called = {name: stem(one) for name, one in own.items()}
+    stem = shift(folder, [*modules, *whole], base, owners(base) if known.tied else set())
+    called = {name: stem(name) for name in (*modules, *whole)}
     check_targets(folder, known, base, {called[name] for name in modules})
     if known.tied:
         modules = merged(modules, called, base, folder)

@@ -13,8 +13,6 @@ from peltc.spec.diagnostics import Place, fail
 
 Modules = Mapping[str, Mapping[str, str]]
 """Names of tensors, by module and what they are there."""
-WRAPPED = ".base_layer"
-"""What PEFT puts after the name of a module that it wraps twice."""
 
 
 def owner(base: Base, module: str) -> str:

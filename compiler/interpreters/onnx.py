@@ -254,6 +254,11 @@ class OnnxInterpreter(NumericInterpreter):
             found.shape = ir.Shape([value.shape[axis] for axis in axes])
         return found
 
+    def on_reshape(self, x: Any, shape: list[int]) -> Any:
+        found = self.emitter.node("Reshape", [self.value(x), self.emitter.integers(shape)])
+        found.shape = ir.Shape(shape)
+        return found
+
     def on_permute(self, x: Any, axes: list[int]) -> Any:
         return self.emitter.node("Transpose", [self.value(x)], {"perm": axes})
 

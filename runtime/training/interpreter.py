@@ -151,7 +151,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "divide": lambda a, b: a / b, "power": lambda a, b: a**b, "negate": lambda x: -x, "matmul": lambda a, b: a @ b,
     "linear": lambda x, weight, bias: F.linear(x, weight, bias),
     "einsum": lambda operands, equation: torch.einsum(equation, *operands),
-    "kron": lambda a, b: torch.kron(a, b), "inverse": lambda x: torch.linalg.inv(x), "skew": _skew,
+    "kron": lambda a, b: torch.kron(a.contiguous(), b.contiguous()), "inverse": lambda x: torch.linalg.inv(x), "skew": _skew,
     "block_diagonal": lambda x: _block_diagonal(x), "butterfly": _butterfly, "orthonormal": _orthonormal,
     "upper": lambda x: torch.triu(x, 1),
     "norm2": lambda x, axis: torch.linalg.vector_norm(x, dim=axis, keepdim=True),
