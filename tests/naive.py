@@ -156,6 +156,26 @@ def _skew(x: Tensor, n: int) -> Tensor:
     return full
 
 
+def _butterfly(x: Tensor) -> Tensor:
+    product = torch.eye(x.shape[1] * x.shape[2])
+    for level, blocks in enumerate(x):
+        order = torch.arange(len(product))
+        if level:
+            order = torch.cat([torch.cat([half for part in (0, 1) for half in run.split(x.shape[2] // 2)[part::2]])
+                               for run in order.split(x.shape[2] * 2**level)])  # fmt: skip
+        product = torch.block_diag(*blocks)[order][:, order] @ product
+    return product
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    columns: list[Tensor] = []
+    for column in x.unbind(-1):
+        for other in columns:
+            column = column - (other * column).sum(-1, keepdim=True) * other
+        columns.append(column / (column * column).sum(-1, keepdim=True).sqrt())
+    return torch.stack(columns, -1)
+
+
 def _top_k(z: Tensor, k: int) -> Tensor:
     order = z.argsort(dim=-1, descending=True, stable=True)[..., :k]
     return torch.zeros_like(z).scatter(-1, order, 1.0)
@@ -173,6 +193,7 @@ FUNCTIONS: dict[str, Any] = {
     "einsum": lambda equation, *operands: torch.einsum(equation, *operands),
     "kron": torch.kron, "inverse": torch.linalg.inv, "eye": torch.eye, "skew": _skew,
     "block_diagonal": lambda x: torch.block_diag(*x),
+    "upper": lambda x: x * torch.ones_like(x).triu(1), "butterfly": _butterfly, "orthonormal": _orthonormal,
     "norm2": lambda x, axis=-1: (x * x).sum(axis, keepdim=True).sqrt(),
     "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "abs": torch.abs,
     "softmax": lambda x, axis=-1: x.softmax(axis), "detach": lambda x: x, "dropout": lambda x, p: x,

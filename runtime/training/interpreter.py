@@ -101,7 +101,7 @@ def _block_diagonal(x: Tensor) -> Tensor:
 
 
 def _butterfly(x: Tensor) -> Tensor:
-    product = torch.eye(x.shape[1] * x.shape[2], dtype=x.dtype, device=x.device)
+    product: Tensor = torch.eye(x.shape[1] * x.shape[2], dtype=x.dtype, device=x.device)
     for level, blocks in enumerate(x):
         order = torch.from_numpy(butterfly_order(len(product), x.shape[2], level)).to(x.device)
         product = _block_diagonal(blocks)[order][:, order] @ product
@@ -111,7 +111,8 @@ def _butterfly(x: Tensor) -> Tensor:
 def _orthonormal(x: Tensor) -> Tensor:
     q, r = torch.linalg.qr(x.double())
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    return (q * signs[..., None, :]).to(x.dtype)
+    columns: Tensor = q * signs[..., None, :]
+    return columns.to(x.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -151,8 +152,8 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "divide": lambda a, b: a / b, "power": lambda a, b: a**b, "negate": lambda x: -x, "matmul": lambda a, b: a @ b,
     "linear": lambda x, weight, bias: F.linear(x, weight, bias),
     "einsum": lambda operands, equation: torch.einsum(equation, *operands),
-    "kron": lambda a, b: torch.kron(a.contiguous(), b.contiguous()), "inverse": lambda x: torch.linalg.inv(x), "skew": _skew,
-    "block_diagonal": lambda x: _block_diagonal(x), "butterfly": _butterfly, "orthonormal": _orthonormal,
+    "kron": lambda a, b: torch.kron(a.contiguous(), b.contiguous()), "inverse": lambda x: torch.linalg.inv(x),
+    "skew": _skew, "block_diagonal": lambda x: _block_diagonal(x), "butterfly": _butterfly, "orthonormal": _orthonormal,
     "upper": lambda x: torch.triu(x, 1),
     "norm2": lambda x, axis: torch.linalg.vector_norm(x, dim=axis, keepdim=True),
     **{name: partial(_apply, f) for name, f in _ACTIVATION.items()},

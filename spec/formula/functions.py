@@ -160,4 +160,5 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity
 COMPILE_TIME = frozenset(
     {"kron", "inverse", "skew", "block_diagonal", "butterfly", "orthonormal", "reshape", "choose", "top_k_mask"}
 )
-"""Functions of tensors known at compile time only: the deployed graph has no form for them."""
+"""Functions of tensors whose sizes are known at compile time: none of them takes what depends on the input, and of all
+but `reshape`, which also takes a weight that stays in the graph, the deployed graph has no form."""

@@ -113,7 +113,7 @@ class TypologyInterpreter(Interpreter[Flow]):
                 return scaled_by(value, constant)
             ways = [Way.MAP] if constant.own else []
             return both.through(*ways, gate="" if constant.own else value.gate, scaled=constant.scaled)
-        if name != "einsum" and factors[0].bent:
+        if name != "einsum" and factors[0].bent and not factors[1].bent:  # two that networks wrote make a product
             return replace(both.being(Part.NETWORK), went=both.went - {Way.MAP})
         if name == "kron" or (name == "einsum" and _outer(arguments["equation"])):
             both = both.being(Part.KRONECKER)

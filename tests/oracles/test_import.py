@@ -95,7 +95,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
                                            "lora_alpha": 0, "total_step": 9, "fan_in_fan_out": True,
                                            "trained": pruned}, 2),
     "Kronecker products": ("bert", {"kind": peft.LoKrConfig, "target_modules": [*QV, "output.dense"], "r": 2,
-                                    "alpha": 7, "rank_dropout": 0.1, "rank_dropout_scale": True, "module_dropout": 0.1}, 2),
+                                    "alpha": 7, "rank_dropout": 0.1, "rank_dropout_scale": True,
+                                    "module_dropout": 0.1}, 2),
     "both factors of low rank": ("llama", {"kind": peft.LoKrConfig, "target_modules": ["q_proj", "up_proj"], "r": 1,
                                            "alpha": 3, "decompose_both": True}, 2),
     "a full large factor": ("bert", {"kind": peft.LoKrConfig, "target_modules": QV, "r": 8, "alpha": 4,
@@ -243,7 +244,7 @@ def test_keys_that_change_the_function_are_refused_by_name(key: str, adapter: Pa
         ({"target_modules": ["query"]}, "E432 the adapter has tensors of, and its config does not mean, 2 modules"),
         ({"modules_to_save": None}, "E433 2 of the 10 tensors are no part of LORA: 'classifier.bias'"),
         ({"r": 2}, r"E433 'A' of '.*' has the shape \[8, 32\]"),
-        ({"peft_type": "BOFT"}, "E431 adapters of PEFT's method BOFT are not imported yet"),
+        ({"peft_type": "POLY"}, "E431 adapters of PEFT's method POLY are not imported yet"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str, adapter: Path, model_folder: Folder) -> None:
@@ -251,6 +252,75 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str, adapte
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(PeltError, match=words):
         import_adapter(adapter, model_folder("bert"))
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    # name: the model, the settings, what is changed in the config, and what is said
+    "random matrices that were not saved": (
+        "bert", {"kind": peft.VeraConfig, "target_modules": QV, "r": 4, "save_projection": False}, {},
+        "E431 'save_projection' is False(.|\n)*save it again with `save_projection=True`"),
+    "random matrices of another rank": (
+        "bert", {"kind": peft.VeraConfig, "target_modules": QV, "r": 4}, {"r": 3}, r"E433 '.*' of '.*' has the shape"),
+    "biases beside": ("bert", {"kind": peft.VeraConfig, "target_modules": QV, "r": 4}, {"bias": "all"},
+                      "E431 'bias' is 'all'"),
+    "blocks that a fused map's parts cut": (
+        "phi3", {"kind": peft.LoKrConfig, "target_modules": ["qkv_proj"], "r": 4, "decompose_factor": 2}, {},
+        "E431 decoder.layers.0.attention.key is a part of a fused map, and the Kronecker product"),
+    "blocks of rows that a fused map's parts cut": (
+        "phi3", {"kind": peft.MissConfig, "target_modules": ["qkv_proj"], "r": 32, "init_weights": "bat"}, {},
+        "E431 decoder.layers.0.attention.key is a part of a fused map, and the blocks of 32 rows"),
+    "columns that a fused map's parts cut": (
+        "phi3", {"kind": peft.MissConfig, "target_modules": ["qkv_proj"], "r": 4, "mini_r": 32, "init_weights": "mini"},
+        {}, "E431 decoder.layers.0.attention.key is a part of a fused map, and the blocks of 32 rows"),
+    "ranks that are not left": (
+        "bert", {"kind": peft.AdaLoraConfig, "target_modules": QV, "init_r": 4, "total_step": 9},
+        {"rank_pattern": {"bert.encoder.layer.0.attention.self.query.lora_E": [True, False, True, True]}},
+        r"E433 'A' of 'bert.encoder.layer.0.attention.self.query' has the shape \[4, 32\]"),
+    "other rows": ("bert", {"kind": peft.TrainableTokensConfig, "token_indices": [3, 4]}, {"token_indices": [3, 4, 5]},
+                   r"E433 'values' of '.*' has the shape \[2, 32\]"),
+    "rows that the table lacks": (
+        "bert", {"kind": peft.TrainableTokensConfig, "token_indices": [3, 4]}, {"token_indices": [3, 100]},
+        "no index 100"),
+    "a row twice": ("bert", {"kind": peft.TrainableTokensConfig, "token_indices": [3, 4]}, {"token_indices": [3, 3]},
+                    "E430 'token_indices'"),
+    "a tied head with a bias": ("bert-lm", {"kind": peft.TrainableTokensConfig, "token_indices": [3, 4]}, {},
+                                "E431 PEFT leaves out the bias 'cls.predictions.bias'"),
+    "maps among the norms": ("bert", {"kind": peft.LNTuningConfig, "target_modules": ["query"]}, {},
+                             "E432 .*'bert.encoder.layer.0.attention.self.query'"),
+    "norms that are not there": ("bert", {"kind": peft.LNTuningConfig, "target_modules": ["output.LayerNorm"]},
+                                 {"target_modules": ["LayerNorm"]}, "E432 the adapter has no tensors of 1 modules"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_method_cannot_say_is_refused(case: str, model_folder: Folder, tmp_path: Path) -> None:
+    family, settings, change, words = REFUSED[case]
+    written(family, settings, model_folder(family), tmp_path / "adapter", effect=0)
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(PeltError, match=words):
+        import_adapter(tmp_path / "adapter", model_folder(family))
+
+
+def test_copies_of_what_is_tied_must_agree(model_folder: Folder, tmp_path: Path) -> None:
+    """PEFT writes the rows of a table once more for the head, and reads whichever comes last."""
+    settings = {"kind": peft.TrainableTokensConfig, "token_indices": [3, 4]}
+    written("llama-tied", settings, model_folder("llama-tied"), tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    assert len(tensors) == 2
+    save_file({name: array + ("lm_head" in name) for name, array in tensors.items()}, file)
+    with pytest.raises(PeltError, match="E433 'lm_head' and 'model.embed_tokens' are one tensor in the model"):
+        import_adapter(tmp_path / "adapter", model_folder("llama-tied"))
+    save_file({name: array for name, array in tensors.items() if "lm_head" not in name}, file)
+    assert import_adapter(tmp_path / "adapter", model_folder("llama-tied")).content["attach"][0]["tied"] == "together"
+
+
+@pytest.mark.parametrize(("method", "family"), WITHOUT)
+def test_what_peft_has_not(method: str, family: str, model_folder: Folder, tmp_path: Path) -> None:
+    """The gaps in the matrix are PEFT's own."""
+    with pytest.raises(TypeError, match="Conv1D"):
+        cell(method, family, model_folder(family), tmp_path)
 
 
 def test_another_model_is_refused(adapter: Path, model_folder: Folder) -> None:

@@ -25,7 +25,7 @@ AT = {"linear": ["attention.query", "attention.value", "feed_forward.down"], "no
       "block": ["attention.block", "feed_forward.block"], "embedding": "embedding.word"}  # fmt: skip
 """Where a method of each site kind is put; a method that is shipped later is tested here without being named."""
 SMALLER: dict[str, Entry] = {"prefix": {"length": 3, "hidden": 8}, "prompt": {"length": 3}, "oft": {"block": 8},
-                             "vera": {"r": 8}, "compacter": {"reduction": 4}}  # fmt: skip
+                             "vera": {"r": 8}, "bat": {"r": 8}, "compacter": {"reduction": 4}}  # fmt: skip
 VARIANTS: dict[str, Entry] = {
     "lora": {"rank_stabilised": True, "r": 3},
     "ia3": {"position": "input"},
@@ -34,6 +34,9 @@ VARIANTS: dict[str, Entry] = {
     "parallel_adapter": {"reads": "residual"},
     "prefix": {"length": 3, "reparameterise": False},
     "lokr": {"r": 0},
+    "adalora": {"kept": 5},
+    "boft": {"block": 2, "factors": 3},
+    "miss": {"r": 7, "width": 4},
     "oft": {"block": 8, "neumann": False},
     "norm_tuning": {"weight": False},
 }
