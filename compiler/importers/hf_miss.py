@@ -7,6 +7,7 @@ W'ᵢⱼ = Wᵢⱼ + Wᵢⱼ Bᵢ + Bᵢ        with `bat`, for blocks of r by r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from peltc.compiler.importers.formats import (
     COMMON,
@@ -17,7 +18,7 @@ from peltc.compiler.importers.formats import (
     Config,
     Entry,
     Format,
-    own_rows,
+    Shapes,
     whole_blocks,
 )
 from peltc.compiler.survey.anatomy import Site
@@ -34,23 +35,37 @@ def entry(config: Config, module: str) -> Entry:
     return Entry("miss", (("r", rank), *width, *dropout))
 
 
-def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
-    """D [r, O] or its first columns, or B [O / r, r, r]; of a fused map, a site's own columns, or blocks of rows.
+def measured(shapes: Shapes, site: Site) -> dict[str, Any]:
+    """No options, where a site can have its own part of the block."""
+    own_part(shapes.get("block", ()), site)
+    return {}
+
+
+def own_part(shape: tuple[int, ...], site: Site) -> list[int] | None:
+    """Of a block of a fused map, the columns, or the blocks of rows, that a site owns; None for all, which repeat.
 
     Raises:
         PeltError: E431 a part of a fused map that owns parts of blocks.
     """
-    found = tensors.get("block")
-    if found is None or site.rows is None or found.ndim not in (2, 3):
-        return dict(tensors)
-    if found.ndim == 2 and found.shape[1] > max(stop for _, stop in site.rows) - 1:
-        return {"block": own_rows(found.T, site).T}
-    size = found.shape[1]  # of a block of rows, or after how many outputs the columns repeat
-    own = whole_blocks(site, size) if size else None
+    if site.rows is None or len(shape) not in (2, 3) or 0 in shape:
+        return None
+    if len(shape) == 2 and shape[1] >= max(stop for _, stop in site.rows):
+        return [column for start, stop in site.rows for column in range(start, stop)]
+    size = shape[1]  # of a block of rows, or after how many outputs the columns repeat
+    own = whole_blocks(site, size)
     if own is None:
         raise fail("E431", f"{site.name} is a part of a fused map, and the blocks of {size} rows over the whole map do"
                    " not end where it ends")  # fmt: skip
-    return {"block": found[own] if found.ndim == 3 and max(own) < len(found) else found}
+    return own if len(shape) == 3 and max(own) < shape[0] else None
+
+
+def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
+    """D [r, O] or its first columns, or B [O / r, r, r]; of a fused map, a site's own columns, or blocks of rows."""
+    found = tensors.get("block")
+    own = None if found is None else own_part(found.shape, site)
+    if found is None or own is None:
+        return dict(tensors)
+    return {"block": found[own] if found.ndim == 3 else found[:, own]}
 
 
 MISS = Format(
@@ -63,4 +78,5 @@ MISS = Format(
     only={"bias": (("none",), "biases that are trained beside have no place in `miss`")},
     entry=entry,
     parameters=parameters,
+    measured=measured,
 )  # fmt: skip

@@ -11,7 +11,6 @@ from typing import Any
 
 from peltc.compiler.importers.formats import COMMON, TARGETS, Array, Config, Entry, Format, Shapes
 from peltc.compiler.survey.anatomy import Site
-from peltc.spec.diagnostics import fail
 
 
 def entry(config: Config, module: str) -> Entry:
@@ -20,14 +19,7 @@ def entry(config: Config, module: str) -> Entry:
 
 
 def measured(shapes: Shapes, site: Site) -> dict[str, Any]:
-    """Whether something is tied to the table.
-
-    Raises:
-        PeltError: E431 a head with a bias.
-    """
-    if site.kind == "linear" and "bias" in site.parameters:
-        raise fail("E431", f"PEFT leaves out the bias '{site.parameters['bias']}' once single rows of this map are"
-                   " trained", expected="rows of a table, or of a map without a bias")  # fmt: skip
+    """Whether something is tied to the table."""
     return {"tied": "together"} if site.kind == "table" and site.ties else {}
 
 

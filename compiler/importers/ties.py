@@ -56,11 +56,17 @@ def _values(folder: Folder, tensors: Mapping[str, str]) -> dict[str, bytes]:
 
 
 def tied_sites(base: Base, module: str) -> list[Site]:
-    """The tables that a module's weight is; where it is none, the map that it is."""
-    maps = [s for s in base.anatomy if s.kind == "linear" and s.parameters["weight"] == f"{module}.weight"]
-    return maps or [
-        site
-        for site in base.anatomy
-        if site.kind == "table"
-        and owner(base, site.parameters["weight"].removesuffix(".weight")) == owner(base, module)
-    ]
+    """The tables that a module's weight is; where it is none, the map that it is.
+
+    Raises:
+        PeltError: E431 a map with a bias, which would have to follow the rows.
+    """
+    weight, name = f"{module}.weight", owner(base, module)
+    same = [site for site in base.anatomy if site.kind in ("table", "linear")
+            and owner(base, site.parameters["weight"].removesuffix(".weight")) == name]  # fmt: skip
+    own = [site for site in same if site.kind == "linear" and site.parameters["weight"] == weight]
+    for site in own or same:
+        if "bias" in site.parameters:
+            raise fail("E431", f"PEFT leaves out the bias '{site.parameters['bias']}' once single rows of"
+                       f" '{site.parameters['weight']}' are trained", expected="a map without a bias")  # fmt: skip
+    return own or [site for site in same if site.kind == "table"]

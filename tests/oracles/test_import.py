@@ -284,7 +284,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "a row twice": ("bert", {"kind": peft.TrainableTokensConfig, "token_indices": [3, 4]}, {"token_indices": [3, 3]},
                     "E430 'token_indices'"),
     "a tied head with a bias": ("bert-lm", {"kind": peft.TrainableTokensConfig, "token_indices": [3, 4]}, {},
-                                "E431 PEFT leaves out the bias 'cls.predictions.bias'"),
+                                "E431 PEFT leaves out the bias 'cls.predictions.decoder.bias'"),
     "maps among the norms": ("bert", {"kind": peft.LNTuningConfig, "target_modules": ["query"]}, {},
                              "E432 .*'bert.encoder.layer.0.attention.self.query'"),
     "norms that are not there": ("bert", {"kind": peft.LNTuningConfig, "target_modules": ["output.LayerNorm"]},
