@@ -127,7 +127,9 @@ class Bench:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.env = {**os.environ, "PELTC_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-        self.env.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode; a checkout must keep its own
+        self.env.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # what is installed has its bytecode; a checkout must keep its own
         self.spec = folder / "lora.yaml"
         self.spec.write_text(LORA)
 
