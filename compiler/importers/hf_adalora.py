@@ -12,7 +12,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from peltc.compiler.importers.formats import COMMON, NUMBER, RANK, TARGETS, Array, Config, Entry, Format, own_rows
+from peltc.compiler.importers.formats import (
+    BIASES,
+    COMMON,
+    NUMBER,
+    RANK,
+    TARGETS,
+    TOKEN_ROWS,
+    Array,
+    Config,
+    Entry,
+    Format,
+    own_rows,
+)
 from peltc.compiler.importers.hf_lora import LORA
 from peltc.compiler.survey.anatomy import Site
 
@@ -42,14 +54,14 @@ ADALORA = Format(
     kind="ADALORA",
     tensors={f"lora_{name}": name for name in ("A", "E", "B")},
     read={
-        **TARGETS, "init_r": RANK, "lora_alpha": NUMBER,
+        **TARGETS, "bias": BIASES, "trainable_token_indices": TOKEN_ROWS, "init_r": RANK, "lora_alpha": NUMBER,
         "rank_pattern": {"type": ["object", "null"],
                          "additionalProperties": {"type": "array", "items": {"type": "boolean"}}},
     },
     inert=COMMON | LORA.inert | SCHEDULE | {"r", "alpha_pattern", "lora_dropout", "use_rslora", "init_lora_weights",
                                             "lora_bias"},
-    refused={key: why for key, why in LORA.refused.items() if key != "lora_bias"},
-    only={"bias": (("none",), "biases that are trained beside have no place in `adalora`")},
+    refused=LORA.refused,
+    only={},
     entry=entry,
     parameters=parameters,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peltc.compiler.importers.formats import COMMON, TARGETS, Array, Config, Entry, Format, Shapes, own_rows
+from peltc.compiler.importers.formats import BIASES, COMMON, TARGETS, Array, Config, Entry, Format, Shapes, own_rows
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -35,10 +35,10 @@ SIZE = {"type": "integer", "minimum": 0}
 BOFT = Format(
     kind="BOFT",
     tensors={"boft_R": "R", "boft_s": "s"},
-    read={**TARGETS, "boft_block_size": SIZE, "boft_block_num": SIZE, "boft_n_butterfly_factor": SIZE},
+    read={**TARGETS, "bias": BIASES, "boft_block_size": SIZE, "boft_block_num": SIZE, "boft_n_butterfly_factor": SIZE},
     inert=COMMON | {"boft_dropout", "fan_in_fan_out", "init_weights"},
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `boft`")},
+    only={},
     entry=entry,
     parameters=parameters,
     measured=measured,

@@ -43,7 +43,7 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 
 HIRA = Format(
     kind="HIRA",
-    tensors={"hira_A": "A", "hira_B": "B"},
+    tensors={"hira_A": "A", "hira_B": "B", "hira_embedding_A": "A", "hira_embedding_B": "B"},
     read={**TARGETS, "r": RANK, "rank_pattern": patterns_of(RANK)},
     inert=COMMON | {"hira_dropout", "fan_in_fan_out", "init_weights"},
     refused={},
@@ -51,4 +51,5 @@ HIRA = Format(
     entry=entry,
     parameters=parameters,
     measured=measured,
+    kinds=("linear", "table"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peltc.compiler.importers.formats import COMMON, RANK, SWITCH, TARGETS, Array, Config, Entry, Format
+from peltc.compiler.importers.formats import BIASES, COMMON, RANK, SWITCH, TARGETS, Array, Config, Entry, Format
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -21,10 +21,10 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 HRA = Format(
     kind="HRA",
     tensors={"hra_u": "u"},
-    read={**TARGETS, "r": RANK, "apply_GS": SWITCH},
+    read={**TARGETS, "bias": BIASES, "r": RANK, "apply_GS": SWITCH},
     inert=COMMON | {"init_weights"},
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `hra`")},
+    only={},
     entry=entry,
     parameters=parameters,
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peltc.compiler.importers.formats import (
+    BIASES,
     COMMON,
     NUMBER,
     RANK,
@@ -71,11 +72,11 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 MISS = Format(
     kind="MISS",
     tensors={"miss_block": "block"},
-    read={**TARGETS, "r": RANK, "mini_r": RANK, "miss_dropout": NUMBER,
+    read={**TARGETS, "bias": BIASES, "r": RANK, "mini_r": RANK, "miss_dropout": NUMBER,
           "init_weights": {"enum": [True, False, None, "bat", "mini"]}},
     inert=COMMON,
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `miss`")},
+    only={},
     entry=entry,
     parameters=parameters,
     measured=measured,

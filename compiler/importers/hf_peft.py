@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from peltc.compiler.importers.formats import Entry
 from peltc.compiler.importers.hf_adalora import ADALORA
 from peltc.compiler.importers.hf_beft import BEFT
 from peltc.compiler.importers.hf_boft import BOFT
@@ -37,5 +36,3 @@ FORMATS = {
         BEFT,
     )
 }
-WHOLE = Entry("replace")
-"""What a module of `modules_to_save`, which is trained as a whole, becomes."""

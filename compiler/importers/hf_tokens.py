@@ -15,7 +15,7 @@ from peltc.compiler.survey.anatomy import Site
 
 def entry(config: Config, module: str) -> Entry:
     """Which rows."""
-    return Entry("trainable_tokens", (("rows", tuple(config.get("token_indices") or ())),))
+    return Entry("trainable_tokens", (("rows", list(config.get("token_indices") or ())),))
 
 
 def measured(shapes: Shapes, site: Site) -> dict[str, Any]:

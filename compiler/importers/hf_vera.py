@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peltc.compiler.importers.formats import COMMON, RANK, TARGETS, Array, Config, Entry, Format, own_rows
+from peltc.compiler.importers.formats import BIASES, COMMON, RANK, TARGETS, Array, Config, Entry, Format, own_rows
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -32,11 +32,10 @@ VERA = Format(
     kind="VERA",
     tensors={"vera_lambda_d": "d", "vera_lambda_b": "b_scale"},
     shared={"base_model.vera_A": "A", "base_model.vera_B": "B"},
-    read={**TARGETS, "r": RANK},
+    read={**TARGETS, "bias": BIASES, "r": RANK},
     inert=COMMON | {"projection_prng_key", "vera_dropout", "d_initial", "fan_in_fan_out", "init_weights"},
     refused={},
     only={
-        "bias": (("none",), "biases that are trained beside have no place in `vera`"),
         "save_projection": ((True,), OUTSIDE),
     },
     entry=entry,

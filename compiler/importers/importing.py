@@ -9,33 +9,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jsonschema import Draft202012Validator
 
 from peltc.compiler.adapter.identity import BaseRecord, public_name
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import provenance
+from peltc.compiler.adapter.weights import finite
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.files.talk import Talk, logged
-from peltc.compiler.importers.filling import filled
 from peltc.compiler.importers.folder import Folder, read_folder
-from peltc.compiler.importers.formats import Array, Entry, Format, is_off
-from peltc.compiler.importers.hf_peft import FORMATS, WHOLE
-from peltc.compiler.importers.selectors import selections
+from peltc.compiler.importers.formats import CLASSIFIERS, Array, Format, is_off
+from peltc.compiler.importers.hf_peft import FORMATS
+from peltc.compiler.importers.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
 from peltc.compiler.importers.targets import targeted
-from peltc.compiler.importers.ties import Modules, merged, owner, owners, tied_sites
+from peltc.compiler.importers.ties import kept, owner, owners
+from peltc.compiler.importers.wording import spec_content
+from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
-from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
 from peltc.spec.document import dump
 from peltc.spec.foreign import IMPORTED, PEFT, recognised
+from peltc.spec.formula.syntax import names as variables
+from peltc.spec.method import Method
 from peltc.spec.specification import ModelChoice, Spec, load_spec
 
 TASKS = {
@@ -44,7 +48,6 @@ TASKS = {
     "QUESTION_ANS": ("ForQuestionAnswering",),
 }  # fmt: skip
 """How the classes of `transformers` for PEFT's tasks end."""
-CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 ORIGIN = "Imported from"
 """What the first line of an imported spec begins with."""
 Reading = Callable[[str], str]
@@ -61,6 +64,8 @@ class Imported:
         tensors: the adapter's tensors by our names, float32.
         metadata: what their file says of how they were trained.
         base: the model's folder or hub id.
+        origin: where it came from, in words.
+        plan: the spec's on the model.
     """
 
     spec: Spec
@@ -69,6 +74,7 @@ class Imported:
     metadata: Mapping[str, str]
     base: str
     origin: str
+    plan: Plan
 
     def text(self, weights: str = "") -> str:
         """The spec's YAML, with where it came from.
@@ -80,11 +86,12 @@ class Imported:
         return f"# {self.origin}\n{dump(content)}"
 
 
-def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imported:
+def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, talk: Talk = logged) -> Imported:
     """Read an adapter's folder for a model.
 
     Args:
         model: the base's folder or hub id; the one that the adapter names where absent.
+        base: the base, where it is known already.
 
     Raises:
         PeltError: E216 a model that is no folder; E430 what is wrong with the adapter's; E431 what of it has no
@@ -99,28 +106,27 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
         raise fail("E431", f"adapters of PEFT's method {folder.kind} are not imported yet", folder.place,
                    one_of(sorted(FORMATS)))  # fmt: skip
     check_keys(folder, known)
-    named = model or folder.base
+    named = model or folder.base or (base.folder if base is not None else "")
     if not named:
         raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
-    modules, whole, shared = sorted_by_module(folder, known)
-    base = base_of(folder, named, whole, talk)
-    stem = shift(folder, [*modules, *whole], base, owners(base) if known.tied else set())
-    called = {name: stem(name) for name in (*modules, *whole)}
-    check_targets(folder, known, base, {called[name] for name in modules})
+    parts, shared = parts_of(folder, known)
+    base = base or base_of(folder, named, parts, talk)
+    check_saved(folder, parts, base)
+    read = shift(folder, parts, base, owners(base) if known.tied else set())
+    check_targets(folder, known, base, {read(part.module) for part in parts if part.role == ADAPTER})
     if known.tied:
-        modules = merged(modules, called, base, folder)
-    sites = {name: sites_of(base, called[name], ("linear", "table")) for name in whole}
-    for name in modules:
-        sites[name] = tied_sites(base, called[name]) if known.tied else sites_of(base, called[name], known.kinds)
-    content = spec_content(folder, known, base, modules, {n: sites[n] for n in modules}, {n: sites[n] for n in whole})
+        once = kept({part.module: part.tensors for part in parts if part.role == ADAPTER}, read, base, folder)
+        parts = [part for part in parts if part.role != ADAPTER or part.module in once]
+    found = [here for part in parts for here in placed(part, read(part.module), folder, known, base)]
+    content = spec_content(folder, base, found)
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
-    tensors = filled(plan, known, sites, modules, whole, shared, folder)
+    tensors = filled(plan, found, shared, folder)
     said = provenance(mathematics(plan), BaseRecord(base.architecture, public_name(folder.base)))
     version = folder.config.get("peft_version")
     told = f" {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""
     origin = f"{ORIGIN} '{spec.name}', an adapter of Hugging Face PEFT{told} ({folder.kind})"
-    return Imported(spec, content, tensors, said.metadata(), str(named), origin)
+    return Imported(spec, content, tensors, said.metadata(), str(named), origin, plan)
 
 
 def imports(given: str | Path) -> bool:
@@ -157,44 +163,43 @@ def check_keys(folder: Folder, known: Format) -> None:
         raise PeltError(findings)
 
 
-def sorted_by_module(folder: Folder, known: Format) -> tuple[Modules, Modules, dict[str, str]]:
-    """The names of the tensors, by module and what they are there: of modules that carry the method, and of modules
-    that were trained as a whole; and of tensors that all modules share, by what they are.
+def check_saved(folder: Folder, parts: Sequence[Part], base: Base) -> None:
+    """Whether the file has the tensors of every module of the model that was trained as a whole; PEFT leaves a head
+    that it does not find at random values. Names that the model does not have are of other models' heads.
 
     Raises:
-        PeltError: E433 tensors that are neither.
+        PeltError: E432 it has none of one.
     """
-    saved = folder.config.get("modules_to_save") or ()
-    modules: dict[str, dict[str, str]] = {}
-    whole: dict[str, dict[str, str]] = {}
-    shared: dict[str, str] = {}
-    left = []
-    for name in folder.tensors:
-        suffix = next((s for s in known.tensors if name.endswith(f".{s}")), "")
-        module, _, leaf = name.rpartition(".")
-        if name in known.shared:
-            shared[known.shared[name]] = name
-        elif suffix:
-            modules.setdefault(name.removesuffix(f".{suffix}"), {})[known.tensors[suffix]] = name
-        elif leaf in ("weight", "bias") and any(part in saved for part in module.split(".")):
-            whole.setdefault(module, {})[leaf] = name
-        else:
-            left.append(name)
-    if left:
-        message = f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {names(left)}"
-        raise fail("E433", message, Place(str(folder.path)), "a file each of whose tensors is used once")
-    return modules, whole, shared
+    held = [part.module for part in parts if part.role == OWN]
+    for name in folder.config.get("modules_to_save") or ():
+        there = any(f".{name}." in f".{parameter}" for parameter in base.parameters)
+        if there and not any(f".{name}." in f".{module}." for module in held):
+            raise fail("E432", f"the adapter has no tensors of '{name}', which its config says was trained",
+                       Place(folder.place.path, key="modules_to_save"), "tensors of each of `modules_to_save`",
+                       "leave out of the config what was not trained")  # fmt: skip
 
 
-def base_of(folder: Folder, model: str | Path, whole: Mapping[str, Mapping[str, str]], talk: Talk) -> Base:
+def base_of(folder: Folder, model: str | Path, parts: Sequence[Part], talk: Talk) -> Base:
     """The base, as the class of the adapter's task where the checkpoint is of another, with as many labels as the
-    adapter's head has."""
+    adapter's head has, and as many rows of the table of words as the adapter's own has."""
     found = find_model(model)
     config = read_config(found)
     architecture = class_for(folder, config)
-    heads = [folder.tensors[parts["weight"]].shape for parts in whole.values() if "weight" in parts]
-    labels = heads[-1][0] if heads and folder.config.get("task_type") in CLASSIFIERS and len(heads[-1]) == 2 else None
-    return open_base(found, choice=ModelChoice(architecture, labels), talk=talk)
+    heads = [
+        folder.tensors[part.tensors["weight"]].shape for part in parts if part.role == OWN and "weight" in part.tensors
+    ]
+    heads = [shape for shape in heads if len(shape) == 2]
+    labels = heads[-1][0] if heads and folder.config.get("task_type") in CLASSIFIERS else None
+    base = open_base(found, choice=ModelChoice(architecture, labels), talk=talk)
+    words = next((site for site in base.anatomy if site.kind == "table" and site.role == "embedding.word"), None)
+    if words is None or not heads:
+        return base
+    name = words.parameters["weight"]
+    grown = max((folder.tensors[t].shape[0] for part in parts if part.role == OWN for leaf, t in part.tensors.items()
+                 if f"{part.module}.{leaf}" == name), default=0)  # fmt: skip
+    if grown <= base.parameters[name].shape[0]:
+        return base
+    return open_base(found, choice=ModelChoice(architecture, labels, grown), talk=talk)
 
 
 def class_for(folder: Folder, config: Mapping[str, Any]) -> str:
@@ -214,7 +219,7 @@ def _without(stem: str, name: str) -> str:
     return name.removeprefix(stem)
 
 
-def shift(folder: Folder, modules: list[str], base: Base, others: Set[str] = frozenset()) -> Reading:
+def shift(folder: Folder, parts: Sequence[Part], base: Base, others: Set[str] = frozenset()) -> Reading:
     """How the adapter's names become the model's: as they are, or with the base model's own name put before or taken
     off, where the adapter was saved on an inner or an outer model.
 
@@ -224,7 +229,8 @@ def shift(folder: Folder, modules: list[str], base: Base, others: Set[str] = fro
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
-    held = {name.removesuffix(".weight") for name in base.parameters if name.endswith(".weight")} | others
+    modules = [part.module for part in parts]
+    held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))} | others
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
     readings |= {f"{stem} before": stem.__add__ for stem in stems}
@@ -237,19 +243,6 @@ def shift(folder: Folder, modules: list[str], base: Base, others: Set[str] = fro
     raise fail("E432", f"{len(missing)} of the adapter's {len(modules)} modules are not in the {base.architecture}:"
                        f" {names(missing)}", Place(str(folder.path)), "an adapter of this model",
                f"it says that it is for '{folder.base[:120]}'" if folder.base else "")  # fmt: skip
-
-
-NOUNS = {"linear": "linear map", "table": "table", "norm": "norm"}
-"""What a kind of site is called."""
-
-
-def sites_of(base: Base, module: str, kinds: Sequence[str]) -> list[Site]:
-    """The sites of some kinds whose weight a torch module owns; of a fused map, all."""
-    found = [s for s in base.anatomy if s.kind in kinds and s.parameters.get("weight") == f"{module}.weight"]
-    if not found:
-        what = " or ".join(NOUNS[kind] for kind in kinds)
-        raise fail("E432", f"'{module}' is no {what} that modules attach to", expected=f"a {what} of the model")
-    return found
 
 
 def check_targets(folder: Folder, known: Format, base: Base, held: set[str]) -> None:
@@ -272,39 +265,55 @@ def check_targets(folder: Folder, known: Format, base: Base, held: set[str]) -> 
                        "`target_modules` that mean the modules in the file")  # fmt: skip
 
 
-def spec_content(
-    folder: Folder,
-    known: Format,
-    base: Base,
-    parts: Modules,
-    modules: Mapping[str, list[Site]],
-    whole: Mapping[str, list[Site]],
-) -> dict[str, Any]:
-    """The spec as plain data: modules with equal options are one attachment, or as few as say all of their sites. Parts
-    of a fused map are apart where modules share tensors, of which each part has its own rows."""
-    groups: dict[tuple[Entry, Rows | None], list[Site]] = {}
-    for name, sites in modules.items():
-        stated = known.entry(folder.config, name)
-        shapes = {parameter: folder.tensors[tensor].shape for parameter, tensor in parts[name].items()}
-        for site in sites:
-            entry = replace(stated, options=(*stated.options, *known.measured(shapes, site).items()))
-            groups.setdefault((entry, site.rows if known.shared else None), []).append(site)
-    if whole:
-        groups[WHOLE, None] = [site for sites in whole.values() for site in sites]
-    attach: list[dict[str, Any]] = []
-    for (entry, _), sites in groups.items():
-        options = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.options}
-        for selection in selections(sites, base.anatomy):
-            count = sum(other["method"] == entry.method for other in attach)
-            called = {"name": f"{entry.method}_{count + 1}"} if count else {}
-            attach.append({"method": entry.method, **called, **selection, **options})
-    model = {}
-    if base.changed:
-        labels = base.config.get("id2label")
-        model = {"model": {"architecture": base.architecture, **({"labels": len(labels)} if whole and labels else {})}}
-    return {"pelt": 1, "name": _name(folder.path), **model, "attach": attach}
+def filled(plan: Plan, found: Sequence[Placed], shared: Mapping[str, str], folder: Folder) -> dict[str, Array]:
+    """The plan's tensors, from the modules that its sites are.
+
+    Args:
+        shared: tensors of the file that all modules share, by what they are.
+
+    Raises:
+        PeltError: E433 a module that the plan does not have, or tensors that do not fit it; E404 values that are no
+            numbers.
+    """
+    waiting = {(site.key, here.entry.method): here for here in found for site in here.sites}
+    tensors: dict[str, Array] = {}
+    for claim in plan.claims:
+        here = waiting.pop((claim.site.key, claim.method.name), None)
+        if here is None:
+            if claim.mirrors is not None or claim.follows:  # it has the tensors of another
+                continue
+            raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
+                       Place(str(folder.path)), hint="please report this")  # fmt: skip
+        common = shared if here.part.role == ADAPTER else {}
+        held = {**common, **here.part.tensors}
+        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in held.items()}
+        values = dict(here.values(stored, claim.site))
+        for parameter, tensor in claim.tensors.items():
+            value = values.pop(parameter, None)
+            if value is not None and parameter in common:
+                value = leading(value, tensor.shape, claim.method, parameter)
+            if value is None or value.shape != tensor.shape:
+                what = "is missing" if value is None else f"has the shape {list(value.shape)}"
+                raise fail("E433", f"'{parameter}' of '{here.part.module}' {what}", Place(str(folder.path)),
+                           f"the shape {list(tensor.shape)}")  # fmt: skip
+            tensors[tensor.name] = np.ascontiguousarray(value)
+        if values:
+            raise fail("E433", f"'{next(iter(values))}' of '{here.part.module}' has no counterpart at"
+                               f" {claim.site.name}", Place(str(folder.path)))  # fmt: skip
+    if waiting:
+        left = sorted(here.part.module for here in waiting.values())
+        raise fail("E433", f"the spec that was made of it leaves out {names(left)}",
+                   Place(str(folder.path)), hint="please report this")  # fmt: skip
+    return finite(tensors, Place(str(folder.path)))
 
 
-def _name(path: Path) -> str:
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in path.resolve().name)
-    return kept.strip("_-")[:60] or "imported"
+def leading(value: Array, shape: tuple[int, ...], method: Method, parameter: str) -> Array:
+    """Of a tensor that all modules of the model share, the part that an attachment reads: along an axis that is as long
+    as its largest site needs, the first entries."""
+    axes = next(one.shape for one in method.parameters if one.name == parameter)
+    if value.ndim != len(shape):
+        return value
+    cut = [
+        slice(size if {"max_in", "max_out"} & variables(axis) else None) for axis, size in zip(axes, shape, strict=True)
+    ]
+    return value[tuple(cut)]

@@ -4,7 +4,7 @@ each of them, and they are read once."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from peltc.compiler.base.base import Base
 from peltc.compiler.importers.folder import Folder
@@ -27,28 +27,28 @@ def owners(base: Base) -> set[str]:
     return {stored.removesuffix(".weight") for stored, parameters in count.items() if parameters > 1}
 
 
-def merged(modules: Modules, names: Mapping[str, str], base: Base, folder: Folder) -> dict[str, Mapping[str, str]]:
-    """One module in place of all that are tied: a table where one of them is.
+def kept(modules: Modules, read: Callable[[str], str], base: Base, folder: Folder) -> set[str]:
+    """Of modules that are tied, the one whose tensors are read: a table where one of them is.
 
     Args:
-        names: the modules' names in the model.
+        read: from a module's name in the adapter to its name in the model.
 
     Raises:
         PeltError: E433 modules that are tied and have different values.
     """
     groups: dict[str, list[str]] = {}
     for module in modules:
-        groups.setdefault(owner(base, names[module]), []).append(module)
+        groups.setdefault(owner(base, read(module)), []).append(module)
     maps = {site.parameters["weight"] for site in base.anatomy if site.kind == "linear"}
-    kept: dict[str, Mapping[str, str]] = {}
+    found = set()
     for group in groups.values():
-        one = next((module for module in group if f"{names[module]}.weight" not in maps), group[0])
-        kept[one] = modules[one]
+        one = next((module for module in group if f"{read(module)}.weight" not in maps), group[0])
+        found.add(one)
         for module in group:
             if _values(folder, modules[module]) != _values(folder, modules[one]):
                 raise fail("E433", f"'{module}' and '{one}' are one tensor in the model, and have different values",
                            Place(str(folder.path)), "the same values for all that is tied")  # fmt: skip
-    return kept
+    return found
 
 
 def _values(folder: Folder, tensors: Mapping[str, str]) -> dict[str, bytes]:

@@ -64,7 +64,7 @@ RIGHT = {
     "butterfly": [
         ("butterfly(F)", (24, 24)),
         ("butterfly(unsqueeze(Q, 0))", (15, 15)),
-        ("butterfly(reshape(M, [2, 1, d, d]))", (D, D)),
+        ("butterfly(reshape(M, [1, 2, d, d]))", (2 * D, 2 * D)),
     ],
     "upper": [("upper(Q)", (5, 3, 3)), ("upper(A @ C)", (4, 4))],
     "orthonormal": [
