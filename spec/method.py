@@ -80,8 +80,9 @@ ROLES = {"weight": "W", "bias": "b"}
 """What formulas call the parameters of a map or a norm, in the order in which they are defined."""
 
 START = "start value"
-INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform")
-"""Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis."""
+INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform", "places")
+"""Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis;
+`places(rows, columns)` are different places of a matrix, a row and a column for each."""
 
 
 @dataclass(frozen=True)
