@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peltc.compiler.files.checkpoint import StoredTensor, is_float, read_header
+from peltc.compiler.files.checkpoint import StoredTensor, read_header
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.foreign import CONFIG, MAX_CONFIG
 
@@ -75,9 +75,6 @@ def read_folder(path: Path) -> Folder:
         own = name
         while own.startswith(PREFIX):
             own = own.removeprefix(PREFIX)
-        if not is_float(tensor.dtype):
-            raise fail("E430", f"the tensor '{own[:120]}' is of the type {tensor.dtype}", Place(str(path / TENSORS)),
-                       "floating-point values")  # fmt: skip
         if own in tensors:
             raise fail("E430", f"the file holds '{own}' twice, with and without '{PREFIX}'", Place(str(path / TENSORS)))
         tensors[own] = tensor

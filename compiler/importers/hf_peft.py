@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from peltc.compiler.importers.formats import Entry
+from peltc.compiler.importers.hf_c3a import C3A
+from peltc.compiler.importers.hf_delora import DELORA
+from peltc.compiler.importers.hf_fourierft import FOURIERFT
+from peltc.compiler.importers.hf_gralora import GRALORA
 from peltc.compiler.importers.hf_ia3 import IA3
 from peltc.compiler.importers.hf_loha import LOHA
 from peltc.compiler.importers.hf_lora import LORA
 from peltc.compiler.importers.hf_oft import OFT
+from peltc.compiler.importers.hf_road import ROAD
+from peltc.compiler.importers.hf_shira import SHIRA
 
-FORMATS = {found.kind: found for found in (LORA, IA3, LOHA, OFT)}
+_ALL = (LORA, IA3, LOHA, OFT, FOURIERFT, SHIRA, ROAD, C3A, DELORA, GRALORA)
+FORMATS = {found.kind: found for found in _ALL}
 WHOLE = Entry("replace")
 """What a module of `modules_to_save`, which is trained as a whole, becomes."""

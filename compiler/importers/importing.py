@@ -25,6 +25,7 @@ from peltc.compiler.adapter.weights import finite
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
+from peltc.compiler.files.checkpoint import StoredTensor, is_float
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.folder import Folder, read_folder
 from peltc.compiler.importers.formats import Array, Entry, Format, is_off, own_rows
@@ -111,7 +112,7 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
     content = spec_content(folder, known, base, {n: sites[n] for n in modules}, {n: sites[n] for n in whole})
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
-    tensors = filled(plan, known, sites, modules, whole, folder)
+    tensors = filled(plan, known, base, sites, modules, whole, folder)
     said = provenance(mathematics(plan), BaseRecord(base.architecture, public_name(folder.base)))
     version = folder.config.get("peft_version")
     told = f" {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""
@@ -164,9 +165,14 @@ def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str,
     modules: dict[str, dict[str, str]] = {}
     whole: dict[str, dict[str, str]] = {}
     left = []
-    for name in folder.tensors:
+    for name, tensor in folder.tensors.items():
         suffix = next((s for s in known.tensors if name.endswith(f".{s}")), "")
         module, _, leaf = name.rpartition(".")
+        if not is_float(tensor.dtype) and (suffix not in known.integers or tensor.dtype.kind not in "iu"):
+            raise fail("E430", f"the tensor '{name[:120]}' is of the type {tensor.dtype}", Place(str(folder.path)),
+                       "floating-point values")  # fmt: skip
+        if name in known.shared:
+            continue
         if suffix:
             modules.setdefault(name.removesuffix(f".{suffix}"), {})[known.tensors[suffix]] = name
         elif leaf in ("weight", "bias") and any(part in saved for part in module.split(".")):
@@ -262,7 +268,9 @@ def spec_content(
     """The spec as plain data: modules with equal options are one attachment, or as few as say all of their sites."""
     groups: dict[Entry, list[Site]] = {}
     for name, sites in modules.items():
-        groups.setdefault(known.entry(folder.config, name), []).extend(sites)
+        entry = known.entry(folder.config, name)
+        for site in sites:
+            groups.setdefault(spanning(base, entry, site) if known.spans else entry, []).append(site)
     if whole:
         groups[WHOLE] = [site for sites in whole.values() for site in sites]
     attach: list[dict[str, Any]] = []
@@ -278,6 +286,25 @@ def spec_content(
     return {"pelt": 1, "name": _name(folder.path), **model, "attach": attach}
 
 
+def spanning(base: Base, entry: Entry, site: Site) -> Entry:
+    """How a module is said at a site that has some rows of its map.
+
+    Raises:
+        PeltError: E431 its rows are in several pieces.
+    """
+    if site.rows is None:
+        return entry
+    if len(site.rows) > 1:
+        raise fail("E431", f"'{entry.method}' at {site.name}, whose rows are in {len(site.rows)} pieces of a fused map",
+                   expected="sites whose rows are in one piece")  # fmt: skip
+    return Entry(entry.method, (*entry.options, ("whole", outputs(base, site)), ("first", site.rows[0][0])))
+
+
+def outputs(base: Base, site: Site) -> int:
+    """How many outputs the map has that a site is or is part of."""
+    return int(base.parameters[site.parameters["weight"]].shape[-1 if site.transposed else 0])
+
+
 def _name(path: Path) -> str:
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in path.resolve().name)
     return kept.strip("_-")[:60] or "imported"
@@ -286,6 +313,7 @@ def _name(path: Path) -> str:
 def filled(
     plan: Plan,
     known: Format,
+    base: Base,
     sites: Mapping[str, list[Site]],
     modules: Mapping[str, Mapping[str, str]],
     whole: Mapping[str, Mapping[str, str]],
@@ -299,21 +327,29 @@ def filled(
     """
     owner = {site.key: name for name, found in sites.items() for site in found}
     parts = {**modules, **whole}
+    shared = {known.shared[name]: _read(stored) for name, stored in folder.tensors.items() if name in known.shared}
     tensors: dict[str, Array] = {}
     for claim in plan.claims:
         name = owner.pop(claim.site.key, None)
         if name is None:
             raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
                        Place(str(folder.path)), hint="please report this")  # fmt: skip
-        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in parts[name].items()}
-        found = replaced(claim.site, stored) if name in whole else dict(known.parameters(stored, claim.site))
+        stored = {p: _read(folder.tensors[t]) for p, t in parts[name].items()}
+        mine = {**shared, **stored}
+        if name in whole:
+            found = replaced(claim.site, stored)
+        else:
+            found = dict(known.parameters(mine, claim.site))
+            found = known.completed(found, folder.config, claim.site, outputs(base, claim.site))
         for parameter, tensor in claim.tensors.items():
             value = found.pop(parameter, None)
+            if value is not None and parameter in shared and value.ndim == len(tensor.shape):
+                value = value[tuple(map(slice, tensor.shape))]
             if value is None or value.shape != tensor.shape:
                 what = "is missing" if value is None else f"has the shape {list(value.shape)}"
                 raise fail("E433", f"'{parameter}' of '{name}' {what}", Place(str(folder.path)),
                            f"the shape {list(tensor.shape)}")  # fmt: skip
-            tensors[tensor.name] = np.ascontiguousarray(value)
+            tensors[tensor.name] = np.ascontiguousarray(value, np.float32)
         if found:
             raise fail("E433", f"'{next(iter(found))}' of '{name}' has no counterpart at {claim.site.name}",
                        Place(str(folder.path)))  # fmt: skip
@@ -321,6 +357,12 @@ def filled(
         raise fail("E433", f"the spec that was made of it leaves out {names(sorted(owner))}",
                    Place(str(folder.path)), hint="please report this")  # fmt: skip
     return finite(tensors, Place(str(folder.path)))
+
+
+def _read(stored: StoredTensor) -> Array:
+    """A tensor's values: whole numbers as they are, others in float32."""
+    array = stored.array()
+    return np.asarray(array, np.float32 if is_float(stored.dtype) else np.int64)
 
 
 def replaced(site: Site, stored: Mapping[str, Array]) -> dict[str, Array]:

@@ -111,7 +111,8 @@ _TABLE = [
     *(_function(name, doc, SAME, "x") for name, doc in [
         ("relu", "max(x, 0)"), ("gelu", "x Φ(x), with erf"), ("gelu_tanh", "the tanh approximation of gelu"),
         ("silu", "x σ(x), also called swish"), ("tanh", "tanh"), ("sigmoid", "σ(x) = 1 / (1 + e⁻ˣ)"),
-        ("exp", "eˣ"), ("log", "natural logarithm"), ("sqrt", "√x"), ("abs", "|x|"), ("cos", "cosine"), ("sin", "sine"), ("identity", "x"),
+        ("exp", "eˣ"), ("log", "natural logarithm"), ("sqrt", "√x"), ("abs", "|x|"), ("identity", "x"),
+        ("cos", "cosine"), ("sin", "sine"),
     ]),
     _function("activation", "one of relu, gelu, gelu_tanh, silu, tanh, sigmoid, identity, by name", SAME, "x", "name"),
     _function("softmax", "softmax along an axis", SAME, "x", ("axis", -1)),

@@ -44,10 +44,16 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "(IA)³": (peft.IA3Config, {}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 7}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+    "FourierFT": (peft.FourierFTConfig, {"n_frequency": 60, "scaling": 20.0}),
+    "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 5}),
+    "RoAd": (peft.RoadConfig, {"variant": "road_2", "group_size": 8}),
+    "C³A": (peft.C3AConfig, {"block_size": 8}),
+    "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 9.0}),
+    "GraLoRA": (peft.GraloraConfig, {"r": 4, "gralora_k": 2, "alpha": 8, "hybrid_r": 2}),
 }
 WITHOUT: dict[tuple[str, str], str] = {
     ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
-    ("OFT", "gpt2"): "PEFT has none for `Conv1D`",
+    **{(name, "gpt2"): "PEFT has none for `Conv1D`" for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA")},
 }
 """What PEFT itself has not, with the reason."""
 
