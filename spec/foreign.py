@@ -32,7 +32,24 @@ OURS = {
     "VERA": "vera",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
-IMPORTED = ("LORA", "DORA", "IA3", "LOHA", "OFT", "FOURIERFT", "SHIRA", "ROAD", "C3A", "DELORA", "GRALORA")
+IMPORTED = (
+    "LORA",
+    "DORA",
+    "IA3",
+    "LOHA",
+    "OFT",
+    "FOURIERFT",
+    "SHIRA",
+    "ROAD",
+    "C3A",
+    "DELORA",
+    "GRALORA",
+    "VBLORA",
+    "RANDLORA",
+    "PVERA",
+    "GLORA",
+    "WAVEFT",
+)
 """Those that `pelt import` reads."""
 UNMERGED = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 """Those that do not."""

@@ -4,9 +4,6 @@ the sizes of the map."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
-
-import numpy as np
 
 from peltc.compiler.importers.formats import (
     COMMON,
@@ -21,7 +18,7 @@ from peltc.compiler.importers.formats import (
     patterns_of,
 )
 from peltc.compiler.importers.targets import dotted
-from peltc.compiler.importers.torch_random import permuted
+from peltc.compiler.importers.torch_random import places
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -40,12 +37,6 @@ def completed(found: dict[str, Array], config: Config, site: Site, outputs: int)
     """The coefficients with their places [n, 2], which are the same for all maps of one size."""
     inputs, count = site.sizes["in"], found["spectrum"].size
     return {**found, "places": places(outputs, inputs, count, config.get("random_loc_seed", 777))}
-
-
-@cache
-def places(rows: int, columns: int, count: int, seed: int) -> Array:
-    """Places of a matrix, row by row counted, at the head of a random permutation."""
-    return np.stack(np.divmod(permuted(rows * columns, count, seed), columns), -1)
 
 
 FOURIERFT = Format(

@@ -34,7 +34,7 @@ from peltc.compiler.importers.selectors import selections
 from peltc.compiler.importers.targets import targeted
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
-from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
 from peltc.spec.document import dump
 from peltc.spec.foreign import IMPORTED, PEFT, recognised
@@ -265,16 +265,18 @@ def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
 def spec_content(
     folder: Folder, known: Format, base: Base, modules: Mapping[str, list[Site]], whole: Mapping[str, list[Site]]
 ) -> dict[str, Any]:
-    """The spec as plain data: modules with equal options are one attachment, or as few as say all of their sites."""
-    groups: dict[Entry, list[Site]] = {}
+    """The spec as plain data: modules with equal options are one attachment, or as few as say all of their sites. Parts
+    of a fused map are apart where modules share tensors, of which each part has its own rows."""
+    groups: dict[tuple[Entry, Rows | None], list[Site]] = {}
     for name, sites in modules.items():
         entry = known.entry(folder.config, name)
         for site in sites:
-            groups.setdefault(spanning(base, entry, site) if known.spans else entry, []).append(site)
+            said = spanning(base, entry, site) if known.spans else entry
+            groups.setdefault((said, site.rows if known.shared else None), []).append(site)
     if whole:
-        groups[WHOLE] = [site for sites in whole.values() for site in sites]
+        groups[WHOLE, None] = [site for sites in whole.values() for site in sites]
     attach: list[dict[str, Any]] = []
-    for entry, sites in groups.items():
+    for (entry, _), sites in groups.items():
         for selection in selections(sites, base.anatomy):
             count = sum(other["method"] == entry.method for other in attach)
             called = {"name": f"{entry.method}_{count + 1}"} if count else {}
@@ -349,7 +351,10 @@ def filled(
                 what = "is missing" if value is None else f"has the shape {list(value.shape)}"
                 raise fail("E433", f"'{parameter}' of '{name}' {what}", Place(str(folder.path)),
                            f"the shape {list(tensor.shape)}")  # fmt: skip
-            tensors[tensor.name] = np.ascontiguousarray(value, np.float32)
+            value = np.ascontiguousarray(value, np.float32)
+            if not np.array_equal(tensors.setdefault(tensor.name, value), value):
+                raise fail("E433", f"'{parameter}' of '{name}' differs from that of other modules, which share it",
+                           Place(str(folder.path)), "a tensor that is the same for all modules")  # fmt: skip
         if found:
             raise fail("E433", f"'{next(iter(found))}' of '{name}' has no counterpart at {claim.site.name}",
                        Place(str(folder.path)))  # fmt: skip

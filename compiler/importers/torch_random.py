@@ -7,6 +7,7 @@ without the rest.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,19 @@ CHUNK = 2**22
 def twister(seed: int) -> np.random.MT19937:
     """The generator that `torch.Generator().manual_seed(seed)` is; of the seed its lower 32 bits count."""
     found = np.random.MT19937()
-    found._legacy_seeding(seed % 2**32)  # type: ignore[attr-defined]
+    found._legacy_seeding(seed % 2**32)
     return found
 
 
 def permuted(size: int, count: int, seed: int) -> Array:
     """The first `count` of `torch.randperm(size)` after a seed."""
     return (_forwards if size < LARGE else _backwards)(size, min(count, size), twister(seed))
+
+
+@cache
+def places(rows: int, columns: int, count: int, seed: int) -> Array:
+    """Places of a matrix [count, 2], a row and a column each: the first of a permutation of all, counted row by row."""
+    return np.stack(np.divmod(permuted(rows * columns, count, seed), columns), -1)
 
 
 def _forwards(size: int, count: int, draw: np.random.MT19937) -> Array:

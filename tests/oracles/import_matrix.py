@@ -50,10 +50,15 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "C³A": (peft.C3AConfig, {"block_size": 8}),
     "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 9.0}),
     "GraLoRA": (peft.GraloraConfig, {"r": 4, "gralora_k": 2, "alpha": 8, "hybrid_r": 2}),
+    "VB-LoRA": (peft.VBLoRAConfig, {"r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3}),
+    "RandLoRA": (peft.RandLoraConfig, {"r": 5, "randlora_alpha": 3}),
+    "PVeRA": (peft.PveraConfig, {"r": 6}),
+    "GLoRA": (peft.GloraConfig, {"r": 3, "config_D_E": "vector"}),
+    "WaveFT": (peft.WaveFTConfig, {"n_frequency": 60}),
 }
 WITHOUT: dict[tuple[str, str], str] = {
     ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
-    **{(name, "gpt2"): "PEFT has none for `Conv1D`" for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA")},
+    **{(name, "gpt2"): "PEFT has none for `Conv1D`" for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA", "GLoRA")},
 }
 """What PEFT itself has not, with the reason."""
 
