@@ -56,6 +56,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "GLoRA": (peft.GloraConfig, {"r": 3, "config_D_E": "vector"}),
     "WaveFT": (peft.WaveFTConfig, {"n_frequency": 60}),
 }
+AROUND = ("magnitude", "ia3", "delora_lambda")
+"""Parameters whose random values lie around their start values rather than around zero."""
 WITHOUT: dict[tuple[str, str], str] = {
     ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
     **{(name, "gpt2"): "PEFT has none for `Conv1D`" for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA", "GLoRA")},
@@ -84,7 +86,8 @@ def written(
         for name, parameter in live.named_parameters():
             if parameter.requires_grad:
                 change = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter + change if "magnitude" in name or "ia3" in name else change)
+                kept = any(part in name for part in AROUND)
+                parameter.copy_(parameter + change if kept else change)
         live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
         again = getattr(transformers, architecture).from_pretrained(base)
         answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
