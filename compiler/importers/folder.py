@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peltc.compiler.files.checkpoint import StoredTensor, read_header
+import numpy as np
+
+from peltc.compiler.files.checkpoint import StoredTensor, is_float, read_header
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.foreign import CONFIG, MAX_CONFIG
 
+Array = np.ndarray[Any, Any]
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the model's own names; some writers leave it out, and some put it twice."""
@@ -45,6 +48,11 @@ class Folder:
     def place(self) -> Place:
         """Where its config stands."""
         return Place(str(self.path / CONFIG))
+
+    def values(self, name: str) -> Array:
+        """A tensor's values: whole numbers as they are, others in float32."""
+        tensor = self.tensors[name]
+        return np.asarray(tensor.array(), np.float32 if is_float(tensor.dtype) else np.int64)
 
 
 def read_folder(path: Path) -> Folder:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import (
+    BIASES,
     COMMON,
     RANK,
     TARGETS,
@@ -34,10 +35,10 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 C3A = Format(
     kind="C3A",
     tensors={"c3a_kernel": "kernel"},
-    read={**TARGETS, "block_size": RANK, "block_size_pattern": patterns_of(RANK)},
+    read={**TARGETS, "bias": BIASES, "block_size": RANK, "block_size_pattern": patterns_of(RANK)},
     inert=COMMON | {"init_weights"},
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `c3a`")},
+    only={},
     entry=entry,
     parameters=parameters,
 )

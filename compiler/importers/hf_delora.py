@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import (
+    BIASES,
     COMMON,
     NUMBER,
     RANK,
@@ -37,11 +38,11 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 DELORA = Format(
     kind="DELORA",
     tensors={"delora_A": "A", "delora_B": "B", "delora_lambda": "bound", "delora_w_norm": "norms"},
-    read={**TARGETS, "r": RANK, "delora_lambda": NUMBER, "rank_pattern": patterns_of(RANK),
+    read={**TARGETS, "bias": BIASES, "r": RANK, "delora_lambda": NUMBER, "rank_pattern": patterns_of(RANK),
           "lambda_pattern": patterns_of(NUMBER)},
     inert=COMMON | {"module_dropout", "init_weights"},
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `delora`")},
+    only={},
     entry=entry,
     parameters=parameters,
     spans=True,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import (
+    BIASES,
     COMMON,
     NUMBER,
     RANK,
@@ -42,11 +43,11 @@ def completed(found: dict[str, Array], config: Config, site: Site, outputs: int)
 FOURIERFT = Format(
     kind="FOURIERFT",
     tensors={"fourierft_spectrum": "spectrum"},
-    read={**TARGETS, "n_frequency": RANK, "n_frequency_pattern": patterns_of(RANK), "scaling": NUMBER,
+    read={**TARGETS, "bias": BIASES, "n_frequency": RANK, "n_frequency_pattern": patterns_of(RANK), "scaling": NUMBER,
           "random_loc_seed": SEED},
     inert=COMMON | {"fan_in_fan_out", "init_weights"},
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `fourierft`")},
+    only={},
     entry=entry,
     parameters=parameters,
     completed=completed,

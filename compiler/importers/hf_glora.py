@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peltc.compiler.importers.formats import COMMON, RANK, TARGETS, Array, Config, Entry, Format, own_rows
+from peltc.compiler.importers.formats import BIASES, COMMON, RANK, TARGETS, Array, Config, Entry, Format, own_rows
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 
@@ -57,10 +57,10 @@ GLORA = Format(
     kind="GLORA",
     tensors={f"glora_{path}.{part}": f"{path} {'none' if part == 'zeros' else part}"
              for path in "ABCDE" for part in ("Xd", "Xu", "X", "zeros")},
-    read={**TARGETS, "r": RANK, "config_A_B": PATHS, "config_C": PATHS, "config_D_E": PATHS},
+    read={**TARGETS, "bias": BIASES, "r": RANK, "config_A_B": PATHS, "config_C": PATHS, "config_D_E": PATHS},
     inert=COMMON | {"init_weights"},
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `glora`")},
+    only={},
     entry=entry,
     parameters=parameters,
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import (
+    BIASES,
     COMMON,
     NUMBER,
     RANK,
@@ -35,11 +36,12 @@ GRALORA = Format(
     kind="GRALORA",
     tensors={"gralora_A": "A", "gralora_B": "B", "gralora_A_general.weight": "general_A",
              "gralora_B_general.weight": "general_B"},
-    read={**TARGETS, "r": RANK, "gralora_k": RANK, "hybrid_r": {"type": "integer", "minimum": 0}, "alpha": NUMBER,
+    read={**TARGETS, "bias": BIASES,
+          "r": RANK, "gralora_k": RANK, "hybrid_r": {"type": "integer", "minimum": 0}, "alpha": NUMBER,
           "gralora_dropout": NUMBER},
     inert=COMMON | {"fan_in_fan_out", "init_weights"},
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `gralora`")},
+    only={},
     entry=entry,
     parameters=parameters,
     spans=True,

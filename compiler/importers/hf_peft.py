@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from peltc.compiler.importers.formats import Entry
 from peltc.compiler.importers.hf_c3a import C3A
 from peltc.compiler.importers.hf_delora import DELORA
 from peltc.compiler.importers.hf_fourierft import FOURIERFT
@@ -21,5 +20,3 @@ from peltc.compiler.importers.hf_waveft import WAVEFT
 
 _ALL = (LORA, IA3, LOHA, OFT, FOURIERFT, SHIRA, ROAD, C3A, DELORA, GRALORA, VBLORA, RANDLORA, PVERA, GLORA, WAVEFT)
 FORMATS = {found.kind: found for found in _ALL}
-WHOLE = Entry("replace")
-"""What a module of `modules_to_save`, which is trained as a whole, becomes."""

@@ -5,7 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peltc.compiler.importers.formats import COMMON, NUMBER, RANK, TARGETS, Array, Config, Entry, Format, own_rows
+from peltc.compiler.importers.formats import (
+    BIASES,
+    COMMON,
+    NUMBER,
+    RANK,
+    TARGETS,
+    Array,
+    Config,
+    Entry,
+    Format,
+    own_rows,
+)
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -24,11 +35,10 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 PVERA = Format(
     kind="PVERA",
     tensors={"pvera_lambda_b": "b_scale", "pvera_lambda_d": "d"},
-    read={**TARGETS, "r": RANK, "d_initial": NUMBER},
+    read={**TARGETS, "bias": BIASES, "r": RANK, "d_initial": NUMBER},
     inert=COMMON | {"pvera_dropout", "fan_in_fan_out", "init_weights", "projection_prng_key", "generator_seed"},
     refused={"sample_at_inference": "what is drawn anew for each input is no function of it"},
     only={
-        "bias": (("none",), "biases that are trained beside have no place in `vera`"),
         "save_projection": ((True,), "the random matrices are not in the file then; save them"),
     },
     entry=entry,

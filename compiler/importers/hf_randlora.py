@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peltc.compiler.importers.formats import COMMON, NUMBER, RANK, TARGETS, Array, Config, Entry, Format
+from peltc.compiler.importers.formats import BIASES, COMMON, NUMBER, RANK, TARGETS, Array, Config, Entry, Format
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -24,11 +24,10 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 RANDLORA = Format(
     kind="RANDLORA",
     tensors={"randlora_lambda": "factors", "randlora_gamma": "gains", "randlora_A": "A", "randlora_B": "B"},
-    read={**TARGETS, "r": RANK, "randlora_alpha": NUMBER, "randlora_dropout": NUMBER},
+    read={**TARGETS, "bias": BIASES, "r": RANK, "randlora_alpha": NUMBER, "randlora_dropout": NUMBER},
     inert=COMMON | {"fan_in_fan_out", "init_weights", "projection_prng_key", "sparse", "very_sparse"},
     refused={},
     only={
-        "bias": (("none",), "biases that are trained beside have no place in `randlora`"),
         "save_projection": ((True,), "the random bases are not in the file then; save them"),
     },
     entry=entry,

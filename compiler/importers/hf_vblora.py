@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from peltc.compiler.importers.formats import (
+    BIASES,
     COMMON,
     NUMBER,
     RANK,
@@ -74,11 +75,12 @@ VBLORA = Format(
     tensors={"vblora_logits_A": "logits_A", "vblora_logits_B": "logits_B",
              "vblora_logits_A_topk_weights": "logits_A weights", "vblora_logits_A_topk_indices": "logits_A index",
              "vblora_logits_B_topk_weights": "logits_B weights", "vblora_logits_B_topk_indices": "logits_B index"},
-    read={**TARGETS, "r": RANK, "num_vectors": RANK, "vector_length": RANK, "topk": RANK, "vblora_dropout": NUMBER,
+    read={**TARGETS, "bias": BIASES,
+          "r": RANK, "num_vectors": RANK, "vector_length": RANK, "topk": RANK, "vblora_dropout": NUMBER,
           "save_only_topk_weights": SWITCH},
     inert=COMMON | {"fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"},
     refused={},
-    only={"bias": (("none",), "biases that are trained beside have no place in `vblora`")},
+    only={},
     entry=entry,
     parameters=parameters,
     shared={"base_model.vblora_vector_bank": "bank"},

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import (
+    BIASES,
     COMMON,
     NUMBER,
     RANK,
@@ -44,12 +45,11 @@ def completed(found: dict[str, Array], config: Config, site: Site, outputs: int)
 WAVEFT = Format(
     kind="WAVEFT",
     tensors={"waveft_spectrum": "spectrum"},
-    read={**TARGETS, "n_frequency": RANK, "n_frequency_pattern": patterns_of(RANK), "scaling": NUMBER,
+    read={**TARGETS, "bias": BIASES, "n_frequency": RANK, "n_frequency_pattern": patterns_of(RANK), "scaling": NUMBER,
           "random_loc_seed": SEED, "use_idwt": SWITCH},
     inert=COMMON | {"fan_in_fan_out", "init_weights"},
     refused={"proportional_parameters": "how many coefficients a module has is a share of all modules' then"},
     only={
-        "bias": (("none",), "biases that are trained beside have no place in `waveft`"),
         "wavelet_family": (("db1",), "Haar's wavelet is the one that is known here"),
     },
     entry=entry,
