@@ -30,6 +30,16 @@ OURS = {
     "LOKR": "lokr",
     "OFT": "oft",
     "VERA": "vera",
+    "FOURIERFT": "fourierft",
+    "VBLORA": "vblora",
+    "RANDLORA": "randlora",
+    "SHIRA": "shira",
+    "ROAD": "road",
+    "C3A": "c3a",
+    "DELORA": "delora",
+    "GRALORA": "gralora",
+    "GLORA": "glora",
+    "WAVEFT": "waveft",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
 IMPORTED = (

@@ -101,10 +101,10 @@ _TABLE = [
     _function("skew", "skew-symmetric matrices: vectors [..., n(n-1)/2] above the diagonal, in row order",
               "[..., n, n]", "x", "n"),
     _function("block_diagonal", "a matrix with the K blocks of x [K, A, B] on its diagonal", "[K*A, K*B]", "x"),
-    _function("circulant", "matrices of vectors [..., N]: each row is the one above it, turned to the right by one",
+    _function("circulant", "matrices of a first row x [..., N]; each other row is the one above it, turned right by one",
               "[..., N, N]", "x"),
-    _function("scatter", "a matrix with the values [n] at places [n, 2], each a row and a column, and 0 elsewhere",
-              "shape", "values", "places", "shape"),
+    _function("scatter", "the values [n] at places [n, 2], each a row and a column, of a matrix that is 0 elsewhere",
+              "[M, N]", "values", "places", "shape"),
     _function("inverse_fourier", "the real part of the inverse Fourier transform over the last two axes", SAME, "x"),
     _function("norm2", "Euclidean norm along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
     # elementwise
