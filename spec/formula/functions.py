@@ -101,7 +101,7 @@ _TABLE = [
     _function("skew", "skew-symmetric matrices: vectors [..., n(n-1)/2] above the diagonal, in row order",
               "[..., n, n]", "x", "n"),
     _function("block_diagonal", "a matrix with the K blocks of x [K, A, B] on its diagonal", "[K*A, K*B]", "x"),
-    _function("circulant", "matrices of a first row x [..., N]; each other row is the one above it, turned right by one",
+    _function("circulant", "matrices of a first row x [..., N]; each other row is the one above, turned right by one",
               "[..., N, N]", "x"),
     _function("scatter", "the values [n] at places [n, 2], each a row and a column, of a matrix that is 0 elsewhere",
               "[M, N]", "values", "places", "shape"),
