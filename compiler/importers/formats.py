@@ -53,7 +53,7 @@ class Format:
         completed: what becomes of these parameters by the config, the site and the outputs of the map that the site is
             or is part of: what the file has a seed of, say.
         spans: whether what a module has is of all outputs of a fused map and cannot be told apart by rows, so that the
-            method at a site says by its options `whole` and `first` which of them are its own.
+            method at a site says by its options `whole` and `rows` which of them are its own.
     """
 
     kind: str

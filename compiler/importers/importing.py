@@ -21,7 +21,7 @@ from peltc.compiler.adapter.identity import BaseRecord, public_name
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import provenance
-from peltc.compiler.adapter.weights import finite
+from peltc.compiler.adapter.weights import sound
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
@@ -290,4 +290,4 @@ def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Arr
         left = sorted(here.part.module for here in owner.values())
         raise fail("E433", f"the spec that was made of it leaves out {names(left)}",
                    Place(str(folder.path)), hint="please report this")  # fmt: skip
-    return finite(tensors, Place(str(folder.path)))
+    return sound(plan, tensors, Place(str(folder.path)))

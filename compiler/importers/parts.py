@@ -4,7 +4,7 @@ table, and parameters of the model itself that were trained beside."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -148,26 +148,22 @@ def _adapter(part: Part, sites: list[Site], folder: Folder, known: Format, base:
         found = known.parameters({**common, **stored}, site)
         return known.completed(found, folder.config, site, outputs(base, site))
 
-    groups: dict[tuple[Entry, Rows | None], list[Site]] = {}
+    entry = known.entry(folder.config, part.module)
+    groups: dict[Rows | None, list[Site]] = {}
     for site in sites:
-        entry = known.entry(folder.config, part.module)
-        said = spanning(base, entry, site) if known.spans else entry
-        groups.setdefault((said, site.rows if shared else None), []).append(site)
-    return [Placed(part, some, entry, values, shared) for (entry, _), some in groups.items()]
+        groups.setdefault(site.rows if known.spans or shared else None, []).append(site)
+    return [
+        Placed(part, some, spanning(base, entry, some[0]) if known.spans else entry, values, shared)
+        for some in groups.values()
+    ]
 
 
 def spanning(base: Base, entry: Entry, site: Site) -> Entry:
-    """How a module is said at a site that has some rows of its map.
-
-    Raises:
-        PeltError: E431 its rows are in several pieces.
-    """
+    """How a module is said at a site that has some rows of its map."""
     if site.rows is None:
         return entry
-    if len(site.rows) > 1:
-        raise fail("E431", f"'{entry.method}' at {site.name}, whose rows are in {len(site.rows)} pieces of a fused map",
-                   expected="sites whose rows are in one piece")  # fmt: skip
-    return Entry(entry.method, (*entry.options, ("whole", outputs(base, site)), ("first", site.rows[0][0])))
+    rows = [f"{a}-{b - 1}" if b - a > 1 else a for a, b in site.rows]
+    return replace(entry, options=(*entry.options, ("whole", outputs(base, site)), ("rows", rows)))
 
 
 def outputs(base: Base, site: Site) -> int:

@@ -141,8 +141,6 @@ def scatter(values: Array, places: Array, shape: list[int]) -> Array:
         raise FormulaError(f"the places are not all rows and columns of a matrix {shape}")
     matrix = np.zeros(shape, values.dtype)
     matrix[whole[:, 0], whole[:, 1]] = values
-    if len(np.unique(whole[:, 0] * shape[1] + whole[:, 1])) < len(whole):
-        raise FormulaError("a place stands twice in the list")
     return matrix
 
 
