@@ -32,9 +32,11 @@ OURS = {
     "VERA": "vera",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
-IMPORTED = ("LORA", "DORA", "IA3", "LOHA", "OFT")
+IMPORTED = (
+    "LORA", "DORA", "IA3", "LOHA", "OFT", "PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING",
+)  # fmt: skip
 """Those that `pelt import` reads."""
-UNMERGED = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+UNMERGED = {"PREFIX_TUNING": "prefix"}
 """Those that do not."""
 NAMES = re.compile(r"^base_model\.model\.|\.lora_[AB]\.(\w+\.)?weight$")
 """Tensors as PEFT calls them; what it has beside modules of a model, as prompts, goes by its config."""

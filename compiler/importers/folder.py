@@ -15,6 +15,8 @@ from peltc.spec.foreign import CONFIG, MAX_CONFIG
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the model's own names; some writers leave it out, and some put it twice."""
+PREFIX_OF_PROMPTS = "base_model."
+"""The same for methods that wrap no modules of the model."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def read_folder(path: Path) -> Folder:
         own = name
         while own.startswith(PREFIX):
             own = own.removeprefix(PREFIX)
+        own = own.removeprefix(PREFIX_OF_PROMPTS)
         if not is_float(tensor.dtype):
             raise fail("E430", f"the tensor '{own[:120]}' is of the type {tensor.dtype}", Place(str(path / TENSORS)),
                        "floating-point values")  # fmt: skip

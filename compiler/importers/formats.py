@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.anatomy import Anatomy, Site
 
 Array = np.ndarray[Any, Any]
 Config = Mapping[str, Any]
@@ -33,13 +33,17 @@ class Format:
 
     Attributes:
         kind: the library's name of it.
-        tensors: what follows a module's name in the names of its tensors → what `parameters` calls it.
+        tensors: what follows a module's name in the names of its tensors → what `parameters` calls it; the whole name,
+            where the method has `sites` of its own.
         read: keys of the config that are understood, with the JSON Schema of their values.
         inert: keys that change nothing in what the adapter computes once it is trained.
         refused: keys that must be off, with the reason.
         only: keys of which some values alone are understood, with these and the reason.
         entry: the method and options of a module, by the config and the module's name.
         parameters: our parameters at a site, by the tensors of the module that owns its weight.
+        sites: for a method that is of the whole model rather than of modules: the sites that it attaches to, by the
+            config and the model's sites.
+        evaluated: for such a method: what the config makes of the tensors, before each site takes its parameters.
     """
 
     kind: str
@@ -50,6 +54,8 @@ class Format:
     only: Mapping[str, tuple[tuple[Any, ...], str]]
     entry: Callable[[Config, str], Entry]
     parameters: Callable[[Mapping[str, Array], Site], dict[str, Array]]
+    sites: Callable[[Config, Anatomy], Sequence[Site]] | None = None
+    evaluated: Callable[[Config, Mapping[str, Array]], Mapping[str, Array]] | None = None
 
 
 COMMON = frozenset({

@@ -105,9 +105,12 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
         raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
     modules, whole = sorted_by_module(folder, known)
     base = base_of(folder, named, whole, talk)
-    stem = shift(folder, [*modules, *whole], base)
-    sites = {name: sites_of(base, stem(name)) for name in (*modules, *whole)}
-    check_targets(folder, base, {stem(name) for name in modules})
+    stem = shift(folder, [name for name in (*modules, *whole) if name], base)
+    sites = {name: sites_of(base, stem(name)) for name in (*modules, *whole) if name}
+    if known.sites is None:
+        check_targets(folder, base, {stem(name) for name in modules})
+    else:
+        sites[""] = list(known.sites(folder.config, base.anatomy))
     content = spec_content(folder, known, base, {n: sites[n] for n in modules}, {n: sites[n] for n in whole})
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
@@ -155,10 +158,10 @@ def check_keys(folder: Folder, known: Format) -> None:
 
 def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
     """The names of the tensors, by module and what they are there: of modules that carry the method, and of modules
-    that were trained as a whole.
+    that were trained as a whole. A method of the whole model is carried by one module without a name.
 
     Raises:
-        PeltError: E433 tensors that are neither.
+        PeltError: E433 tensors that are neither, or that are missing.
     """
     saved = folder.config.get("modules_to_save") or ()
     modules: dict[str, dict[str, str]] = {}
@@ -167,7 +170,9 @@ def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str,
     for name in folder.tensors:
         suffix = next((s for s in known.tensors if name.endswith(f".{s}")), "")
         module, _, leaf = name.rpartition(".")
-        if suffix:
+        if known.sites is not None and name in known.tensors:
+            modules.setdefault("", {})[known.tensors[name]] = name
+        elif suffix and known.sites is None:
             modules.setdefault(name.removesuffix(f".{suffix}"), {})[known.tensors[suffix]] = name
         elif leaf in ("weight", "bias") and any(part in saved for part in module.split(".")):
             whole.setdefault(module, {})[leaf] = name
@@ -176,6 +181,10 @@ def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str,
     if left:
         message = f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {names(left)}"
         raise fail("E433", message, Place(str(folder.path)), "a file each of whose tensors is used once")
+    missing = [name for name in known.tensors if known.sites is not None and name not in folder.tensors]
+    if missing:
+        raise fail("E433", f"the file has no tensor '{missing[0]}', which {folder.kind} is made of",
+                   Place(str(folder.path)))  # fmt: skip
     return modules, whole
 
 
@@ -305,8 +314,13 @@ def filled(
         if name is None:
             raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
                        Place(str(folder.path)), hint="please report this")  # fmt: skip
-        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in parts[name].items()}
+        stored: Mapping[str, Array] = {
+            p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in parts[name].items()
+        }
+        if name not in whole and known.evaluated is not None:
+            stored = known.evaluated(folder.config, stored)
         found = replaced(claim.site, stored) if name in whole else dict(known.parameters(stored, claim.site))
+        name = name or folder.kind
         for parameter, tensor in claim.tensors.items():
             value = found.pop(parameter, None)
             if value is None or value.shape != tensor.shape:
