@@ -23,6 +23,7 @@ from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
+from peltc.compiler.passes.begin import begin
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
@@ -79,7 +80,9 @@ def build(
     for name, model in graphs.items():
         staying = [c for c in plan.claims if not c.absorbed and (name not in stages or c.site.key in sites[name])]
         starts |= insert(model, [c for c in staying if "prepend" not in c.effects], sites[name], tensors)
-        if plan.prepends:
+        if plan.prepends and name in stages:
+            begin(model, name, [c for c in plan.claims if "prepend" in c.effects], tensors, sites[name], base.config)
+        elif plan.prepends:
             prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites[name], base)
         stack(model)
         values = dict(stored)

@@ -10,7 +10,7 @@ embedded before the tokens join is taken from the graph that reads token ids, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,7 @@ def prepend(
     embedded = next(v for v in graph.inputs if v.name == "inputs_embeds")
     claim = claims[0]
     emitter = Emitter(graph, embedded.dtype or ir.DataType.FLOAT, f"pelt.{claim.attachment}", claim.marks)
-    numeric = NumericInterpreter()
-    parts = []
-    for c in claims:
-        scope = c.scope({name: tensors[t.name] for name, t in c.tensors.items()}, numeric)
-        parts.append(np.asarray(numeric.evaluate(c.effects["prepend"], scope), np.float32))
-    tokens = np.concatenate(parts)
+    tokens = tokens_of(claims, tensors)
     length = len(tokens)
 
     shapes = [output.shape for output in graph.outputs]
@@ -58,7 +53,7 @@ def prepend(
     whole = next(s for s in sites.values() if s.role == "embedding" and s.stack == claim.site.stack)
     text = _embedded(graph, base, claim.site, ids, emitter) if role == "embedding" else _looked_up(
         graph, claim.site, ids, emitter)  # fmt: skip
-    longer = _before(text, emitter.constant(tokens[None], "tokens"), ids, [1, length, tokens.shape[1]], emitter)
+    longer = in_front(text, emitter.constant(tokens[None], "tokens"), ids, [1, length, tokens.shape[1]], emitter)
     own = set(emitter.added)
     if role == "embedding":
         start = next(v for v in _values(graph) if v.name == whole.values["y"])
@@ -68,7 +63,7 @@ def prepend(
     for value in list(graph.inputs):
         if value.name in ("attention_mask", "token_type_ids"):
             fill = np.full((1, length), int(value.name == "attention_mask"), np.int64)
-            wide = _before(value, emitter.constant(fill, value.name), ids, [1, length], emitter)
+            wide = in_front(value, emitter.constant(fill, value.name), ids, [1, length], emitter)
             replace_uses(value, wide, own | emitter.added, graph)
     graph.inputs[graph.inputs.index(embedded)] = ids
     graph.sort()
@@ -145,7 +140,17 @@ def _without(value: ir.Value, length: int, emitter: Emitter) -> ir.Value:
     return cut
 
 
-def _before(value: ir.Value, constant: ir.Value, ids: ir.Value, shape: list[int], emitter: Emitter) -> ir.Value:
+def tokens_of(claims: Iterable[Claim], tensors: Mapping[str, Array]) -> Array:
+    """The tokens that claims put before the sequence [P, D], the first claim's first."""
+    numeric = NumericInterpreter()
+    parts = []
+    for claim in claims:
+        scope = claim.scope({name: tensors[t.name] for name, t in claim.tensors.items()}, numeric)
+        parts.append(np.asarray(numeric.evaluate(claim.effects["prepend"], scope), np.float32))
+    return np.concatenate(parts)
+
+
+def in_front(value: ir.Value, constant: ir.Value, ids: ir.Value, shape: list[int], emitter: Emitter) -> ir.Value:
     """A constant [1, P, ...], once per sequence of the batch, joined before a value [B, S, ...]."""
     batch = emitter.node("Shape", [ids], {"start": 0, "end": 1})
     target = emitter.node("Concat", [batch, emitter.integers(shape[1:])], {"axis": 0})

@@ -22,9 +22,9 @@ from peltc.spec.specification import Attachment, Spec
 def not_generated(claim: Claim) -> tuple[str, str] | None:
     """Why a claim cannot be in graphs that generate a token at a time, and what to do; None where it can."""
     where = f"'{claim.attachment}' at {claim.site.name}"
-    if "prepend" in claim.effects:
-        return (f"{where} puts tokens before the sequence, which generation does not take yet",
-                "compile without `generation`, or use `prefix`")  # fmt: skip
+    if "prepend" in claim.effects and claim.site.role == "embedding":
+        return (f"{where} puts tokens behind the embedding, where they take no positions; a cache counts them",
+                f"attach it to '{claim.site.name}.word'")  # fmt: skip
     if by := claim.mixed:
         return (f"{where} reads the whole sequence by '{by}', and a token at a time is generated",
                 "`freeze_gates` makes gates constants")  # fmt: skip

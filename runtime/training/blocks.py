@@ -66,12 +66,13 @@ class Blocks(Maps):
 
     def install_embedding(self, model: Any, site: Site, claims: list[Claim]) -> None:
         """Put tokens before the sequence: either the model is called with embedded tokens, or its embedding returns
-        more of them. They are cut off again after the layers or from the outputs."""
+        more of them. They are cut off again after the layers or from the outputs. A cache holds them as well; where it
+        tells its length, it tells that of the text."""
         table = model.get_input_embeddings()
         seq2seq = self.seq2seq
         behind, early = site.role == "embedding", claims[0].cut == "head"
         added = sum(Dim.of(claim.shape("prepend").dims[0]).constant or 0 for claim in claims)
-        length, own = {"whole": 0}, None
+        length, own, inside = {"whole": 0}, None, False
 
         def join(text: Tensor) -> Tensor:
             tokens = torch.cat([self.evaluate(c, "prepend", text) for c in claims])
@@ -80,15 +81,27 @@ class Blocks(Maps):
             return longer
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal own
+            nonlocal own, inside
             self.enter(site)
-            kwargs = named_arguments(module, args, kwargs)
-            if kwargs.get("past_key_values") is not None or kwargs.get("encoder_outputs") is not None:
-                raise fail("E209", "tokens before the sequence do not work with a cache in torch yet",
-                           hint="call the model with use_cache=False, without generate()")  # fmt: skip
+            kwargs, length["whole"], inside = named_arguments(module, args, kwargs), 0, True
+            cache = None if seq2seq else kwargs.get("past_key_values")
+            if behind and cache is not None:
+                raise fail(
+                    "E209",
+                    "tokens that join behind the embedding do not work with a cache",
+                    hint=f"attach them to '{site.name}.word', or call the model with use_cache=False",
+                )
+            if cache is not None:
+                vars(cache).pop("get_seq_length", None)
+            begun = seq2seq and kwargs.get("encoder_outputs") is not None
+            begun = begun or (cache is not None and int(cache.get_seq_length()) > 0)
+            own = kwargs.get("position_ids")
+            if begun:
+                kwargs |= {} if own is None else {"position_ids": own + added}
+                kwargs["attention_mask"] = self.mask = shown(kwargs.get("attention_mask"))
+                return (), kwargs
             text = kwargs.get("inputs_embeds")
             text = kwargs["input_ids"] if text is None else text
-            own = kwargs.get("position_ids")
             if own is not None:  # the text's begin where the tokens' end
                 steps = torch.arange(added, device=own.device)
                 kwargs["position_ids"] = torch.cat([own.amin(-1, keepdim=True) + steps, own + added], -1)
@@ -105,6 +118,27 @@ class Blocks(Maps):
             self.mask = kwargs.get("attention_mask")
             return (), kwargs
 
+        def shown(mask: Tensor | None) -> Tensor | None:
+            if mask is not None and mask.dim() != 2:
+                raise fail(
+                    "E209",
+                    f"tokens before the sequence do not work with a mask of {mask.dim()} axes",
+                    expected="a mask of the text's tokens, [B, S], and a cache that grows",
+                )
+            return mask if mask is None else torch.cat([mask.new_ones(len(mask), added), mask], 1)
+
+        def encode(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kwargs = named_arguments(module, args, kwargs)
+            if inside or kwargs.get("input_ids") is None:  # the model's own call of its encoder
+                return None
+            text = join(table(kwargs["input_ids"]))
+            return (), kwargs | {"input_ids": None, "inputs_embeds": text,
+                                 "attention_mask": shown(kwargs.get("attention_mask"))}  # fmt: skip
+
+        def leaving(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal inside
+            inside = False
+
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             def cut(value: Any) -> Any:
                 sequence = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length["whole"]
@@ -112,6 +146,10 @@ class Blocks(Maps):
 
             if isinstance(output, tuple):
                 return output if seq2seq else tuple(cut(value) for value in output)
+            cache = None if seq2seq else output.get("past_key_values")
+            if cache is not None and hasattr(cache, "get_seq_length"):
+                whole = type(cache).get_seq_length
+                cache.get_seq_length = lambda *layer, **named: whole(cache, *layer, **named) - added
             for name in list(output.keys()):
                 if not (seq2seq and name == "logits"):
                     output[name] = cut(output[name])
@@ -131,4 +169,8 @@ class Blocks(Maps):
             self.handles.append(module.register_forward_pre_hook(own_positions, with_kwargs=True))
         if early:
             self.handles.append(owner_of(model, site.anchors["end"]).register_forward_hook(leave))
+        if seq2seq:
+            encoder = model.get_encoder()
+            self.handles.append(encoder.register_forward_pre_hook(encode, with_kwargs=True))
         self.handles.append(model.register_forward_hook(after, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(leaving, always_call=True))

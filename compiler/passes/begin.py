@@ -1,0 +1,87 @@
+"""Tokens before the text in graphs that generate: their keys and values are in the cache before the first token.
+
+    decode     attention_mask ─► concat(1, ·),  position_ids ─► · + P: the text follows the tokens
+    encoder    input_ids ─► lookup ─► concat(tokens, ·);  attention_mask ─► concat(1, ·)
+
+A decoder that reads an encoder's states sees them by a mask that is longer too. What else an encoder derives from its
+ids, lengths and positions, it derives from ids that are as many as all tokens and none of which is padding: as
+`transformers` does for a text that comes embedded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from peltc.compiler.interpreters.emitter import Emitter, replace_uses
+from peltc.compiler.passes.prepend import Array, in_front, tokens_of
+from peltc.compiler.plan.claims import Claim
+from peltc.compiler.survey.anatomy import Site
+
+TEXT, WHOLE = "text", "positions"
+"""What the axes of the text alone, and of the text behind the tokens, are called."""
+CHANGED = {"total", "source"}
+"""Axes that are longer inside than the inputs of that name."""
+
+
+def begin(
+    model: ir.Model,
+    stage: str,
+    claims: Sequence[Claim],
+    tensors: Mapping[str, Array],
+    sites: Mapping[str, Site],
+    config: Mapping[str, Any],
+) -> None:
+    """Let a graph that generates read a text behind tokens, in place.
+
+    Args:
+        stage: which graph it is, `decode` or `encoder`.
+        claims: those that put tokens before the sequence.
+        sites: the graph's own.
+        config: the model's.
+    """
+    graph, tokens = model.graph, tokens_of(claims, tensors)
+    length = len(tokens)
+    inputs = {v.name: v for v in graph.inputs}
+    emitter = Emitter(graph, ir.DataType.FLOAT, f"pelt.{claims[0].attachment}", claims[0].marks)
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    for value in (*graph.outputs, *(v for node in graph for v in node.outputs)):
+        if value.shape is not None and (value not in graph.outputs or stage == "encoder"):
+            value.shape = ir.Shape(WHOLE if str(size) in CHANGED else size for size in value.shape)
+    if stage == "encoder":
+        _embed(graph, tokens, sites[claims[0].site.key], inputs["input_ids"], config, emitter)
+    elif positions is not None:
+        shifted = emitter.node("Add", [positions, emitter.constant(np.int64(length), "positions", ir.DataType.INT64)])
+        shifted.type = positions.type
+        replace_uses(positions, shifted, emitter.added, graph)
+    if mask is not None:
+        mask.shape = ir.Shape(TEXT if str(size) in CHANGED else size for size in mask.shape or ())
+        dtype = mask.dtype or ir.DataType.INT64
+        ones = emitter.constant(np.ones((1, length), dtype.numpy()), "attention_mask", dtype)
+        wide = in_front(mask, ones, mask, [1, length], emitter)
+        replace_uses(mask, wide, emitter.added, graph)
+    graph.sort()
+    RemoveUnusedNodesPass()(model)
+
+
+def _embed(
+    graph: ir.Graph, tokens: Array, site: Site, ids: ir.Value, config: Mapping[str, Any], emitter: Emitter
+) -> None:
+    """Put tokens before embedded ids."""
+    ids.shape = ir.Shape(TEXT if str(size) in CHANGED else size for size in ids.shape or ())
+    looked_up = next(v for node in graph for v in node.outputs if v.name == site.values["y"])
+    emitter.dtype = looked_up.dtype or ir.DataType.FLOAT
+    table = next(v for v in graph.inputs if v.name == site.parameters["weight"])
+    rows = emitter.node("Gather", [table, ids], {"axis": 0})
+    joined = in_front(rows, emitter.constant(tokens[None], "tokens"), ids, [1, *tokens.shape], emitter)
+    # Ids of no meaning: one that is no padding, as often as there are tokens.
+    some = np.full((1, 1), int(config.get("pad_token_id") == 0), np.int64)
+    sizes = emitter.node("Add", [emitter.node("Shape", [ids]), emitter.integers([0, len(tokens)])])
+    all_ids = emitter.node("Expand", [emitter.constant(some, "ids", ir.DataType.INT64), sizes])
+    all_ids.type = ids.type
+    replace_uses(ids, all_ids, emitter.added, graph)
+    replace_uses(looked_up, joined, emitter.added, graph)
