@@ -22,10 +22,10 @@ from peltc.compiler.passes.prepend import Array, in_front, tokens_of
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 
-TEXT, WHOLE = "text", "positions"
-"""What the axes of the text alone, and of the text behind the tokens, are called."""
-CHANGED = {"total", "source"}
-"""Axes that are longer inside than the inputs of that name."""
+TEXT = "text"
+"""What the axes of the text alone are called; inside, those of the text behind the tokens keep their names."""
+LONGER = {"total", "source"}
+"""Axes that are longer inside than an input of ids, or of their mask."""
 
 
 def begin(
@@ -49,9 +49,6 @@ def begin(
     inputs = {v.name: v for v in graph.inputs}
     emitter = Emitter(graph, ir.DataType.FLOAT, f"pelt.{claims[0].attachment}", claims[0].marks)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    for value in (*graph.outputs, *(v for node in graph for v in node.outputs)):
-        if value.shape is not None and (value not in graph.outputs or stage == "encoder"):
-            value.shape = ir.Shape(WHOLE if str(size) in CHANGED else size for size in value.shape)
     if stage == "encoder":
         _embed(graph, tokens, sites[claims[0].site.key], inputs["input_ids"], config, emitter)
     elif positions is not None:
@@ -59,7 +56,7 @@ def begin(
         shifted.type = positions.type
         replace_uses(positions, shifted, emitter.added, graph)
     if mask is not None:
-        mask.shape = ir.Shape(TEXT if str(size) in CHANGED else size for size in mask.shape or ())
+        _rename(mask)
         dtype = mask.dtype or ir.DataType.INT64
         ones = emitter.constant(np.ones((1, length), dtype.numpy()), "attention_mask", dtype)
         wide = in_front(mask, ones, mask, [1, length], emitter)
@@ -72,7 +69,7 @@ def _embed(
     graph: ir.Graph, tokens: Array, site: Site, ids: ir.Value, config: Mapping[str, Any], emitter: Emitter
 ) -> None:
     """Put tokens before embedded ids."""
-    ids.shape = ir.Shape(TEXT if str(size) in CHANGED else size for size in ids.shape or ())
+    _rename(ids)
     looked_up = next(v for node in graph for v in node.outputs if v.name == site.values["y"])
     emitter.dtype = looked_up.dtype or ir.DataType.FLOAT
     table = next(v for v in graph.inputs if v.name == site.parameters["weight"])
@@ -85,3 +82,8 @@ def _embed(
     all_ids.type = ids.type
     replace_uses(ids, all_ids, emitter.added, graph)
     replace_uses(looked_up, joined, emitter.added, graph)
+
+
+def _rename(value: ir.Value) -> None:
+    """Call an input's axes after the text alone."""
+    value.shape = ir.Shape(TEXT if str(size) in LONGER else size for size in value.shape or ())

@@ -135,5 +135,5 @@ def test_the_cache_begins_with_the_prompt(compiled: Any, tmp_path: Path) -> None
     assert not any(tensor.name.startswith("pelt.prompt.tokens") for tensor in graph.initializer)
     changed = {name: np.where(np.arange(LENGTH + 3)[None, None, :, None] > 2, 0, a) for name, a in starts.items()}
     save_file({n: np.ascontiguousarray(a, np.float32) for n, a in changed.items()}, tmp_path / "out/cache.safetensors")
-    with pytest.raises(PeltError, match="E701(.|\n)*generated logits"):
+    with pytest.raises(PeltError, match=r"E701(.|\n)*generated logits"):
         peltc.verify(tmp_path / "out")
