@@ -23,11 +23,12 @@ from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
-from peltc.compiler.passes.begin import begin
+from peltc.compiler.passes.begin import begin, follow
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
+from peltc.compiler.passes.stand_in import ids_of, stand_in
 from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.compiler.survey.anatomy import Site
@@ -84,6 +85,11 @@ def build(
             begin(model, name, [c for c in plan.claims if "prepend" in c.effects], tensors, sites[name], base.config)
         elif plan.prepends:
             prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites[name], base)
+        if takes := next((c for c in staying if c.takes), None):
+            if name in stages:
+                follow(model, takes.takes, takes)
+            else:
+                stand_in(model, takes, sites[name], base.config)
         stack(model)
         values = dict(stored)
         for entry in taken:
@@ -181,4 +187,10 @@ def artifact_limits(model: ir.Model, base: Base, plan: Plan, embeds: Base | None
     if embeds is not None and claims and claims[0].site.role != "embedding":
         tokens = sum(int(str(claim.shape("prepend").dims[0])) for claim in claims)
         lengths = {axis: {**limit, "most": limit["most"] - tokens} for axis, limit in embeds.limits["lengths"].items()}
-    return {"values": values_below(model.graph), "lengths": lengths}
+    values = values_below(model.graph)
+    for claim in [claim for claim in plan.claims if claim.takes][:1]:
+        axis = ids_of(claim, [v.name or "" for v in model.graph.inputs])[1]
+        if axis in lengths:
+            lengths = {**lengths, axis: {**lengths[axis], "most": lengths[axis]["most"] - claim.takes}}
+        values = {**base.limits["values"], **values}  # ids are joined before they are looked up
+    return {"values": values, "lengths": lengths}

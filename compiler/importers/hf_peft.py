@@ -7,8 +7,9 @@ from peltc.compiler.importers.hf_ia3 import IA3
 from peltc.compiler.importers.hf_loha import LOHA
 from peltc.compiler.importers.hf_lora import LORA
 from peltc.compiler.importers.hf_oft import OFT
+from peltc.compiler.importers.hf_prefix import PREFIX
 from peltc.compiler.importers.hf_prompt import CPT, MULTITASK, P_TUNING, PROMPT
 
-FORMATS = {found.kind: found for found in (LORA, IA3, LOHA, OFT, PROMPT, P_TUNING, CPT, MULTITASK)}
+FORMATS = {found.kind: found for found in (LORA, IA3, LOHA, OFT, PREFIX, PROMPT, P_TUNING, CPT, MULTITASK)}
 WHOLE = Entry("replace")
 """What a module of `modules_to_save`, which is trained as a whole, becomes."""

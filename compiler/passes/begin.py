@@ -45,13 +45,28 @@ def begin(
         config: the model's.
     """
     graph, tokens = model.graph, tokens_of(claims, tensors)
-    length = len(tokens)
+    ids = next((v for v in graph.inputs if v.name == "input_ids"), None)
+    if stage == "encoder" and ids is not None:
+        emitter = Emitter(graph, ir.DataType.FLOAT, f"pelt.{claims[0].attachment}", claims[0].marks)
+        _embed(graph, tokens, sites[claims[0].site.key], ids, config, emitter)
+    follow(model, len(tokens), claims[0], own=stage == "decode" and ids is not None)
+
+
+def follow(model: ir.Model, length: int, claim: Claim, own: bool = True) -> None:
+    """Let the text of a graph that generates follow others, which the cache begins with or an encoder has read, in
+    place.
+
+    Args:
+        length: how many.
+        claim: what they are of.
+        own: whether they stand before the text that the graph reads; otherwise, before an encoder's.
+    """
+    graph = model.graph
     inputs = {v.name: v for v in graph.inputs}
-    emitter = Emitter(graph, ir.DataType.FLOAT, f"pelt.{claims[0].attachment}", claims[0].marks)
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    if stage == "encoder":
-        _embed(graph, tokens, sites[claims[0].site.key], inputs["input_ids"], config, emitter)
-    elif positions is not None:
+    emitter = Emitter(graph, ir.DataType.FLOAT, f"pelt.{claim.attachment}", claim.marks)
+    behind = own and "decoder_input_ids" in inputs
+    mask, positions = inputs.get("decoder_attention_mask" if behind else "attention_mask"), inputs.get("position_ids")
+    if positions is not None and own:
         shifted = emitter.node("Add", [positions, emitter.constant(np.int64(length), "positions", ir.DataType.INT64)])
         shifted.type = positions.type
         replace_uses(positions, shifted, emitter.added, graph)
@@ -76,12 +91,17 @@ def _embed(
     rows = emitter.node("Gather", [table, ids], {"axis": 0})
     joined = in_front(rows, emitter.constant(tokens[None], "tokens"), ids, [1, *tokens.shape], emitter)
     # Ids of no meaning: one that is no padding, as often as there are tokens.
-    some = np.full((1, 1), int(config.get("pad_token_id") == 0), np.int64)
+    some = np.full((1, 1), no_padding(config), np.int64)
     sizes = emitter.node("Add", [emitter.node("Shape", [ids]), emitter.integers([0, len(tokens)])])
     all_ids = emitter.node("Expand", [emitter.constant(some, "ids", ir.DataType.INT64), sizes])
     all_ids.type = ids.type
     replace_uses(ids, all_ids, emitter.added, graph)
     replace_uses(looked_up, joined, emitter.added, graph)
+
+
+def no_padding(config: Mapping[str, Any]) -> int:
+    """An id that is not the padding's."""
+    return int(config.get("pad_token_id") == 0)
 
 
 def _rename(value: ir.Value) -> None:

@@ -36,7 +36,7 @@ class Inserter(Maps):
                 if any(around) and self.begins(claim, effect, role, read):
                     new, emitter = read, self.emitter(claim, read)
                 else:
-                    value, interpreter = self.evaluate(claim, effect, read, **now)
+                    value, interpreter = self.evaluate(claim, effect, read, **self.text_of(claim, now, made))
                     emitter = interpreter.emitter
                     new = interpreter.value(value)
                 repeats = site.sizes["heads"] // site.sizes["kv_heads"]
@@ -55,8 +55,21 @@ class Inserter(Maps):
                     new.type = read.type
                     new.shape = ir.Shape([None, site.sizes["kv_heads"], None, site.sizes["head_dim"]])
                     self.replaced[read] = new
-            if any(around):
+            if any(around) and not claim.takes:
                 self.widen_mask(site, claim, around)
+
+    def text_of(self, claim: Claim, now: dict[str, ir.Value], made: set[ir.Node]) -> dict[str, ir.Value]:
+        """Keys and values without those of the tokens whose places the claim's own take."""
+        if not claim.takes:
+            return now
+        emitter = self.emitter(claim, now["k"])
+        bounds = [emitter.integers([n]) for n in (claim.takes, 2**62, 2)]
+        text = {role: emitter.node("Slice", [value, *bounds]) for role, value in now.items()}
+        for role, value in text.items():
+            sizes = now[role].shape
+            value.shape = None if sizes is None else ir.Shape([sizes[0], sizes[1], None, sizes[3]])
+        made |= emitter.added
+        return text
 
     def begins(self, claim: Claim, effect: str, role: str, read: ir.Value) -> bool:
         """Write what a claim puts before keys or values into the start of the cache. This is possible where the cache
@@ -79,7 +92,8 @@ class Inserter(Maps):
         numeric = NumericInterpreter()
         found = numeric.evaluate(claim.effects[effect], claim.scope({**values, role: start}, numeric))
         self.starts[cache.name] = np.asarray(found, np.float32)
-        self.caches[cache], self.caches[read] = cache, cache
+        if not claim.takes:
+            self.caches[cache], self.caches[read] = cache, cache
         return True
 
     def count_text(self) -> None:

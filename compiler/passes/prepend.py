@@ -10,7 +10,7 @@ embedded before the tokens join is taken from the graph that reads token ids, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,20 +67,34 @@ def prepend(
             replace_uses(value, wide, own | emitter.added, graph)
     graph.inputs[graph.inputs.index(embedded)] = ids
     graph.sort()
-    if claim.cut == "head":
-        end = next(v for v in _values(graph) if v.name == whole.values["end"])
-        replace_uses(end, _without(end, length, emitter), emitter.added, graph)
+    leave(graph, length, "sequence", whole.values["end"] if claim.cut == "head" else "", shapes, emitter)
+    graph.sort()
+    RemoveUnusedNodesPass()(model)
+
+
+def leave(
+    graph: ir.Graph, length: int, axis: str, end: str, shapes: Sequence[ir.Shape | None], emitter: Emitter
+) -> None:
+    """Let the tokens before the text leave a graph, in place.
+
+    Args:
+        length: how many there are.
+        axis: what the outputs' axis of positions is called.
+        end: the value behind the last layer, where they leave before the head; "" where they leave from the outputs.
+        shapes: of the outputs, as they are without the tokens.
+    """
+    if end:
+        last = next(v for v in _values(graph) if v.name == end)
+        replace_uses(last, _without(last, length, emitter), emitter.added, graph)
     for i, (output, before) in enumerate(zip(list(graph.outputs), shapes, strict=True)):
-        if before is not None and len(before) > 1 and str(before[1]) == "sequence":
-            if claim.cut == "head":  # cut already
+        if before is not None and len(before) > 1 and str(before[1]) == axis:
+            if end:  # cut already
                 output.shape = before
                 continue
             cut = _without(output, length, emitter)
             cut.name, output.name = output.name, f"{output.name}.whole"
             cut.shape, cut.type = before, output.type
             graph.outputs[i] = cut  # only what leaves the graph is cut; inside, everybody sees all positions
-    graph.sort()
-    RemoveUnusedNodesPass()(model)
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

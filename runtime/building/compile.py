@@ -182,7 +182,7 @@ def _compile(
         manifest = build(plan, base, tensors, folder, embeds=embeds, stages=staged_bases, weights_from=source,
                          self_contained=self_contained)  # fmt: skip
         if "decode" in staged_bases and plan.prepends:
-            manifest["prompt"] = begin(folder, plan, tensors, staged_bases["decode"], talk)
+            manifest["tokens_before"] = begin(folder, plan, tensors, staged_bases["decode"], talk)
         manifest["frozen_gates"] = gates
         write_manifest(folder, manifest)
         save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))

@@ -44,7 +44,7 @@ def generator(
     options: Any = None,
     starts: Mapping[str, Any] = MappingProxyType({}),
     limits: Mapping[str, Any] = NO_LIMITS,
-    prompt: int = 0,
+    added: int = 0,
 ) -> Any:
     """A model of `transformers` that generates with graphs; it has no parameters of its own.
 
@@ -56,7 +56,7 @@ def generator(
         options: the model's generation config; without it that of the config.
         starts: what caches begin with [1, H, P, Dh], by the graph's inputs.
         limits: what the model's tables allow, as the artifact's manifest records it.
-        prompt: how many tokens of its own the encoder puts before a text.
+        added: how many tokens of its own the encoder puts before a text.
     """
     import torch
     import transformers
@@ -69,7 +69,7 @@ def generator(
     if options is not None:
         model.generation_config = options
         options.cache_implementation = None  # how the torch model keeps its cache; a graph's grows
-    model.use(sessions, records, starts, limits, prompt)
+    model.use(sessions, records, starts, limits, added)
     return model
 
 
@@ -105,7 +105,7 @@ def open_generator(folder: Path, open_session: Callable[[str], Any]) -> Any:
         starts = load_file(folder / CACHE) if (folder / CACHE).is_file() else {}
         limits = manifest.get("limits") or NO_LIMITS
         return generator(config, manifest["base"]["architecture"], sessions, records, options, starts, limits,
-                         manifest.get("prompt") or 0)  # fmt: skip
+                         manifest.get("tokens_before") or 0)  # fmt: skip
 
 
 def _as(base: Any) -> Any:
@@ -130,7 +130,7 @@ class _Generator:
         records: Mapping[str, Any],
         starts: Mapping[str, Any],
         limits: Mapping[str, Any],
-        prompt: int,
+        added: int,
     ) -> None:
         """Take up the graphs."""
         import torch
@@ -146,7 +146,7 @@ class _Generator:
         self._known = {leaf.partition(".")[0] for leaf in leaves} | EXTRA
         self._starts = {leaf.removeprefix("input."): start for leaf, start in starts.items()}
         self._encoder = Encoder(self._runners["encoder"]) if "encoder" in sessions else None
-        self._limits, self._prompt = limits, prompt
+        self._limits, self._added = limits, added
         found = {leaf.removeprefix("input."): spec for inputs in self._inputs.values() for leaf, spec in inputs.items()}
         # tokens and masks [B, S], by name: ONNX Runtime's names of their types
         self.takes = {name: i.type for name, i in found.items() if len(i.shape) == 2 and "." not in name}
@@ -231,7 +231,7 @@ class _Generator:
     def _encoded(self, given: Mapping[str, Any]) -> list[int]:
         """The batch and length of the text that the encoder has read."""
         batch, length, _ = given["encoder_outputs"].last_hidden_state.shape
-        return [batch, length - self._prompt]
+        return [batch, length - self._added]
 
     def _joined(self, result: Any, leaves: Any, cache: Any) -> Any:
         """The graph's outputs, with the keys and values of the cross-attention that the graph was given."""

@@ -11,13 +11,13 @@ from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.runtime.training.evaluation import Tensor, on_first
 from peltc.runtime.training.interface import route
-from peltc.runtime.training.maps import Maps
 from peltc.runtime.training.places import container_of, named_arguments, owner_of
+from peltc.runtime.training.stand_ins import StandIns, close_cache, open_cache, shown
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula.dims import Dim
 
 
-class Blocks(Maps):
+class Blocks(StandIns):
     """Modules at blocks, attention cores and before the sequence."""
 
     def install_block(self, model: Any, site: Site, claims: list[Claim]) -> None:
@@ -49,12 +49,13 @@ class Blocks(Maps):
         module = model.get_submodule(path)
         self.restore.append(route(model))
         added = [next(claim.added(e) for e in ("keys", "values") if e in claim.effects) for claim in claims]
+        added = [(0, 0) if claim.takes else each for claim, each in zip(claims, added, strict=True)]
         before, behind = (sum(each) for each in zip(*added, strict=True))
 
         def change(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int, int]:
             self.enter(site)
             for claim in claims:
-                now = {"q": query, "k": key, "v": value}
+                now = {"q": query, "k": key[..., claim.takes :, :], "v": value[..., claim.takes :, :]}
                 if "keys" in claim.effects:
                     key = self.evaluate(claim, "keys", now["k"], **now)
                 if "values" in claim.effects:
@@ -91,14 +92,11 @@ class Blocks(Maps):
                     "tokens that join behind the embedding do not work with a cache",
                     hint=f"attach them to '{site.name}.word', or call the model with use_cache=False",
                 )
-            if cache is not None:
-                vars(cache).pop("get_seq_length", None)
-            begun = seq2seq and kwargs.get("encoder_outputs") is not None
-            begun = begun or (cache is not None and int(cache.get_seq_length()) > 0)
+            begun = open_cache(cache) or (seq2seq and kwargs.get("encoder_outputs") is not None)
             own = kwargs.get("position_ids")
             if begun:
                 kwargs |= {} if own is None else {"position_ids": own + added}
-                kwargs["attention_mask"] = self.mask = shown(kwargs.get("attention_mask"))
+                kwargs["attention_mask"] = self.mask = shown(kwargs.get("attention_mask"), added)
                 return (), kwargs
             text = kwargs.get("inputs_embeds")
             text = kwargs["input_ids"] if text is None else text
@@ -118,22 +116,13 @@ class Blocks(Maps):
             self.mask = kwargs.get("attention_mask")
             return (), kwargs
 
-        def shown(mask: Tensor | None) -> Tensor | None:
-            if mask is not None and mask.dim() != 2:
-                raise fail(
-                    "E209",
-                    f"tokens before the sequence do not work with a mask of {mask.dim()} axes",
-                    expected="a mask of the text's tokens, [B, S], and a cache that grows",
-                )
-            return mask if mask is None else torch.cat([mask.new_ones(len(mask), added), mask], 1)
-
         def encode(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kwargs = named_arguments(module, args, kwargs)
             if inside or kwargs.get("input_ids") is None:  # the model's own call of its encoder
                 return None
             text = join(table(kwargs["input_ids"]))
             return (), kwargs | {"input_ids": None, "inputs_embeds": text,
-                                 "attention_mask": shown(kwargs.get("attention_mask"))}  # fmt: skip
+                                 "attention_mask": shown(kwargs.get("attention_mask"), added)}  # fmt: skip
 
         def leaving(module: nn.Module, args: Any, output: Any) -> None:
             nonlocal inside
@@ -146,10 +135,8 @@ class Blocks(Maps):
 
             if isinstance(output, tuple):
                 return output if seq2seq else tuple(cut(value) for value in output)
-            cache = None if seq2seq else output.get("past_key_values")
-            if cache is not None and hasattr(cache, "get_seq_length"):
-                whole = type(cache).get_seq_length
-                cache.get_seq_length = lambda *layer, **named: whole(cache, *layer, **named) - added
+            if not seq2seq:
+                close_cache(output.get("past_key_values"), added)
             for name in list(output.keys()):
                 if not (seq2seq and name == "logits"):
                     output[name] = cut(output[name])

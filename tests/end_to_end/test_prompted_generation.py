@@ -130,7 +130,7 @@ def test_the_cache_begins_with_the_prompt(compiled: Any, tmp_path: Path) -> None
     shutil.copytree(folder / "out", tmp_path / "out")
     starts = load_file(tmp_path / "out/cache.safetensors")
     assert all(start.shape[2] == LENGTH + 3 for start in starts.values())
-    assert json.loads((tmp_path / "out/pelt.json").read_text())["prompt"] == LENGTH
+    assert json.loads((tmp_path / "out/pelt.json").read_text())["tokens_before"] == LENGTH
     graph = onnx.load(tmp_path / "out/decode.onnx", load_external_data=False).graph
     assert not any(tensor.name.startswith("pelt.prompt.tokens") for tensor in graph.initializer)
     changed = {name: np.where(np.arange(LENGTH + 3)[None, None, :, None] > 2, 0, a) for name, a in starts.items()}

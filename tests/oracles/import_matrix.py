@@ -44,6 +44,11 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "(IA)³": (peft.IA3Config, {}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 7}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+    "prefix tuning": (peft.PrefixTuningConfig, {"num_virtual_tokens": 4}),
+    "projected prefixes": (
+        peft.PrefixTuningConfig,
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
+    ),
     "prompt tuning": (peft.PromptTuningConfig, {"num_virtual_tokens": 4}),
     "P-tuning": (peft.PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
     "CPT": (peft.CPTConfig, {"cpt_token_ids": [5, 6, 7], "cpt_tokens_type_mask": [1, 2, 3]}),
