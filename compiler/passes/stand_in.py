@@ -47,11 +47,10 @@ def stand_in(model: ir.Model, claim: Claim, sites: Mapping[str, Site], config: M
     mask = "decoder_attention_mask" if axis == "target" else "attention_mask"
     fills = {name: no_padding(config), mask: 1} | ({} if axis == "target" else {"token_type_ids": 0})
     for given, fill in fills.items():
-        if (value := inputs.get(given)) is None:
-            continue
-        dtype = value.dtype or ir.DataType.INT64
-        some = emitter.constant(np.full((1, length), fill, dtype.numpy()), given, dtype)
-        replace_uses(value, in_front(value, some, value, [1, length], emitter), emitter.added, graph)
+        if (text := inputs.get(given)) is not None:
+            dtype = text.dtype or ir.DataType.INT64
+            some = emitter.constant(np.full((1, length), fill, dtype.numpy()), given, dtype)
+            replace_uses(text, in_front(text, some, text, [1, length], emitter), emitter.added, graph)
     graph.sort()
     # A head reads the first token of what an encoder makes of a text, and the last of a decoder's.
     end = ""

@@ -219,7 +219,9 @@ class _Generator:
         """
         feeds = {name: given[name].numpy(force=True) for name in self.takes if name in given}
         check_values(feeds, self._limits)
-        seen = {"attention_mask": [len(feeds["input_ids"]), length] if self._encoder is None else self._encoded(given)}
+        seen: dict[str, list[int | str]] = {
+            "attention_mask": [len(feeds["input_ids"]), length] if self._encoder is None else self._encoded(given)
+        }
         hint = "prefill_chunk_size is for a decoder alone" * (self._encoder is not None)
         check_shapes({name: feeds[name] for name in seen if name in feeds}, seen, hint)
         name, axis = ("input_ids", "sequence") if self._encoder is None else ("decoder_input_ids", "target")
@@ -228,7 +230,7 @@ class _Generator:
             counted = {} if mask is None else count_tokens({"mask": mask}, {"mask": ["batch", axis]})
             check_lengths({axis: (length, name)}, counted, {"lengths": {axis: self._limits["lengths"][axis]}})
 
-    def _encoded(self, given: Mapping[str, Any]) -> list[int]:
+    def _encoded(self, given: Mapping[str, Any]) -> list[Any]:
         """The batch and length of the text that the encoder has read."""
         batch, length, _ = given["encoder_outputs"].last_hidden_state.shape
         return [batch, length - self._added]

@@ -67,7 +67,7 @@ class StandIns(Maps):
                 kwargs[f"{own}position_ids"] = torch.cat([*([] if begun else [first]), positions + added], -1)
             ids, embeds, labels = (kwargs.get(name) for name in (f"{own}input_ids", f"{own}inputs_embeds", "labels"))
             if ids is None and embeds is None and seq2seq and labels is not None:
-                ids = module.prepare_decoder_input_ids_from_labels(labels)
+                ids = model.prepare_decoder_input_ids_from_labels(labels)
             text = ids if ids is not None else embeds
             if text is not None and not begun:
                 named = {f"{own}input_ids": longer(ids, some)} if ids is not None else {

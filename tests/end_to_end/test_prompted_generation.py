@@ -137,3 +137,60 @@ def test_the_cache_begins_with_the_prompt(compiled: Any, tmp_path: Path) -> None
     save_file({n: np.ascontiguousarray(a, np.float32) for n, a in changed.items()}, tmp_path / "out/cache.safetensors")
     with pytest.raises(PeltError, match=r"E701(.|\n)*generated logits"):
         peltc.verify(tmp_path / "out")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "t5", "bart"])
+def shifted(request: Any, tmp_path_factory: Any) -> Any:
+    """The same with a prefix that takes positions, in the decoder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save(request.param, dict(FAMILIES)[request.param], folder / "model")
+    prefix = {"method": "prefix", "at": "decoder.layers.*.attention", "length": LENGTH, "positions": "shifted"}
+    return (*built(model, [*MIXED[:-1], prefix], folder / "out"), folder)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"attention_mask": None}], ids=["greedy", "beams", "no-mask"]
+)
+def test_a_prefix_that_takes_positions_equals_pytorch(shifted: Any, options: dict[str, Any]) -> None:
+    session, model, *_ = shifted
+    given = texts(model) | options
+    same(session.generate(**given), model.generate(**given))
+
+
+@pytest.mark.parametrize("shifted", ["gpt2", "llama", "t5"], indirect=True)
+def test_where_the_text_begins_counts(shifted: Any, tmp_path: Path) -> None:
+    """The witness: the same prefix without positions is another function; and no graph joins it to the keys of a
+    step."""
+    session, _, tensors, folder = shifted
+    prefix = {"method": "prefix", "at": "decoder.layers.*.attention", "length": LENGTH}
+    spec = {"pelt": 1, "name": "kept", "attach": [*MIXED[:-1], prefix]}
+    peltc.compile(spec, folder / "model", tmp_path / "kept", tensors, verify=False)
+    given = {"input_ids": np.arange(5, 12)[None]}
+    if any(i.name == "decoder_input_ids" for i in session.inference.get_inputs()):
+        given["decoder_input_ids"] = np.arange(5, 9)[None]
+    found, other = session(**given)["logits"], peltc.Session(tmp_path / "kept")(**given)["logits"]
+    assert found.shape == other.shape
+    assert np.abs(found - other).max() > 10 * TOLERANCE["float32"] * np.abs(found).max()
+    starts = load_file(folder / "out/cache.safetensors")
+    assert all(start.shape[2] == LENGTH for start in starts.values())
+
+
+SHIFTED = {"method": "prefix", "at": "attention", "positions": "shifted", "reparameterise": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "attach", "words"),
+    [
+        ("llama", [{**SHIFTED, "layers": [0]}], "every layer's `attention`"),
+        ("llama", [{**SHIFTED, "length": [2, 3]}], "one length for all"),
+        ("llama", [SHIFTED, {**PROMPT, "at": "embedding.word"}], "it or 'prompt', which puts something before the text"),
+        ("llama", [SHIFTED, {"method": "prefix", "name": "other", "at": "attention"}], "it or 'other'"),
+        ("t5", [{**SHIFTED, "at": "encoder.layers.*.attention"}], "the decoder of a model that has an encoder too"),
+    ],
+)  # fmt: skip
+def test_what_cannot_take_positions_is_refused(
+    family: str, attach: list[dict[str, Any]], words: str, tmp_path_factory: Any
+) -> None:
+    model = save(family, dict(FAMILIES)[family], tmp_path_factory.mktemp("refused") / "model")
+    with pytest.raises(PeltError, match=f"E208 the keys and values of 'prefix' take positions(.|\n)*{words}"):
+        plan_for(peltc.load_spec({"pelt": 1, "attach": attach}), model)
