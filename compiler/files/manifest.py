@@ -15,6 +15,9 @@ MANIFEST = "pelt.json"
 CACHE = "cache.safetensors"
 """What the caches of keys and values begin with, by the graph's inputs."""
 
+PROFILES = "profiles"
+"""The folder of the profiles that lie in an artifact."""
+
 
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file whole or not at all."""

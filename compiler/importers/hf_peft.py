@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from peltc.compiler.importers.formats import Entry
 from peltc.compiler.importers.hf_ia3 import IA3
 from peltc.compiler.importers.hf_loha import LOHA
 from peltc.compiler.importers.hf_lora import LORA
@@ -11,5 +10,3 @@ from peltc.compiler.importers.hf_prefix import PREFIX
 from peltc.compiler.importers.hf_prompt import CPT, MULTITASK, P_TUNING, PROMPT
 
 FORMATS = {found.kind: found for found in (LORA, IA3, LOHA, OFT, PREFIX, PROMPT, P_TUNING, CPT, MULTITASK)}
-WHOLE = Entry("replace")
-"""What a module of `modules_to_save`, which is trained as a whole, becomes."""

@@ -23,6 +23,7 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
+from peltc.runtime.running.profiles import Bound, Profiles
 from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 from peltc.spec.packages import needing
 
@@ -73,6 +74,8 @@ class Session:
 
     Attributes:
         providers: the execution providers of the graph that was opened last; before any is opened, those wanted.
+        profile: the name of the profile that is taken where a call names none; None for the start values of the
+            modules, with which most methods leave the base as it is.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class Session:
             self.options.intra_op_num_threads = threads
         if not spinning:
             self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.kept = Profiles(self.manifest.get("profiles"), str(self.folder))
+        self.profile: str | None = None
         self.asked = providers is not None
         self.wanted = self.providers = globals()["providers"](providers)
         if "decode" not in self.manifest.get("graphs", ()):
@@ -113,6 +118,30 @@ class Session:
         """Give the memory back; what is called afterwards opens it again."""
         for held in ("inference", "inputs", "outputs", "labels", "generator"):
             self.__dict__.pop(held, None)
+
+    @property
+    def profiles(self) -> list[str]:
+        """The names of the profiles that were added."""
+        return list(self.kept.held)
+
+    def add_profile(self, name: str, source: str | Path | Mapping[str, Array]) -> None:
+        """Add a profile, or replace the one of that name; nothing is compiled.
+
+        Args:
+            source: a file that `pelt link` wrote, or what `peltc.link` gave.
+
+        Raises:
+            PeltError: E216 no name; E624 the artifact's modules are fixed; E625 a profile of another artifact.
+        """
+        self.kept.add(name, source)
+
+    def remove_profile(self, name: str) -> None:
+        """Forget a profile.
+
+        Raises:
+            PeltError: E626 there is none of that name.
+        """
+        self.kept.remove(name)
 
     def open(self, file: str) -> Any:
         """ONNX Runtime's session of one of the artifact's graphs.
@@ -192,14 +221,15 @@ class Session:
         with needing("generation"):
             from peltc.runtime.running.generation import open_generator
 
-            return open_generator(self.folder, self.open)
+            return open_generator(self.folder, lambda file: Bound(self.open(file), lambda: self.chosen(None)))
 
-    def generate(self, inputs: Any = None, **options: Any) -> Any:
+    def generate(self, inputs: Any = None, *, profile: str | None = None, **options: Any) -> Any:
         """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
 
         Args:
             inputs: token ids [B, S], padded on the left for a decoder alone, as a torch tensor, array or lists; they
                 may be given as `input_ids` too.
+            profile: the name of the profile to generate with, in an artifact whose modules are exchanged.
             options: `attention_mask` [B, S], and whatever `generate` takes.
 
         Returns:
@@ -211,13 +241,19 @@ class Session:
         """
         if inputs is not None:
             options["inputs"] = inputs
-        return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
+        before, self.profile = self.profile, profile if profile is not None else self.profile
+        try:
+            self.chosen(None)
+            return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
+        finally:
+            self.profile = before
 
-    def __call__(self, *texts: Any, **inputs: Any) -> dict[str, Array]:
+    def __call__(self, *texts: Any, profile: str | None = None, **inputs: Any) -> dict[str, Array]:
         """Run the model.
 
         Args:
             texts: none: inputs are given by their names, and texts become inputs by `tokenize`.
+            profile: the name of the profile to run with, in an artifact whose modules are exchanged.
             inputs: arrays [B, S] by input name, torch tensors, or nested lists. A mask that is left out is all ones,
                 token types that are left out are all zeros. Whole numbers of any type become the graph's own; floats
                 are none, whatever their values. A text that the mask hides throughout changes no other text, and what
@@ -232,6 +268,7 @@ class Session:
         if texts:
             hint = "session(**inputs)" if isinstance(texts[0], Mapping) else TOKENIZED
             raise wrong_type("what the model reads", texts[0], f"inputs by name: {', '.join(self.inputs)}", hint)
+        chosen = self.chosen(profile)
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise fail("E606", f"the model takes no input '{unknown[0]}'", expected=", ".join(self.inputs))
@@ -239,8 +276,33 @@ class Session:
                               for name, value in inputs.items() if value is not None})  # fmt: skip
         check(feeds, {name: self.inputs[name].shape for name in feeds}, self.limits)
         with translating(shown(feeds), str(self.folder)):
-            results = self.inference.run(None, feeds)
+            results = self.answer(feeds, chosen)
         return dict(zip(self.outputs, results, strict=True))
+
+    def chosen(self, profile: str | None) -> dict[str, Any]:
+        """ONNX Runtime's values of a profile by input name; none where no profile is meant.
+
+        Raises:
+            PeltError: E626 there is no such profile; E627 none is meant, and the modules change the base whatever
+                their values.
+        """
+        name = profile if profile is not None else self.profile
+        if name is not None:
+            return self.kept.feeds(name)
+        if self.kept.record and (why := self.kept.record["no_bare_base"]):
+            raise fail("E627", f"no profile is named, and this artifact has no bare base: {why}",
+                       Place(str(self.folder)), "profile=NAME", "session.add_profile(name, file)")  # fmt: skip
+        return {}
+
+    def answer(self, feeds: Mapping[str, Array], chosen: Mapping[str, Any]) -> list[Array]:
+        """The outputs, in their order. A profile's tensors stay where they are; ONNX Runtime's own `LoraAdapter` is not
+        used, for it is ignored where inputs are bound."""
+        if not chosen:
+            return list(self.inference.run(None, dict(feeds)))
+        import onnxruntime as ort
+
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        return [value.numpy() for value in self.inference.run_with_ort_values(None, {**values, **chosen})]
 
     def _filled(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """Every input in the graph's order, a mask and token types too where they are left out."""

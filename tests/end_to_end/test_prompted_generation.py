@@ -183,7 +183,7 @@ SHIFTED = {"method": "prefix", "at": "attention", "positions": "shifted", "repar
     [
         ("llama", [{**SHIFTED, "layers": [0]}], "every layer's `attention`"),
         ("llama", [{**SHIFTED, "length": [2, 3]}], "one length for all"),
-        ("llama", [SHIFTED, {**PROMPT, "at": "embedding.word"}], "it or 'prompt', which puts something before the text"),
+        ("llama", [SHIFTED, {**PROMPT, "at": "embedding.word"}], "it or 'prompt', which puts something before"),
         ("llama", [SHIFTED, {"method": "prefix", "name": "other", "at": "attention"}], "it or 'other'"),
         ("t5", [{**SHIFTED, "at": "encoder.layers.*.attention"}], "the decoder of a model that has an encoder too"),
     ],
