@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from peltc.compiler.passes.insert_maps import Maps
 from peltc.compiler.passes.insertion import Around, swap_input
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
+from peltc.spec.diagnostics import fail
 from peltc.spec.formula.syntax import Call, Expr, Name, names
 from peltc.spec.method import RUNTIME_NAMES
 
@@ -62,6 +64,11 @@ class Inserter(Maps):
         """Keys and values without those of the tokens whose places the claim's own take."""
         if not claim.takes:
             return now
+        if self.caches_of(now):
+            raise fail("E208", f"'{claim.attachment}' at {claim.site.name} takes positions before the text, and what it"
+                               " puts there cannot lie in a cache before the first token",
+                       expected="keys and values that depend on nothing in the text, joined to the text's own",
+                       hint="compile without `generation`")  # fmt: skip
         emitter = self.emitter(claim, now["k"])
         bounds = [emitter.integers([n]) for n in (claim.takes, 2**62, 2)]
         text = {role: emitter.node("Slice", [value, *bounds]) for role, value in now.items()}
@@ -71,12 +78,19 @@ class Inserter(Maps):
         made |= emitter.added
         return text
 
+    @staticmethod
+    def caches_of(now: Mapping[str, ir.Value]) -> list[ir.Value]:
+        """The caches that keys and values are joined to."""
+        nodes = [value.producer() for value in now.values()]
+        first = [node.inputs[0] for node in nodes if node is not None and node.op_type == "Concat"]
+        inputs = [value for value in first if value is not None and value.is_graph_input()]
+        return [value for value in inputs if value.shape is not None and len(value.shape) == 4]
+
     def begins(self, claim: Claim, effect: str, role: str, read: ir.Value) -> bool:
         """Write what a claim puts before keys or values into the start of the cache. This is possible where the cache
         holds just these keys and values, and where the claim depends on nothing that is computed at run time."""
-        node = read.producer()
-        cache = node.inputs[0] if node is not None and node.op_type == "Concat" else None
-        if cache is None or not cache.is_graph_input() or cache.shape is None or cache.name is None:
+        cache = next(iter(self.caches_of({role: read})), None)
+        if cache is None or cache.shape is None or cache.name is None:
             return False
         if (
             claim.reads & set(RUNTIME_NAMES) - {"k", "v"}

@@ -141,6 +141,7 @@ class Checks:
             own = [claim for claim in taking if claim.attachment == name]
             stacks = {claim.site.stack for claim in own}
             cores = [s for s in self.anatomy if s.kind == "attention" and s.stack in stacks and s.role == "attention"]
+            layers = {s.layer_path for s in self.anatomy if s.stack in stacks and s.layer is not None}
             others = [claim for claim in claims if claim.attachment != name]
             beside = [c for c in others if "prepend" in c.effects or (
                 c.site in cores and {"keys", "values"} & set(c.effects))]  # fmt: skip
@@ -148,6 +149,8 @@ class Checks:
             expected = ""
             if {claim.site.key for claim in own} != {site.key for site in cores} or len({c.takes for c in own}) > 1:
                 expected = "every layer's `attention`, and one length for all"
+            elif layers - {s.layer_path for s in cores}:
+                expected = "a model each of whose layers has attention, by which alone a text sees what is before it"
             elif any(claim.shape(e).lead != claim.takes or claim.added(e)[1] for claim in own for e in claim.effects):
                 expected = "keys and values before the text, as many as they take positions"
             elif beside:

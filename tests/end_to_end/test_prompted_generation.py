@@ -194,3 +194,16 @@ def test_what_cannot_take_positions_is_refused(
     model = save(family, dict(FAMILIES)[family], tmp_path_factory.mktemp("refused") / "model")
     with pytest.raises(PeltError, match=f"E208 the keys and values of 'prefix' take positions(.|\n)*{words}"):
         plan_for(peltc.load_spec({"pelt": 1, "attach": attach}), model)
+
+
+def test_keys_that_no_cache_can_begin_with_are_refused(tmp_path: Path) -> None:
+    """They take positions, and change the text's own keys besides."""
+    model = save("llama", dict(FAMILIES)["llama"], tmp_path / "model")
+    grown = {"site": "attention", "options": {"length": {"type": "integer", "default": 2}},
+             "parameters": {"K": {"shape": ["kv_heads", "length", "head_dim"], "init": "normal(0.1)"}},
+             "keys": "concat(K, 1.5 * k, axis=-2)", "values": "concat(K, v, axis=-2)", "takes": "length"}  # fmt: skip
+    spec = {"pelt": 1, "attach": [{"method": "grown", "at": "attention"}], "methods": {"grown": grown}}
+    with pytest.raises(PeltError, match=r"E208 'grown' at .* takes positions(.|\n)*compile without `generation`"):
+        peltc.compile(spec, model, tmp_path / "out", generation=True, verify=False)
+    manifest = peltc.compile(spec, model, tmp_path / "out")
+    assert manifest["verification"]["worst"] < TOLERANCE["float32"]
