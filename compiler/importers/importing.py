@@ -21,7 +21,7 @@ from peltc.compiler.adapter.identity import BaseRecord, public_name
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import provenance
-from peltc.compiler.adapter.weights import finite
+from peltc.compiler.adapter.weights import sound
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
@@ -38,8 +38,6 @@ from peltc.compiler.plan.planner import make_plan
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
 from peltc.spec.document import dump
 from peltc.spec.foreign import IMPORTED, PEFT, recognised
-from peltc.spec.formula.syntax import names as variables
-from peltc.spec.method import Method
 from peltc.spec.specification import ModelChoice, Spec, load_spec
 
 TASKS = {
@@ -109,11 +107,12 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     named = model or folder.base or (base.folder if base is not None else "")
     if not named:
         raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
-    parts, shared = parts_of(folder, known)
+    parts = parts_of(folder, known)
     base = base or base_of(folder, named, parts, talk)
     check_saved(folder, parts, base)
     read = shift(folder, parts, base, owners(base) if known.tied else set())
-    check_targets(folder, known, base, {read(part.module) for part in parts if part.role == ADAPTER})
+    if known.sites is None:
+        check_targets(folder, known, base, {read(part.module) for part in parts if part.role == ADAPTER})
     if known.tied:
         once = kept({part.module: part.tensors for part in parts if part.role == ADAPTER}, read, base, folder)
         parts = [part for part in parts if part.role != ADAPTER or part.module in once]
@@ -121,7 +120,7 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     content = spec_content(folder, base, found)
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
-    tensors = filled(plan, found, shared, folder)
+    tensors = filled(plan, found, folder)
     said = provenance(mathematics(plan), BaseRecord(base.architecture, public_name(folder.base)))
     version = folder.config.get("peft_version")
     told = f" {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""
@@ -229,7 +228,7 @@ def shift(folder: Folder, parts: Sequence[Part], base: Base, others: Set[str] = 
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
-    modules = [part.module for part in parts]
+    modules = [part.module for part in parts if part.module]
     held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))} | others
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
@@ -265,11 +264,8 @@ def check_targets(folder: Folder, known: Format, base: Base, held: set[str]) -> 
                        "`target_modules` that mean the modules in the file")  # fmt: skip
 
 
-def filled(plan: Plan, found: Sequence[Placed], shared: Mapping[str, str], folder: Folder) -> dict[str, Array]:
+def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Array]:
     """The plan's tensors, from the modules that its sites are.
-
-    Args:
-        shared: tensors of the file that all modules share, by what they are.
 
     Raises:
         PeltError: E433 a module that the plan does not have, or tensors that do not fit it; E404 values that are no
@@ -284,19 +280,21 @@ def filled(plan: Plan, found: Sequence[Placed], shared: Mapping[str, str], folde
                 continue
             raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
                        Place(str(folder.path)), hint="please report this")  # fmt: skip
-        common = shared if here.part.role == ADAPTER else {}
-        held = {**common, **here.part.tensors}
-        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in held.items()}
+        stored = {p: folder.values(t) for p, t in here.part.tensors.items()}
         values = dict(here.values(stored, claim.site))
         for parameter, tensor in claim.tensors.items():
             value = values.pop(parameter, None)
-            if value is not None and parameter in common:
-                value = leading(value, tensor.shape, claim.method, parameter)
+            if value is not None and parameter in here.shared and value.ndim == len(tensor.shape):
+                value = value[tuple(map(slice, tensor.shape))]
             if value is None or value.shape != tensor.shape:
                 what = "is missing" if value is None else f"has the shape {list(value.shape)}"
-                raise fail("E433", f"'{parameter}' of '{here.part.module}' {what}", Place(str(folder.path)),
+                of = here.part.module or folder.kind
+                raise fail("E433", f"'{parameter}' of '{of}' {what}", Place(str(folder.path)),
                            f"the shape {list(tensor.shape)}")  # fmt: skip
-            tensors[tensor.name] = np.ascontiguousarray(value)
+            value = np.ascontiguousarray(value, np.float32)
+            if not np.array_equal(tensors.setdefault(tensor.name, value), value):
+                raise fail("E433", f"'{parameter}' of '{here.part.module}' differs from that of other modules, which"
+                                   " share it", Place(str(folder.path)), "the same values")  # fmt: skip
         if values:
             raise fail("E433", f"'{next(iter(values))}' of '{here.part.module}' has no counterpart at"
                                f" {claim.site.name}", Place(str(folder.path)))  # fmt: skip
@@ -304,16 +302,4 @@ def filled(plan: Plan, found: Sequence[Placed], shared: Mapping[str, str], folde
         left = sorted(here.part.module for here in waiting.values())
         raise fail("E433", f"the spec that was made of it leaves out {names(left)}",
                    Place(str(folder.path)), hint="please report this")  # fmt: skip
-    return finite(tensors, Place(str(folder.path)))
-
-
-def leading(value: Array, shape: tuple[int, ...], method: Method, parameter: str) -> Array:
-    """Of a tensor that all modules of the model share, the part that an attachment reads: along an axis that is as long
-    as its largest site needs, the first entries."""
-    axes = next(one.shape for one in method.parameters if one.name == parameter)
-    if value.ndim != len(shape):
-        return value
-    cut = [
-        slice(size if {"max_in", "max_out"} & variables(axis) else None) for axis, size in zip(axes, shape, strict=True)
-    ]
-    return value[tuple(cut)]
+    return sound(plan, tensors, Place(str(folder.path)))

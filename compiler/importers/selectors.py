@@ -22,7 +22,7 @@ def selections(sites: Sequence[Site], anatomy: Anatomy) -> list[dict[str, Any]]:
         if len(own) == len(every):
             groups.setdefault(("", None), []).append(role)
             continue
-        if all(site.layer is None for site in every):
+        if any(site.layer is None for site in own):
             groups.setdefault(("", None), []).extend(site.path for site in own)
             continue
         chosen = {stack: _numbers(own, stack) for stack in dict.fromkeys(site.stack for site in every)}

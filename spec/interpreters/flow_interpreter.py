@@ -14,22 +14,15 @@ from peltc.spec.interpreters.flows import Flow, Part, Way, flow, merged, scaled_
 from peltc.spec.method import Parameter
 
 CURVES = {*ACTIVATIONS} - {"identity"}
-UNEVEN = {"exp", "log", "sqrt", "abs", "power", "norm2", "orthonormal"}
+UNEVEN = {"exp", "log", "sqrt", "abs", "cos", "sin", "power", "norm2", "orthonormal"}
 UNCHANGED = {
-    "identity",
-    "detach",
-    "dropout",
-    "reshape",
-    "transpose",
-    "permute",
-    "take",
-    "slice",
-    "unsqueeze",
-    "negate",
-    "upper",
-}
+    "identity", "detach", "dropout", "reshape", "transpose", "permute", "take", "slice", "unsqueeze", "negate", "upper",
+}  # fmt: skip
 MAPS = {"linear": ("x", "weight"), "matmul": ("a", "b"), "kron": ("a", "b")}
-PARTS = {"top_k_mask": Part.MASK, "choose": Part.EXPERTS, "block_diagonal": Part.BLOCKS, "butterfly": Part.BLOCKS}
+PARTS = {
+    "top_k_mask": Part.MASK, "choose": Part.EXPERTS, "block_diagonal": Part.BLOCKS, "butterfly": Part.BLOCKS,
+    "circulant": Part.BLOCKS,
+}  # fmt: skip
 
 
 class TypologyInterpreter(Interpreter[Flow]):

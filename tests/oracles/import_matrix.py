@@ -63,12 +63,38 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "BEFT": (peft.BeftConfig, {}),
     "norms": (peft.LNTuningConfig, {}),
     "tokens": (peft.TrainableTokensConfig, {"token_indices": [9, 3, 5]}),
+    "FourierFT": (peft.FourierFTConfig, {"n_frequency": 60, "scaling": 20.0}),
+    "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 5}),
+    "RoAd": (peft.RoadConfig, {"variant": "road_2", "group_size": 8}),
+    "C³A": (peft.C3AConfig, {"block_size": 8}),
+    "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 9.0}),
+    "GraLoRA": (peft.GraloraConfig, {"r": 4, "gralora_k": 2, "alpha": 8, "hybrid_r": 2}),
+    "VB-LoRA": (peft.VBLoRAConfig, {"r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3}),
+    "RandLoRA": (peft.RandLoraConfig, {"r": 5, "randlora_alpha": 3}),
+    "PVeRA": (peft.PveraConfig, {"r": 6}),
+    "GLoRA": (peft.GloraConfig, {"r": 3, "config_D_E": "vector"}),
+    "WaveFT": (peft.WaveFTConfig, {"n_frequency": 60}),
+    "prefix tuning": (peft.PrefixTuningConfig, {"num_virtual_tokens": 4}),
+    "projected prefixes": (
+        peft.PrefixTuningConfig,
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
+    ),
+    "prompt tuning": (peft.PromptTuningConfig, {"num_virtual_tokens": 4}),
+    "P-tuning": (peft.PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
+    "CPT": (peft.CPTConfig, {"cpt_token_ids": [5, 6, 7], "cpt_tokens_type_mask": [1, 2, 3]}),
+    "multitask prompt tuning": (peft.MultitaskPromptTuningConfig, {"num_virtual_tokens": 4, "num_ranks": 2}),
 }
-ABOUT_ONE = ("magnitude", "ia3", "boft_s", "ln_tuning")
-"""What the names of parameters have in them that scale something, and start at one."""
+AROUND = ("magnitude", "ia3", "delora_lambda", "boft_s", "ln_tuning")
+"""Parameters whose random values lie around their start values rather than around zero."""
 WITHOUT: dict[tuple[str, str], str] = {
     ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
-    **{(method, "gpt2"): "PEFT has none for `Conv1D`" for method in ("OFT", "LoKr", "BOFT", "HRA", "MiSS", "BEFT")},
+    **{
+        (name, "gpt2"): "PEFT has none for `Conv1D`"
+        for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA", "GLoRA", "LoKr", "BOFT", "HRA", "MiSS", "BEFT")
+    },
+    ("CPT", "bert"): "PEFT has it for causal models alone",
+    ("CPT", "t5"): "PEFT has it for causal models alone",
+    ("multitask prompt tuning", "t5"): "PEFT gives its decoder no tokens but labels",
 }
 """What PEFT itself has not, with the reason."""
 
@@ -83,6 +109,7 @@ def written(
             model beside changing its parameters.
         effect: how much, at least, the adapter must move the output.
     """
+    kind = settings.get("kind", peft.LoraConfig)
     architecture = json.loads((base / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, architecture).from_pretrained(base).eval()
     given = {"input_ids": torch.arange(3, 12)[None]}
@@ -90,18 +117,21 @@ def written(
         given["decoder_input_ids"] = torch.arange(3, 8)[None]
     with torch.no_grad():
         bare = model(**given).logits.numpy()
-        kind = settings.get("kind", peft.LoraConfig)
         keys = {name: value for name, value in settings.items() if name not in ("kind", "trained")}
         live: Any = peft.get_peft_model(model, kind(**keys)).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in live.named_parameters():
             if parameter.requires_grad:
                 change = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter + change if any(word in name for word in ABOUT_ONE) else change)
+                kept = any(part in name for part in AROUND)
+                parameter.copy_(parameter + change if kept else change)
         settings.get("trained", lambda live: None)(live)
         live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
         again = getattr(transformers, architecture).from_pretrained(base)
-        answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
+        tasks = {"task_ids": torch.zeros(1, dtype=torch.long)} if kind is peft.MultitaskPromptTuningConfig else {}
+        answer = peft.PeftModel.from_pretrained(again, out).eval()(**given, **tasks).logits.numpy()
+        if answer.ndim > 2:  # what PEFT answers at the tokens that it puts before the text
+            answer = answer[:, -bare.shape[1] :]
     assert np.abs(answer - bare).max() >= effect * np.abs(answer).max()
     return answer, {name: value.numpy() for name, value in given.items()}
 
@@ -112,8 +142,9 @@ def cell(method: str, family: str, base: Path, folder: Path) -> dict[str, float]
 
     kind, settings = METHODS[method]
     inside = {"feedforward_modules": INSIDE[family]} if kind is peft.IA3Config else {}
-    where = {"target_modules": WHERE.get(kind, MAPS)[family], "task_type": TASKS[family]}
-    settings = {"kind": kind, **where, **inside, **settings}
+    where = WHERE.get(kind, MAPS)[family]
+    carried = {"target_modules": where} if "target_modules" in kind.__dataclass_fields__ else {}
+    settings = {"kind": kind, **carried, "task_type": TASKS[family], **inside, **settings}
     expected, given = written(family, settings, base, folder / "adapter")
     errors = {}
     for mode in ("fold", "static"):
