@@ -4,6 +4,7 @@ what of them is read as PEFT computes it, and what is refused by name."""
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,38 @@ def test_a_path_that_is_none_has_no_values(saved: Callable[..., Path], model_fol
         PeltError, match=r"E433 'C' of encoder.layers.0.attention.query is none by the config and has values"
     ):
         import_adapter(saved("GLoRA", change, config_C="none"), model_folder("bert"))
+
+
+def broken(tensors: Tensors, seed: int) -> Tensors:
+    """Tensors some of which have another shape, type or sign, or are left out."""
+    draw = random.Random(seed)
+    found = dict(tensors)
+    for name in draw.sample(sorted(found), min(len(found), draw.randrange(1, 4))):
+        array = found[name]
+        other = np.float32 if array.dtype.kind in "iu" else np.int32
+        found[name] = draw.choice([
+            array.reshape(-1), array[:0], array[None], array.T, array.astype(other), np.full_like(array, 7),
+            np.zeros((), array.dtype), np.zeros((3, *array.shape[1:]), array.dtype), (array * 1e30).astype(np.float32),
+        ])  # fmt: skip
+    if draw.random() < 0.3:
+        found.pop(draw.choice(sorted(found)))
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_tensors_that_are_broken_raise_nothing_else(
+    method: str, saved: Callable[..., Path], model_folder: Folder
+) -> None:
+    folder, refused = saved(method), 0
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for seed in range(40):
+        save_file(broken(tensors, seed), file)
+        try:
+            import_adapter(folder, model_folder("bert"))
+        except PeltError:
+            refused += 1
+    assert refused > 20
 
 
 def test_logits_make_the_weights_again() -> None:
