@@ -44,8 +44,8 @@ OURS = {
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
 IMPORTED = (
     "LORA", "DORA", "IA3", "LOHA", "OFT", "FOURIERFT", "SHIRA", "ROAD", "C3A", "DELORA", "GRALORA", "VBLORA",
-    "RANDLORA", "PVERA", "GLORA", "WAVEFT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT",
-    "MULTITASK_PROMPT_TUNING",
+    "RANDLORA", "PVERA", "GLORA", "WAVEFT",
+    "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING",
 )  # fmt: skip
 """Those that `pelt import` reads."""
 NAMES = re.compile(r"^base_model\.model\.|\.lora_[AB]\.(\w+\.)?weight$")
