@@ -23,16 +23,18 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
-from peltc.compiler.linking.profiles import brought, check_swappable, keep, record, without
+from peltc.compiler.linking.profiles import brought, check_exchange, keep, record, without
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.offer import offer
 from peltc.compiler.passes.rewrite import rewritten
+from peltc.compiler.passes.rows import by_rows
 from peltc.compiler.passes.stand_in import ids_of
 from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
+from peltc.spec.modes import SWAPPABLE
 
 Array = np.ndarray[Any, Any]
 EMPTY = np.zeros(0, np.float32)
@@ -78,13 +80,13 @@ def build(
     sites |= {name: stage.anatomy.named_as(base.anatomy) for name, stage in stages.items()}
     check_stages(plan, {name: sites[name] for name in stages})
     fixed, offered = tensors, dict[str, Array]()
-    if plan.swappable:
-        check_swappable(plan)
+    if plan.exchange:
+        check_exchange(plan)
         fixed, offered = without(plan, tensors, base.array), {}
     graphs, starts = {}, dict[str, Array]()
     for name, one in bases.items():
         model, begun = rewritten(one, plan, sites[name], fixed, base)
-        if plan.swappable:
+        if plan.exchange:
             offered |= brought(plan, fixed, model, partial(rewritten, one, plan, sites[name], base=base))
         graphs[name], starts = model, starts | begun
         values = dict(stored)
@@ -98,12 +100,12 @@ def build(
             RemoveUnusedNodesPass()(model)
         hold(model.graph)
     profiles = None
-    if plan.swappable:
+    if plan.exchange:
         profiles = record(plan, base, fixed, offered)
         called = dict(zip(offered, profiles["inputs"], strict=True))
         for model in graphs.values():
-            offer(model.graph, called)
-        keep(source, folder)
+            offer(model.graph, called) if plan.exchange == SWAPPABLE else by_rows(model, called)
+        keep(source, {called[name]: array for name, array in offered.items()}, folder)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))

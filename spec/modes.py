@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-FOLD, STATIC, SWAPPABLE = "fold", "static", "swappable"
-"""In the base's weights where that is exact; in the graph, as constants; in inputs, which profiles bring."""
-MODES = (FOLD, STATIC, SWAPPABLE)
+FOLD, STATIC, SWAPPABLE, BANK = "fold", "static", "swappable", "bank"
+"""In the base's weights where that is exact; in the graph, as constants; in inputs, one profile at a time; in inputs,
+another profile for each row of a batch."""
+MODES = (FOLD, STATIC, SWAPPABLE, BANK)
+EXCHANGED = (SWAPPABLE, BANK)
+"""The modes in which modules are exchanged while an artifact runs."""

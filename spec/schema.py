@@ -197,7 +197,8 @@ def spec_schema(
                         "enum": list(MODES),
                         "default": "fold",
                         "description": "fold what is exact into the weights, keep modules in the graph (static), or let"
-                        " profiles bring their tensors while the artifact runs (swappable)",
+                        " profiles bring their tensors while the artifact runs, one profile at a time (swappable) or"
+                        " another for each row of a batch (bank)",
                     },
                     "precision": {
                         "enum": list(PRECISIONS),

@@ -90,6 +90,9 @@ def profiles(folder: Path) -> dict[str, Any]:
     save_file(tensors, folder / "bob.safetensors")
     linker = Linker(folder / "out")
     write_profile(folder / "ada.onnx_adapter", linker.link(tensors), linker.record["fingerprint"])
+    peltc.compile(ATTACHED, folder / "model", folder / "bank", verify=False, mode="bank")
+    linker = Linker(folder / "bank")
+    write_profile(folder / "ada_bank.onnx_adapter", linker.link(tensors), linker.record["fingerprint"])
     ids = np.array(IDS)
     given = {"ids": ids, "mask": np.ones_like(ids), "onnxruntime": onnxruntime}
     return {**given, "feeds": {"input_ids": ids, "attention_mask": given["mask"], "token_type_ids": 0 * ids}}

@@ -17,6 +17,10 @@ CACHE = "cache.safetensors"
 
 PROFILES = "profiles"
 """The folder of the profiles that lie in an artifact."""
+LINK, STARTS = "link", "starts.safetensors"
+"""The folder of what linking reads, and in it what the modules' tensors are where no profile brings them."""
+PROFILE = "profile"
+"""The input of a graph that says which profile each row has: a number, -1 for none."""
 
 
 def write_whole(file: Path, content: bytes) -> None:

@@ -19,10 +19,10 @@ from peltc.compiler.adapter.provenance import check_file, other_mathematics
 from peltc.compiler.adapter.weights import check_arrays, load_tensors
 from peltc.compiler.base.opening import read_base
 from peltc.compiler.files.checkpoint import open_checkpoint
-from peltc.compiler.files.manifest import read_manifest
+from peltc.compiler.files.manifest import LINK, read_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
-from peltc.compiler.linking.profiles import DIGITS, LINK
+from peltc.compiler.linking.profiles import DIGITS
 from peltc.compiler.passes.offer import STAMP, constants
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.plan.planner import make_plan
@@ -46,10 +46,11 @@ class Linker:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
-        self.record = manifest.get("profiles")
-        if not self.record:
+        record = manifest.get("profiles")
+        if not record:
             raise fail("E624", "the modules of this artifact are fixed in it", Place(str(self.folder)),
-                       "an artifact compiled with `mode: swappable`")  # fmt: skip
+                       "an artifact compiled with `mode: swappable` or `mode: bank`")  # fmt: skip
+        self.record: dict[str, Any] = record
         held = manifest["base"]
         self.base = read_base(
             self.folder / LINK, folder=self.folder, architecture=held["architecture"], config={},
@@ -83,5 +84,5 @@ class Linker:
                 talk(f"warning: {sentence}")
             tensors = load_tensors(self.plan, Path(weights))
         model, _ = rewritten(self.base, self.plan, self.sites, tensors, self.base)
-        found, end = constants(model), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
-        return {name: np.ascontiguousarray(found[name.removesuffix(end)]) for name in self.record["inputs"]}
+        made, end = constants(model), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
+        return {name: np.ascontiguousarray(made[name.removesuffix(end)]) for name in self.record["inputs"]}

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from safetensors.numpy import save_file
 
 from peltc.compiler.adapter.mathematics import whole_digest
 from peltc.compiler.adapter.weights import start_tensors
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.manifest import LINK, STARTS
 from peltc.compiler.linking.bare import disturbance
 from peltc.compiler.passes.offer import STAMP, constants, decided
 from peltc.compiler.plan.claims import Claim, Plan
-from peltc.spec.diagnostics import fail
-from peltc.spec.modes import SWAPPABLE
+from peltc.spec.diagnostics import Place, fail
+from peltc.spec.modes import EXCHANGED
 
 Array = np.ndarray[Any, Any]
-LINK = "link"
-"""The folder in an artifact that linking reads."""
 KEPT = ("graph.onnx", "anatomy.json", "base.json")
 DIGITS = 8
 """Of the fingerprint, in the names of inputs."""
@@ -31,25 +31,28 @@ Write = Callable[..., tuple[ir.Model, Any]]
 """The graph with a plan's modules in it, by the adapter's `tensors`."""
 
 
-def swappable(plan: Plan) -> list[Claim]:
+def changing(plan: Plan) -> list[Claim]:
     """The claims whose tensors profiles bring."""
-    return [claim for claim in plan.claims if claim.mode == SWAPPABLE]
+    return [claim for claim in plan.claims if claim.mode in EXCHANGED]
 
 
 def exchanged(plan: Plan) -> set[str]:
     """The names of the tensors that profiles bring: all that are trained, of such claims."""
-    return {tensor.name for claim in swappable(plan) for tensor in claim.tensors.values() if not tensor.frozen}
+    return {tensor.name for claim in changing(plan) for tensor in claim.tensors.values() if not tensor.frozen}
 
 
-def check_swappable(plan: Plan) -> None:
+def check_exchange(plan: Plan) -> None:
     """Whether profiles can bring what a plan lets them bring.
 
     Raises:
-        PeltError: E208 tokens before the sequence, whose number the graph's positions are made for; keys or values
-            that lie in the cache before the first token.
+        PeltError: E207 two modes of profiles; E208 tokens before the sequence, whose number the graph's positions are
+            made for; keys or values that lie in the cache before the first token.
     """
+    if len({claim.mode for claim in changing(plan)}) > 1:
+        raise fail("E207", "profiles are brought one at a time and by rows", Place(plan.spec.path),
+                   f"one of the modes {' and '.join(EXCHANGED)} for all attachments that profiles bring")  # fmt: skip
     beginning = [claim for claim in plan.claims if "prepend" in claim.effects and plan.spec.generation]
-    for claim in swappable(plan):
+    for claim in changing(plan):
         if beginning:
             raise fail("E208", f"the cache begins with the tokens of '{beginning[0].attachment}' as the modules of one"
                                f" profile read them, and profiles bring '{claim.attachment}'",
@@ -96,14 +99,20 @@ def record(plan: Plan, base: Base, tensors: Mapping[str, Array], inputs: Mapping
     shapes = sorted((name, array.shape) for name, array in inputs.items())
     known = hashlib.sha256(json.dumps([base.fingerprint, whole_digest(plan), shapes]).encode()).hexdigest()
     return {
+        "mode": plan.exchange,
         "fingerprint": known,
         "inputs": {f"{name}{STAMP}{known[:DIGITS]}": list(array.shape) for name, array in inputs.items()},
-        "no_bare_base": disturbance(swappable(plan), tensors, base.array) or None,
+        "no_bare_base": disturbance(changing(plan), tensors, base.array) or None,
     }
 
 
-def keep(base: Base, folder: Path) -> None:
-    """Put what linking reads into an artifact's folder."""
+def keep(base: Base, starts: Mapping[str, Array], folder: Path) -> None:
+    """Put what linking reads into an artifact's folder, and what stands where no profile brings anything.
+
+    Args:
+        starts: the inputs' default values by name.
+    """
     (folder / LINK).mkdir()
+    save_file({name: np.ascontiguousarray(array) for name, array in starts.items()}, folder / LINK / STARTS)
     for name in KEPT:
         shutil.copyfile(base.graph_file.with_name(name), folder / LINK / name)

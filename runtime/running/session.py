@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.files.integrity import check_record
-from peltc.compiler.files.manifest import MANIFEST, read_manifest
+from peltc.compiler.files.manifest import MANIFEST, PROFILE, read_manifest
 from peltc.compiler.files.talk import logged
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
@@ -23,7 +23,7 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
-from peltc.runtime.running.profiles import Bound, Profiles
+from peltc.runtime.running.profiles import Bound, Chosen, profiles_of
 from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 from peltc.spec.packages import needing
 
@@ -97,8 +97,8 @@ class Session:
             self.options.intra_op_num_threads = threads
         if not spinning:
             self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.kept = Profiles(self.manifest.get("profiles"), str(self.folder))
-        self.profile: str | None = None
+        self.kept = profiles_of(self.manifest, self.folder)
+        self.profile: Chosen = None
         self.asked = providers is not None
         self.wanted = self.providers = globals()["providers"](providers)
         if "decode" not in self.manifest.get("graphs", ()):
@@ -198,7 +198,7 @@ class Session:
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """What the model takes, by name."""
-        return {i.name: i for i in self.inference.get_inputs()}
+        return {i.name: i for i in self.inference.get_inputs() if not (self.kept.record and i.name == PROFILE)}
 
     @property
     def limits(self) -> Mapping[str, Any]:
@@ -221,9 +221,18 @@ class Session:
         with needing("generation"):
             from peltc.runtime.running.generation import open_generator
 
-            return open_generator(self.folder, lambda file: Bound(self.open(file), lambda: self.chosen(None)))
+            return open_generator(self.folder, lambda file: Bound(self.open(file), self.tensors))
 
-    def generate(self, inputs: Any = None, *, profile: str | None = None, **options: Any) -> Any:
+    def tensors(self, rows: int) -> dict[str, Any]:
+        """ONNX Runtime's values of the session's own profile, by input name; of several profiles, each has its part of
+        the rows, as the beams of a text stand together."""
+        chosen = self.profile
+        if isinstance(chosen, Sequence) and not isinstance(chosen, str) and chosen:
+            chosen = [name for name in chosen for _ in range(max(rows // len(chosen), 1))]
+        with self.kept.values(chosen, rows) as found:
+            return found
+
+    def generate(self, inputs: Any = None, *, profile: Chosen = None, **options: Any) -> Any:
         """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
 
         Args:
@@ -243,17 +252,17 @@ class Session:
             options["inputs"] = inputs
         before, self.profile = self.profile, profile if profile is not None else self.profile
         try:
-            self.chosen(None)
             return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
         finally:
             self.profile = before
 
-    def __call__(self, *texts: Any, profile: str | None = None, **inputs: Any) -> dict[str, Array]:
+    def __call__(self, *texts: Any, profile: Chosen = None, **inputs: Any) -> dict[str, Array]:
         """Run the model.
 
         Args:
             texts: none: inputs are given by their names, and texts become inputs by `tokenize`.
-            profile: the name of the profile to run with, in an artifact whose modules are exchanged.
+            profile: the name of the profile to run with, in an artifact whose modules are exchanged; in one of
+                `mode: bank` also a list, with a name or None for each row.
             inputs: arrays [B, S] by input name, torch tensors, or nested lists. A mask that is left out is all ones,
                 token types that are left out are all zeros. Whole numbers of any type become the graph's own; floats
                 are none, whatever their values. A text that the mask hides throughout changes no other text, and what
@@ -268,7 +277,6 @@ class Session:
         if texts:
             hint = "session(**inputs)" if isinstance(texts[0], Mapping) else TOKENIZED
             raise wrong_type("what the model reads", texts[0], f"inputs by name: {', '.join(self.inputs)}", hint)
-        chosen = self.chosen(profile)
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise fail("E606", f"the model takes no input '{unknown[0]}'", expected=", ".join(self.inputs))
@@ -276,33 +284,20 @@ class Session:
                               for name, value in inputs.items() if value is not None})  # fmt: skip
         check(feeds, {name: self.inputs[name].shape for name in feeds}, self.limits)
         with translating(shown(feeds), str(self.folder)):
-            results = self.answer(feeds, chosen)
+            results = self.answer(feeds, profile if profile is not None else self.profile)
         return dict(zip(self.outputs, results, strict=True))
 
-    def chosen(self, profile: str | None) -> dict[str, Any]:
-        """ONNX Runtime's values of a profile by input name; none where no profile is meant.
-
-        Raises:
-            PeltError: E626 there is no such profile; E627 none is meant, and the modules change the base whatever
-                their values.
-        """
-        name = profile if profile is not None else self.profile
-        if name is not None:
-            return self.kept.feeds(name)
-        if self.kept.record and (why := self.kept.record["no_bare_base"]):
-            raise fail("E627", f"no profile is named, and this artifact has no bare base: {why}",
-                       Place(str(self.folder)), "profile=NAME", "session.add_profile(name, file)")  # fmt: skip
-        return {}
-
-    def answer(self, feeds: Mapping[str, Array], chosen: Mapping[str, Any]) -> list[Array]:
+    def answer(self, feeds: Mapping[str, Array], chosen: Chosen) -> list[Array]:
         """The outputs, in their order. A profile's tensors stay where they are; ONNX Runtime's own `LoraAdapter` is not
         used, for it is ignored where inputs are bound."""
-        if not chosen:
-            return list(self.inference.run(None, dict(feeds)))
-        import onnxruntime as ort
+        rows = len(next(iter(feeds.values())))
+        with self.kept.values(chosen, rows) as tensors:
+            if not tensors:
+                return list(self.inference.run(None, dict(feeds)))
+            import onnxruntime as ort
 
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        return [value.numpy() for value in self.inference.run_with_ort_values(None, {**values, **chosen})]
+            values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+            return [value.numpy() for value in self.inference.run_with_ort_values(None, {**values, **tensors})]
 
     def _filled(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """Every input in the graph's order, a mask and token types too where they are left out."""
@@ -331,8 +326,10 @@ class Session:
         return [str(name) for name in order] if len(named) in sizes and None not in order else None
 
     def tokenize(self, text: str | Sequence[str], max_length: int | None = None) -> dict[str, Array]:
-        """Inputs from text, by the tokenizer in the artifact. Nothing is cut unless it is asked for, whatever the
-        tokenizer's file says: a text that is too long for the model is refused when the model is called (E616).
+        """Inputs from text, by the tokenizer in the artifact, padded on the left where a decoder generates.
+
+        Nothing is cut unless it is asked for, whatever the tokenizer's file says: a text that is too long for the model
+        is refused when the model is called (E616).
 
         Args:
             max_length: the most tokens of a text, those included that the tokenizer puts around it; the rest is cut
@@ -350,7 +347,11 @@ class Session:
             from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
-        tokenizer.enable_padding(length=None)
+        graphs, own = self.manifest.get("graphs", ()), tokenizer.padding or {}
+        # A decoder goes on from its texts' ends, which must stand together: others are padded as their tokenizer says.
+        left = "decode" in graphs and "encoder" not in graphs
+        said = {key: own[key] for key in ("pad_id", "pad_type_id", "pad_token") if key in own}
+        tokenizer.enable_padding(direction="left" if left else own.get("direction", "right"), length=None, **said)
         side = (tokenizer.truncation or {}).get("direction", "right")
         tokenizer.no_truncation()
         if max_length is not None:

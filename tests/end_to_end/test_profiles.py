@@ -3,8 +3,10 @@ the graph."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ ATTACHED: dict[str, list[dict[str, Any]]] = {
     "keys": [{"method": "prefix", "at": "attention"}],
     "gates": [{"recipe": "unipelt"}],
     "mixtures": [{"recipe": "adamix"}],
-    "banks": [{"recipe": "xpeft"}],
+    "banks": [{"method": "bottleneck", "at": "feed_forward.block", "bank": {"size": 8, "k": 4, "std": 0.5}}],
     "tables": [{"method": "lora", "at": "embedding.word"}],
     "norms": [{"method": "norm_tuning", "at": "*norm"}],
 }
@@ -64,29 +66,46 @@ def given(family: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 @pytest.mark.parametrize("kind", ATTACHED)
 def test_a_profile_is_an_artifact_of_its_own(kind: str, family: str, model_folder: Folder, tmp_path: Path) -> None:
-    """Compiled with one set of values, linked with another; equal to what the second alone is compiled to."""
+    """Compiled with one set of values, linked with another; one at a time and by rows, each text has what an artifact
+    of its profile alone answers, and the base's own answer without a profile."""
     base, spec = model_folder(family), spec_of(ATTACHED[kind])
-    one, other = (drawn(spec, base, seed) for seed in (0, 1))
-    peltc.compile(spec, base, tmp_path / "out", one, mode="swappable")  # verified with its first profile
-    peltc.compile(spec, base, tmp_path / "alone", other, mode="static", verify=False)
-    session = peltc.Session(tmp_path / "out", CPU)
-    session.add_profile("first", tmp_path / "out/profiles/first.onnx_adapter")
-    session.add_profile("other", peltc.link(tmp_path / "out", other))
-    expected = peltc.Session(tmp_path / "alone", CPU)(**given(family))["logits"]
-    assert np.abs(session(profile="other", **given(family))["logits"] - expected).max() < 1e-6 * np.abs(expected).max()
-    first = session(profile="first", **given(family))["logits"]
-    assert np.abs(first - expected).max() > 1e-3 * np.abs(expected).max()
-    if session.manifest["profiles"]["no_bare_base"]:
-        assert kind in ("keys", "gates", "banks")
-        with pytest.raises(PeltError, match="E627 no profile is named, and this artifact has no bare base"):
-            session(**given(family))
-    else:
-        model = getattr(transformers, session.manifest["base"]["architecture"]).from_pretrained(base).eval()
-        with torch.no_grad():
-            bare = model(**{name: torch.tensor(value) for name, value in given(family).items()}).logits.numpy()
+    own = {name: drawn(spec, base, seed) for seed, name in enumerate(("one", "other"))}
+    alone = {}
+    for name, tensors in own.items():
+        peltc.compile(spec, base, tmp_path / name, tensors, mode="static", verify=False)
+        alone[name] = peltc.Session(tmp_path / name, CPU)(**given(family))["logits"]
+    scale = np.abs(alone["one"]).max()
+    assert np.abs(alone["one"] - alone["other"]).max() > 1e-3 * scale
+    with torch.no_grad():
+        architecture = json.loads((base / "config.json").read_text())["architectures"][0]
+        model = getattr(transformers, architecture).from_pretrained(base).eval()
+        bare = model(**{name: torch.tensor(value) for name, value in given(family).items()}).logits.numpy()
+    shown = np.array(given(family)["attention_mask"], bool) if bare.ndim == 3 and family != "t5" else ...
+    for mode in ("swappable", "bank"):
+        if (kind, family, mode) == ("weights", "gpt2", "bank"):
+            with pytest.raises(PeltError, match=r"E208 .* the step Gemm has no form with a profile per row"):
+                peltc.compile(spec, base, tmp_path / mode, own["one"], mode=mode, verify=False)
+            continue
+        peltc.compile(spec, base, tmp_path / mode, own["one"], mode=mode)  # verified with its first profile
+        session = peltc.Session(tmp_path / mode, CPU)
+        session.add_profile("one", tmp_path / mode / "profiles/first.onnx_adapter")
+        session.add_profile("other", peltc.link(tmp_path / mode, own["other"]))
+        for name, expected in alone.items():
+            assert np.abs(session(profile=name, **given(family))["logits"] - expected).max() < 1e-6 * scale
+        if mode == "bank":
+            mixed = session(profile=["one", "other"], **given(family))["logits"]
+            expected = np.stack([alone["one"][0], alone["other"][1]])
+            assert np.abs(mixed - expected).max() < 1e-6 * scale
+        if session.manifest["profiles"]["no_bare_base"]:
+            assert kind in ("keys", "gates", "banks")
+            with pytest.raises(PeltError, match="E627 no profile is named, and this artifact has no bare base"):
+                session(**given(family))
+            continue
         found = session(**given(family))["logits"]
-        shown = np.array(given(family)["attention_mask"], bool) if found.ndim == 3 and family != "t5" else ...
         assert np.abs(found - bare)[shown].max() < TOLERANCE["float32"] * np.abs(bare).max()
+        if mode == "bank":
+            half = session(profile=[None, "other"], **given(family))["logits"]
+            assert np.abs(half - np.stack([found[0], alone["other"][1]])).max() < 1e-6 * scale
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +187,59 @@ def test_a_folder_of_peft_is_a_profile(model_folder: Folder, tmp_path: Path) -> 
                         peft.LoraConfig(target_modules=["k_proj"], r=2)).save_pretrained(tmp_path / "more")  # fmt: skip
     with pytest.raises(PeltError, match="E408 the adapter was trained with"):
         peltc.link(tmp_path / "out", tmp_path / "more")
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_generation_by_rows(family: str, model_folder: Folder, tmp_path: Path) -> None:
+    """Each text of a batch, and all of its beams, with a profile of its own."""
+    base, spec = model_folder(family), spec_of(LORA + ATTACHED["blocks"])
+    own = {name: drawn(spec, base, seed) for seed, name in enumerate(("one", "other"))}
+    peltc.compile(spec, base, tmp_path / "out", own["one"], mode="bank", generation=True)
+    session = peltc.Session(tmp_path / "out", CPU)
+    ids = torch.tensor([[5, 6, 7], [8, 4, 9]])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "decoder_start_token_id": 0}
+    alone = {}
+    for name, tensors in own.items():
+        session.add_profile(name, peltc.link(tmp_path / "out", tensors))
+        peltc.compile(spec, base, tmp_path / name, tensors, generation=True, verify=False)
+        alone[name] = peltc.Session(tmp_path / name, CPU)
+    for beams in (1, 3):
+        found = session.generate(ids, profile=["one", "other"], num_beams=beams, **options)
+        for row, name in enumerate(own):
+            assert torch.equal(found[row], alone[name].generate(ids, num_beams=beams, **options)[row])
+            assert torch.equal(session.generate(ids, profile=name, num_beams=beams, **options)[row], found[row])
+
+
+def test_profiles_come_and_go_while_others_run(model_folder: Folder, tmp_path: Path) -> None:
+    """Two threads ask, a third adds and removes: no answer is ever of another profile."""
+    base, spec = model_folder("bert"), spec_of(LORA)
+    peltc.compile(spec, base, tmp_path / "out", mode="bank", verify=False)
+    session, linker = peltc.Session(tmp_path / "out", CPU), Linker(tmp_path / "out")
+    linked = [linker.link(drawn(spec, base, seed)) for seed in range(4)]
+    for i in (0, 1):
+        session.add_profile(str(i), linked[i])
+    expected = session(profile=["0", "1"], **given("bert"))["logits"]
+    wrong: list[float] = []
+
+    def ask() -> None:
+        for _ in range(60):
+            found = session(profile=["0", "1"], **given("bert"))["logits"]
+            wrong.append(float(np.abs(found - expected).max()))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(40):  # grows twice
+        session.add_profile(f"more {i}", linked[2 + i % 2])
+        if i % 3 == 0:
+            session.remove_profile(f"more {i}")
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 120 and max(wrong) == 0
+    with pytest.raises(PeltError, match="E216 the profiles of a batch"):
+        session(profile=["0"] * 3, **given("bert"))
+    with pytest.raises(PeltError, match="E626 there is no profile 'more 0'"):
+        session(profile=["0", "more 0"], **given("bert"))
 
 
 def test_generation_with_profiles(model_folder: Folder, tmp_path: Path) -> None:
