@@ -30,11 +30,22 @@ OURS = {
     "LOKR": "lokr",
     "OFT": "oft",
     "VERA": "vera",
+    "FOURIERFT": "fourierft",
+    "VBLORA": "vblora",
+    "RANDLORA": "randlora",
+    "SHIRA": "shira",
+    "ROAD": "road",
+    "C3A": "c3a",
+    "DELORA": "delora",
+    "GRALORA": "gralora",
+    "GLORA": "glora",
+    "WAVEFT": "waveft",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
 IMPORTED = (
-    "LORA", "DORA", "IA3", "LOHA", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT",
-    "MULTITASK_PROMPT_TUNING",
+    "LORA", "DORA", "IA3", "LOHA", "OFT", "FOURIERFT", "SHIRA", "ROAD", "C3A", "DELORA", "GRALORA", "VBLORA",
+    "RANDLORA", "PVERA", "GLORA", "WAVEFT",
+    "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING",
 )  # fmt: skip
 """Those that `pelt import` reads."""
 NAMES = re.compile(r"^base_model\.model\.|\.lora_[AB]\.(\w+\.)?weight$")
