@@ -430,7 +430,7 @@ def test_copies_of_what_is_tied_must_agree(model_folder: Folder, tmp_path: Path)
     tensors = load_file(file)
     assert len(tensors) == 2
     save_file({name: array + ("lm_head" in name) for name, array in tensors.items()}, file)
-    with pytest.raises(PeltError, match="E433 'lm_head' and 'model.embed_tokens' are one tensor in the model"):
+    with pytest.raises(PeltError, match=r"E433 'lm_head' and 'model.embed_tokens' are one tensor in the model"):
         import_adapter(tmp_path / "adapter", model_folder("llama-tied"))
     save_file({name: array for name, array in tensors.items() if "lm_head" not in name}, file)
     assert import_adapter(tmp_path / "adapter", model_folder("llama-tied")).content["attach"][0]["tied"] == "together"
