@@ -1,4 +1,4 @@
-"""What folders of Hugging Face PEFT hold beside a method's own tensors: parameters of the model itself, whole or by rows."""
+"""What folders of Hugging Face PEFT hold beside a method's own tensors: parameters of the model, whole or by rows."""
 
 from __future__ import annotations
 
