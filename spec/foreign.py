@@ -61,6 +61,11 @@ class Foreign:
     kind: str = ""
     base: str = ""
 
+    @property
+    def imported(self) -> bool:
+        """Whether `pelt import` reads it; of the `adapters` library's, each says itself what of it is not read."""
+        return self.library == ADAPTERS or self.kind in IMPORTED
+
     def refused(self, role: str, place: Place) -> PeltError:
         """The one finding about it.
 
@@ -73,10 +78,8 @@ class Foreign:
 
     def _hint(self) -> str:
         cannot = "it cannot be imported; "
-        if self.library == PEFT and self.kind in IMPORTED:
+        if self.imported:
             return "`pelt import FOLDER MODEL -o spec/` makes a spec of it, and `pelt-compile FOLDER MODEL` an artifact"
-        if self.library != PEFT:
-            return f"{cannot}write its modules as a spec (`pelt methods` lists methods and recipes) and train that"
         merge = "merge it in PEFT, `model.merge_and_unload().save_pretrained(folder)`, and give that folder as MODEL"
         if self.kind in OURS:
             return f"{cannot}{merge}; or write it as a spec of `{OURS[self.kind]}` and train that"

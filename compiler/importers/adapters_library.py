@@ -1,0 +1,100 @@
+"""From a folder of the `adapters` library to its modules: its config is a method's, or a union of several, each of which
+takes its own kinds of parts; every part is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peltc.compiler.base.base import Base
+from peltc.compiler.base.opening import open_base
+from peltc.compiler.base.source import find_model, read_config
+from peltc.compiler.files.talk import Talk
+from peltc.compiler.importers.adapters_bottleneck import BOTTLENECK
+from peltc.compiler.importers.adapters_folder import LIBRARY, AdapterFolder, named, read_adapter_folder
+from peltc.compiler.importers.adapters_formats import Facts
+from peltc.compiler.importers.adapters_heads import choice_of, head_modules
+from peltc.compiler.importers.adapters_lora import LORA
+from peltc.compiler.importers.adapters_places import Places
+from peltc.compiler.importers.adapters_prefix import PREFIX
+from peltc.compiler.importers.adapters_prompt import PROMPT
+from peltc.compiler.importers.formats import Config
+from peltc.compiler.importers.keys import check_config
+from peltc.compiler.importers.modules import Module, Read
+from peltc.spec.diagnostics import Place, fail, one_of
+
+FACTS = {facts.name: facts for facts in (BOTTLENECK, LORA, PREFIX, PROMPT)}
+UNION, SHARED = "union", "shared_parameters"
+
+
+def read_adapter(path: Path, model: Any, talk: Talk) -> Read:
+    """An adapter's modules, and the base that they are for.
+
+    Args:
+        model: the base's folder or hub id; the one that the adapter names where absent.
+
+    Raises:
+        PeltError: E430 to E433, as `import_adapter`.
+    """
+    folder = read_adapter_folder(path)
+    configs = configs_of(folder)
+    given = model or folder.base
+    if not given:
+        raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
+    found = find_model(given)
+    base = open_base(found, choice=choice_of(folder, read_config(found)), talk=talk)
+    modules = modules_of(folder, configs, base)
+    kinds = ", ".join(facts.name or "bottleneck" for facts in configs)
+    origin = f"'{path.resolve().name}', an adapter of {LIBRARY} {folder.version} ({kinds})"
+    return Read(
+        tuple(modules), base, folder.base, str(given), origin, Place(str(folder.path)), model_key(base, modules)
+    )
+
+
+def model_key(base: Base, modules: Sequence[Module]) -> dict[str, Any]:
+    """The spec's `model:`, where the base is of another class, or has another number of labels, than its config says."""
+    if not base.changed:
+        return {}
+    labels = base.config.get("id2label")
+    heads = any(module.site.role.startswith("head") for module in modules)
+    return {"model": {"architecture": base.architecture, **({"labels": len(labels)} if heads and labels else {})}}
+
+
+def configs_of(folder: AdapterFolder) -> dict[Facts, list[Config]]:
+    """The configs of a folder's methods, each with what is known of it.
+
+    Raises:
+        PeltError: E430 a value that is none of its key; E431 a method or a key that is not known.
+    """
+    parts = folder.config.get("configs") if folder.config.get("architecture") == UNION else [folder.config]
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, Mapping) for part in parts):
+        raise fail("E430", "the union names no methods", folder.place, "a list 'configs'")
+    found: dict[str, list[Config]] = {}
+    for config in parts:
+        name = config.get("architecture") or ""
+        facts = FACTS.get(name) if isinstance(name, str) else None
+        if facts is None:
+            raise fail("E431", f"adapters of the method {name!r:.60} are not imported yet", folder.place,
+                       one_of([n or "bottleneck" for n in FACTS]))  # fmt: skip
+        check_config(config, facts, folder.place, LIBRARY)
+        found.setdefault(name, []).append(config)
+    for name in (PREFIX.name, PROMPT.name):
+        if len(found.get(name, ())) > 1:
+            raise fail("E431", f"the union has several configs of '{name}'", folder.place, "one of each at most")
+    return {FACTS[name]: configs for name, configs in found.items()}
+
+
+def modules_of(folder: AdapterFolder, configs: Mapping[Facts, list[Config]], base: Base) -> list[Module]:
+    """All modules of a folder.
+
+    Raises:
+        PeltError: E432, E433.
+    """
+    kinds = {kind for facts in configs for kind in facts.kinds} | {SHARED}
+    if left := [part for part in folder.parts if part.kind not in kinds]:
+        raise fail("E433", f"{len(left)} parts are of no method that the config names: {named(left)}",
+                   Place(str(folder.path)), "a file each of whose tensors is used once")  # fmt: skip
+    places = Places(folder, base)
+    found = [module for facts, of in configs.items() for module in facts.modules(of, places)]
+    return found + head_modules(folder, base)
