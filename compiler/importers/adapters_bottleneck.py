@@ -1,5 +1,5 @@
-"""Bottlenecks of the `adapters` library: in sequence after a sub-layer or beside it, with the library's keys for what is
-read, normalised, scaled and gated, and as sums of Kronecker products.
+"""Bottlenecks of the `adapters` library: in sequence after a sub-layer or beside it, with the library's keys for what
+is read, normalised, scaled and gated, and as sums of Kronecker products.
 
     z = y                  what is read: the sub-layer's output,
         norm(y + r)        or with `original_ln_before` what the block's norm makes of the sum,
@@ -82,8 +82,8 @@ def _module(site: Site, part: Part, config: Config, shared: Mapping[str, Any], p
     options |= said
     scaling = config.get("scaling", 1.0)
     if isinstance(scaling, str):
-        options["learned"] = LEARNED[scaling]
-    elif scaling != 1 or config.get("is_parallel"):
+        options["learned"], scaling = LEARNED[scaling], 1.0
+    if scaling != 1 or config.get("is_parallel"):
         options["scale"] = scaling
     if config.get("use_gating"):
         options["gate"] = {"replaces_scale": False}

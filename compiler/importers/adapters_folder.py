@@ -143,7 +143,8 @@ def sorted_parts(tensors: Mapping[str, Stored], name: str, place: Place) -> tupl
         key = match["module"] or "", match["kind"]
         found.setdefault(key, Part(*key)).tensors[match["rest"]] = stored
     if left:
-        raise fail("E433", f"{len(left)} of the {len(tensors)} tensors are no part of '{name[:60]}': {names(left)}", place,
+        told = f"{len(left)} of the {len(tensors)} tensors are no part of '{name[:60]}': {names(left)}"
+        raise fail("E433", told, place,
                    "a file each of whose tensors is used once")  # fmt: skip
     return tuple(found.values())
 

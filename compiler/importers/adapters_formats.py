@@ -1,4 +1,5 @@
-"""What a method of the `adapters` library is: which keys of its config are understood, and how its parts become modules.
+"""What a method of the `adapters` library is: which keys of its config are understood, and how its parts become
+modules.
 
 A config of the library is one method's, or a union of several; of equal methods in a union, the first whose config
 means a place counts there.

@@ -69,8 +69,8 @@ def head_modules(folder: AdapterFolder, base: Base) -> list[Module]:
             continue
         sites = _sites(base, module)
         if not sites:
-            raise fail("E433", f"'{module[:120]}' of the head is no linear map of the {base.architecture}, and was trained",
-                       folder.head.place, "a head of linear maps", HINT)  # fmt: skip
+            told = f"'{module[:120]}' of the head is no linear map of the {base.architecture}, and was trained"
+            raise fail("E433", told, folder.head.place, "a head of linear maps", HINT)  # fmt: skip
         found += [Module(site, Entry("replace"), _own(site, arrays), module) for site in sites]
     return found
 

@@ -1,5 +1,5 @@
-"""From a folder of the `adapters` library to its modules: its config is a method's, or a union of several, each of which
-takes its own kinds of parts; every part is taken."""
+"""From a folder of the `adapters` library to its modules: its config is a method's, or a union of several, each of
+which takes its own kinds of parts; every part is taken."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_adapter(path: Path, model: Any, talk: Talk) -> Read:
 
 
 def model_key(base: Base, modules: Sequence[Module]) -> dict[str, Any]:
-    """The spec's `model:`, where the base is of another class, or has another number of labels, than its config says."""
+    """The spec's `model:`, where the base is of another class than its config says, or has other labels."""
     if not base.changed:
         return {}
     labels = base.config.get("id2label")

@@ -19,6 +19,7 @@ import numpy as np
 from peltc.compiler.importers.adapters_folder import Part
 from peltc.compiler.importers.adapters_formats import COUNT, INERT, LEAVE_OUT, Facts, values
 from peltc.compiler.importers.adapters_places import Places
+from peltc.compiler.importers.adapters_products import incomplete
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.survey.anatomy import Site
@@ -89,8 +90,8 @@ def _at(
     if not config.get("use_dora"):
         return [low] if magnitude is None else [low, Module(site, Entry("ia3"), {"m": magnitude}, part.source)]
     if magnitude is None or site.transposed or site.rows is not None:
-        raise fail("E433", f"'{part.source}' has no magnitudes of a map [outputs, inputs]", Place(str(places.folder.path)),
-                   "a tensor 'm.weight'")  # fmt: skip
+        raise fail("E433", f"'{part.source}' has no magnitudes of a map [outputs, inputs]",
+                   Place(str(places.folder.path)), "a tensor 'm.weight'")  # fmt: skip
     weight = np.asarray(places.base.stored(site.parameters["weight"]).array(), np.float64)
     changed = weight + factors["B"].astype(np.float64) @ factors["A"]
     vector_of = magnitude.reshape(-1).astype(np.float64) / np.linalg.norm(changed, axis=1)
@@ -105,8 +106,7 @@ def _factors(own: dict[str, Array], shared: Mapping[str, Array], places: Places,
             return {"A": own["vera_D"] @ shared["lora_A"], "B": own["vera_B"] @ shared["lora_B"]}
         return {"A": own["lora_A"], "B": own["lora_B"]}
     except (KeyError, ValueError) as error:
-        raise fail("E433", f"the tensors of '{part.source}' are not all there, or do not fit each other: {error}",
-                   Place(str(places.folder.path))) from None  # fmt: skip
+        raise incomplete(part, places.folder, error) from None
 
 
 def _shared(places: Places) -> dict[str, Array]:
@@ -135,8 +135,8 @@ def _check(configs: Sequence[Config], places: Places, met: Sequence[Site]) -> No
         inner = {site.role for site in met if not matrix(site) and not places.left_out(config, site)}
         count = sum(bool(config.get(key)) for key in ("intermediate_lora", "output_lora"))
         if len(inner) != count:
-            raise fail("E432", f"the adapter has tensors at {len(inner)} maps of a feed-forward network", places.folder.place,
-                       f"{count}, as 'intermediate_lora' and 'output_lora' say")  # fmt: skip
+            raise fail("E432", f"the adapter has tensors at {len(inner)} maps of a feed-forward network",
+                       places.folder.place, f"{count}, as 'intermediate_lora' and 'output_lora' say")  # fmt: skip
         wanted += [site for site in here if site.role in inner]
         places.check(wanted, [site for site in met if site in here])
     if lost := [site for site in met if all(places.left_out(config, site) for config in configs)]:

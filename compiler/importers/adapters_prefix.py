@@ -115,8 +115,9 @@ def _own(shared: dict[str, Array], site: Site, number: int, count: int, part: Pa
         return dict(shared)
     both, heads, width = shared["both"], site.sizes["kv_heads"], site.sizes["head_dim"]
     if both.size % (count * 2 * heads * width):
+        one = f"{count * 2 * heads * width:,}, which one position has in {count} layers"
         raise fail("E433", f"'{part.source}' has {both.size:,} values", Place(str(places.folder.path)),
-                   f"a multiple of {count * 2 * heads * width:,}, which one position has in {count} layers")  # fmt: skip
+                   f"a multiple of {one}")  # fmt: skip
     array = both.reshape(-1, count, 2, heads, width)[:, number]
     return {"K": np.transpose(array[:, 0], (1, 0, 2)), "V": np.transpose(array[:, 1], (1, 0, 2))}
 
@@ -125,8 +126,9 @@ PREFIX = Facts(
     name="prefix_tuning",
     kinds=("prefix_tunings", "prefix_gates"),
     read={
-        "encoder_prefix": SWITCH, "cross_prefix": SWITCH, "leave_out": LEAVE_OUT, "flat": SWITCH, "prefix_length": COUNT,
-        "bottleneck_size": COUNT, "non_linearity": {"type": ["string", "null"], "maxLength": 100}, "use_gating": SWITCH,
+        "encoder_prefix": SWITCH, "cross_prefix": SWITCH, "leave_out": LEAVE_OUT, "flat": SWITCH,
+        "prefix_length": COUNT, "bottleneck_size": COUNT, "use_gating": SWITCH,
+        "non_linearity": {"type": ["string", "null"], "maxLength": 100},
     },
     inert=INERT | {"dropout"},
     refused={},

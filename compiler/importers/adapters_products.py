@@ -15,7 +15,7 @@ import numpy as np
 
 from peltc.compiler.importers.adapters_folder import AdapterFolder, Part
 from peltc.compiler.importers.formats import Array, Config
-from peltc.spec.diagnostics import Place, fail
+from peltc.spec.diagnostics import PeltError, Place, fail
 
 PRODUCTS = ("adapter_down.0.W", "adapter_down.0.b", "adapter_down.0.phm", "adapter_down.1.W", "adapter_down.1.b",
             "adapter_down.1.phm", "adapter_up.W", "adapter_up.b", "adapter_up.phm")  # fmt: skip
@@ -23,6 +23,10 @@ PRODUCTS = ("adapter_down.0.W", "adapter_down.0.b", "adapter_down.0.phm", "adapt
 SHARED = ("phm_rule", "phm_rule_left", "phm_rule_right", "W_down", "W_up", "W_down_left", "W_down_right", "W_up_left",
           "W_up_right")  # fmt: skip
 """What adapters may share."""
+UNSAVED = (
+    "what adapters share is not saved by the library where the model has no inner model, as T5; a folder from there"
+    " lacks it, and the library draws it anew"
+)
 PLAIN = {"size", "activation", "reads", "gate"}
 """The options that `compact` adapters have as others do."""
 
@@ -74,8 +78,14 @@ def product_values(
             return {**found, "rule": rule}
         return {name: array for side in starts for name, array in _computed(found, side).items()}
     except (KeyError, ValueError) as error:
-        raise fail("E433", f"the tensors of '{part.source[:120]}' are not all there, or do not fit each other: {error}",
-                   Place(str(folder.path))) from None  # fmt: skip
+        raise incomplete(part, folder, error) from None
+
+
+def incomplete(part: Part, folder: AdapterFolder, error: Exception) -> PeltError:
+    """The finding about tensors that are missing, or do not fit each other."""
+    told = f"the tensors of '{part.source[:120]}' are not all there, or do not fit each other: {str(error)[:120]}"
+    return fail("E433", told, Place(str(folder.path)), "all tensors of the config", "" if folder.of("shared_parameters")
+                else UNSAVED)  # fmt: skip
 
 
 def _computed(found: Mapping[str, Array], side: str) -> dict[str, Array]:

@@ -16,7 +16,6 @@ from typing import Any
 import adapters
 import torch
 import transformers
-from adapters.composition import Average, Fuse, Stack
 from safetensors.torch import save_file
 
 Said = Mapping[str, Any]
@@ -51,13 +50,19 @@ def randomise(model: Any, name: str, seed: int, head: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if f".{name}." in key or (f".{name}" in key and "fusion" in key) or (head and key.startswith(("classifier.", "score."))):
+            if (
+                f".{name}." in key
+                or (f".{name}" in key and "fusion" in key)
+                or (head and key.startswith(("classifier.", "score.")))
+            ):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.25)
 
 
 def run(said: Said) -> None:
     """One case, written to its folder."""
-    architecture = said.get("architecture") or json.loads((Path(said["base"]) / "config.json").read_text())["architectures"][0]
+    architecture = (
+        said.get("architecture") or json.loads((Path(said["base"]) / "config.json").read_text())["architectures"][0]
+    )
     model: Any = getattr(transformers, architecture).from_pretrained(said["base"], attn_implementation="eager").eval()
     bare = answer(model)
     adapters.init(model)
@@ -69,7 +74,7 @@ def run(said: Said) -> None:
     found = answer(model)
     model.save_adapter(str(out / "adapter"), ADAPTER, with_head=said["head"], use_safetensors=said["safe"])
     given = inputs_of(model)
-    save_file({"bare": bare, "answer": found[:, -bare.shape[1]:].contiguous(), **given}, out / "answer.safetensors")
+    save_file({"bare": bare, "answer": found[:, -bare.shape[1] :].contiguous(), **given}, out / "answer.safetensors")
 
 
 if __name__ == "__main__":
