@@ -19,12 +19,13 @@ from peltc.compiler.importers.adapters_lora import LORA
 from peltc.compiler.importers.adapters_places import Places
 from peltc.compiler.importers.adapters_prefix import PREFIX
 from peltc.compiler.importers.adapters_prompt import PROMPT
+from peltc.compiler.importers.adapters_reft import REFT
 from peltc.compiler.importers.formats import Config
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module, Read
 from peltc.spec.diagnostics import Place, fail, one_of
 
-FACTS = {facts.name: facts for facts in (BOTTLENECK, LORA, PREFIX, PROMPT)}
+FACTS = {facts.name: facts for facts in (BOTTLENECK, LORA, PREFIX, PROMPT, REFT)}
 UNION, SHARED = "union", "shared_parameters"
 
 
@@ -79,7 +80,7 @@ def configs_of(folder: AdapterFolder) -> dict[Facts, list[Config]]:
                        one_of([n or "bottleneck" for n in FACTS]))  # fmt: skip
         check_config(config, facts, folder.place, LIBRARY)
         found.setdefault(name, []).append(config)
-    for name in (PREFIX.name, PROMPT.name):
+    for name in (PREFIX.name, PROMPT.name, REFT.name):
         if len(found.get(name, ())) > 1:
             raise fail("E431", f"the union has several configs of '{name}'", folder.place, "one of each at most")
     return {FACTS[name]: configs for name, configs in found.items()}

@@ -20,7 +20,7 @@ BLOCKS = {"attention.block": "mh_adapter", "cross_attention.block": "cross_adapt
           "feed_forward.block": "output_adapter"}  # fmt: skip
 """The keys of a bottleneck's config, by what they put one after."""
 PREFIXES = ("self_prefix", "encoder_prefix", "cross_prefix")
-LAYERED = ("adapters", "loras", "prefix_gates")
+LAYERED = ("adapters", "loras", "prefix_gates", "refts")
 """Kinds of parts that lie in modules of layers."""
 
 
@@ -65,6 +65,9 @@ class Places:
             inner = module.removesuffix("prefix_tuning")
             return [s for s in self.base.anatomy if s.kind == "attention" and s.parameters["query"].startswith(inner)]
         layer, _, last = module.rpartition(".")
+        if part.kind == "refts":
+            inner = {s.layer_path for s in self.base.anatomy if s.values.get("linear", "").startswith(f"{layer}.")}
+            return [s for s in self.base.anatomy if s.kind == "block" and s.path in inner]
         role = OUTSIDE.get(last, "")
         start = f"{layer if role else module}."
         return [s for s in self.base.anatomy if s.role in BLOCKS and s.kind == "block"

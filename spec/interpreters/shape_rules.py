@@ -127,6 +127,12 @@ def _reduce(x: Any, axis: Any) -> Shape:
     return Shape((*x.dims[:index], 1, *x.dims[index + 1 :]))
 
 
+def _running_sum(x: Any, axis: Any) -> Shape:
+    x = as_array(x)
+    axis_index(x, axis)
+    return Shape(x.dims)
+
+
 def _mean_seq(x: Any, mask: Any) -> Shape:
     x = as_array(x)
     if x.rank < 3:
@@ -254,6 +260,7 @@ SAME = {
 RULES: dict[str, Callable[..., Shape]] = {
     "linear": _linear, "matmul": _matmul, "einsum": _einsum, "kron": _kron, "inverse": _inverse, "eye": _eye,
     "skew": _skew, "block_diagonal": _block_diagonal, "norm2": _reduce, "mean": _reduce, "sum": _reduce,
+    "running_sum": _running_sum,
     "mean_seq": _mean_seq, "reshape": _reshape, "transpose": _transpose, "permute": _permute, "concat": _concat,
     "take": _take, "pick": _pick, "put": _put, "slice": _slice, "unsqueeze": _unsqueeze, "choose": _choose,
     "zeros": lambda shape: Shape(sizes_of(shape)), "ones": lambda shape: Shape(sizes_of(shape)),

@@ -52,6 +52,11 @@ def lora(name: str = "LoRAConfig", **options: Any) -> Said:
     return config(name, r=2, alpha=3, **options)
 
 
+def flexible(kind: str, **options: Any) -> Said:
+    """A head of the library's own, by its kind."""
+    return {"kind": kind, "options": options}
+
+
 EVERYWHERE = {"attn_matrices": ["q", "k", "v"], "intermediate_lora": True, "output_lora": True}
 METHODS: dict[str, Said] = {
     "Houlsby": bottleneck("DoubleSeqBnConfig"),
@@ -92,6 +97,17 @@ OTHERS: dict[str, tuple[str, Said, Said]] = {
     # name: the model, the config, and what is said beside
     "a head beside": ("bert", lora(), {"head": True}),
     "a head that nobody trained": ("gpt2", lora(), {"head": True}),
+    "a head of the library's own": (
+        "bert", bottleneck(), {"architecture": "BertAdapterModel", "head": flexible("classification", num_labels=5)}),
+    "one map of the first token's pool": (
+        "bert", lora(), {"architecture": "BertAdapterModel",
+                         "head": flexible("classification", num_labels=3, layers=1, use_pooler=True)}),
+    "a head of the library's own in RoBERTa": (
+        "roberta", bottleneck(), {"architecture": "RobertaAdapterModel",
+                                  "head": flexible("classification", num_labels=3)}),
+    "a head for tokens": (
+        "bert", lora(), {"architecture": "BertAdapterModel", "head": flexible("tagging", num_labels=4)}),
+    "a head for spans": ("bert", lora(), {"architecture": "BertAdapterModel", "head": flexible("qa")}),
     "torch's own format": ("bert", bottleneck(), {"safe": False}),
     "a width for each layer": ("bert", bottleneck("DoubleSeqBnConfig", reduction_factor={"0": 8, "default": 2}), {}),
     "layers that are left out": ("t5", bottleneck("DoubleSeqBnConfig", leave_out=[1, 2], cross_adapter=True), {}),
@@ -130,11 +146,11 @@ def write(cases: Mapping[str, tuple[str, Said, Said]], bases: Callable[[str], Pa
     Args:
         bases: the folder of a tiny model by its family.
     """
-    request = [
-        {"base": str(bases(family)), "out": str(out / str(number)), "config": said, "seed": number,
-         "head": more.get("head", False), "safe": more.get("safe", True) and not shares(said)}
-        for number, (family, said, more) in enumerate(cases.values())
-    ]  # fmt: skip
+    request = []
+    for number, (family, said, more) in enumerate(cases.values()):
+        safe = more.get("safe", True) and not shares(said)
+        request.append({"base": str(bases(family)), "out": str(out / str(number)), "config": said, "seed": number,
+                        "head": False, **more, "safe": safe})  # fmt: skip
     program = [str(PYTHON), "-I", str(HERE / "adapters_folders.py")]
     done = subprocess.run(program, input=json.dumps(request), text=True, capture_output=True, timeout=PATIENCE,
                           env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
@@ -157,7 +173,9 @@ def errors(case: Path, base: Path) -> dict[str, float]:
     found = {}
     for mode in ("fold", "static"):
         peltc.compile(case / "adapter", base, case / mode, mode=mode, verify=False)
-        answer = peltc.Session(case / mode, ["CPUExecutionProvider"])(**given)["logits"]
+        outputs = peltc.Session(case / mode, ["CPUExecutionProvider"])(**given)
+        both = [outputs[name] for name in ("start_logits", "end_logits") if name in outputs]
+        answer = np.stack(both) if both else outputs["logits"]
         found[mode] = float(np.abs(answer - expected).max() / np.abs(expected).max())
     return found
 

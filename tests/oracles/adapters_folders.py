@@ -42,6 +42,8 @@ def inputs_of(model: Any) -> dict[str, torch.Tensor]:
 def answer(model: Any) -> torch.Tensor:
     with torch.no_grad():
         output = model(**inputs_of(model))
+    if "start_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]])
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
@@ -63,16 +65,20 @@ def run(said: Said) -> None:
     architecture = (
         said.get("architecture") or json.loads((Path(said["base"]) / "config.json").read_text())["architectures"][0]
     )
-    model: Any = getattr(transformers, architecture).from_pretrained(said["base"], attn_implementation="eager").eval()
+    library = adapters if hasattr(adapters, architecture) else transformers
+    model: Any = getattr(library, architecture).from_pretrained(said["base"], attn_implementation="eager").eval()
+    if flexible := said["head"] if isinstance(said["head"], dict) else None:
+        getattr(model, f"add_{flexible['kind']}_head")(ADAPTER, **flexible["options"])
+    else:
+        adapters.init(model)
     bare = answer(model)
-    adapters.init(model)
     out = Path(said["out"])
     model.add_adapter(ADAPTER, config=config_of(said["config"]))
     model.set_active_adapters(ADAPTER)
-    randomise(model, ADAPTER, said["seed"], said["head"])
+    randomise(model, ADAPTER, said["seed"], bool(said["head"]))
     model.eval()
     found = answer(model)
-    model.save_adapter(str(out / "adapter"), ADAPTER, with_head=said["head"], use_safetensors=said["safe"])
+    model.save_adapter(str(out / "adapter"), ADAPTER, with_head=bool(said["head"]), use_safetensors=said["safe"])
     given = inputs_of(model)
     save_file({"bare": bare, "answer": found[:, -bare.shape[1] :].contiguous(), **given}, out / "answer.safetensors")
 

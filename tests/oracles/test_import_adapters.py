@@ -204,10 +204,32 @@ def test_another_model_is_refused(adapter: Path, library: Library) -> None:
         import_adapter(adapter, library.bases["Pfeiffer/gpt2"])
 
 
-def test_heads_of_the_librarys_own_classes_are_refused(adapter: Path, bert: Path) -> None:
-    change(adapter, "head_config.json", model_class="BertAdapterModel")
-    with pytest.raises(PeltError, match=r"(?s)E431 the head is of the class BertAdapterModel.*with_head=False"):
-        import_adapter(adapter, bert)
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"head_type": "dependency_parsing"}, "E431 a head of the kind 'dependency_parsing'"),
+        ({"activation_function": "relu"}, "E431 the BertFor.* does not compute what the head does: no 'relu' stands"),
+        ({"use_pooler": True}, "E431 the BertFor.* its head is not one map behind the model's own pooler"),
+        ({"layers": 3}, "E431 the BertFor.* its head is not 3 maps of the first token"),
+        ({"layers": 1}, "E431 the BertFor.* its head is not 1 maps of the first token"),
+    ],
+)
+def test_heads_of_the_librarys_own_that_no_class_computes(
+    config: dict[str, Any], words: str, library: Library, tmp_path: Path
+) -> None:
+    name = "a head of the library's own"
+    folder = shutil.copytree(library[name] / "adapter", tmp_path / "adapter")
+    said = json.loads((folder / "head_config.json").read_text())
+    change(folder, "head_config.json", config=said["config"] | config)
+    with pytest.raises(PeltError, match=words):
+        import_adapter(folder, library.bases[name])
+
+
+def test_a_wrong_number_shows(adapter: Path, bert: Path, library: Library, tmp_path: Path) -> None:
+    """The comparison can fail: another alpha is another function."""
+    configured(adapter, alpha=3.01)
+    shutil.copy(library["a head beside"] / "answer.safetensors", tmp_path)
+    assert min(cases.errors(tmp_path, bert).values()) > TOLERANCE["float32"]
 
 
 def test_models_that_the_library_hooks_are_refused(adapter: Path, bert: Path) -> None:
