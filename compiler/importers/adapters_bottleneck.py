@@ -85,6 +85,10 @@ def _module(site: Site, part: Part, config: Config, shared: Mapping[str, Any], p
         options["learned"], scaling = LEARNED[scaling], 1.0
     if scaling != 1 or config.get("is_parallel"):
         options["scale"] = scaling
+    inside = {}
+    if options.get("scale", 1) != 1 and {"around", "norm_after"} & options.keys():
+        inside = {"factor": np.full(1, options.pop("scale"), np.float32)}  # it scales less than all that is added
+        options["learned"] = "number"
     if config.get("use_gating"):
         options["gate"] = {"replaces_scale": False}
     if not config.get("phm_layer"):
@@ -99,7 +103,7 @@ def _module(site: Site, part: Part, config: Config, shared: Mapping[str, Any], p
             )
         own |= dense(products)
     method = "parallel_adapter" if config.get("is_parallel") else "bottleneck"
-    return Module(place, Entry(method, tuple(options.items())), own, part.source)
+    return Module(place, Entry(method, tuple(options.items())), own | inside, part.source)
 
 
 def _reduction(config: Config, site: Site, places: Places) -> float:

@@ -22,7 +22,7 @@ from peltc.compiler.importers.adapters_prompt import PROMPT
 from peltc.compiler.importers.adapters_reft import REFT
 from peltc.compiler.importers.formats import Config
 from peltc.compiler.importers.keys import check_config
-from peltc.compiler.importers.modules import Module, Read
+from peltc.compiler.importers.modules import Module, Read, spec_name
 from peltc.spec.diagnostics import Place, fail, one_of
 
 FACTS = {facts.name: facts for facts in (BOTTLENECK, LORA, PREFIX, PROMPT, REFT)}
@@ -47,7 +47,9 @@ def read_adapter(path: Path, model: Any, talk: Talk) -> Read:
     base = open_base(found, choice=choice_of(folder, read_config(found)), talk=talk)
     modules = modules_of(folder, configs, base)
     kinds = ", ".join(facts.name or "bottleneck" for facts in configs)
-    origin = f"'{path.resolve().name}', an adapter of {LIBRARY} {folder.version} ({kinds})"
+    notes = dict.fromkeys(facts.note(config) for facts, of in configs.items() for config in of)
+    told = "".join(f"; {note}" for note in notes if note)
+    origin = f"'{spec_name(path)}', an adapter of {LIBRARY} {folder.version} ({kinds}){told}"
     return Read(
         tuple(modules), base, folder.base, str(given), origin, Place(str(folder.path)), model_key(base, modules)
     )

@@ -66,8 +66,8 @@ class Places:
             return [s for s in self.base.anatomy if s.kind == "attention" and s.parameters["query"].startswith(inner)]
         layer, _, last = module.rpartition(".")
         if part.kind == "refts":
-            inner = {s.layer_path for s in self.base.anatomy if s.values.get("linear", "").startswith(f"{layer}.")}
-            return [s for s in self.base.anatomy if s.kind == "block" and s.path in inner]
+            own = {s.layer_path for s in self.base.anatomy if s.values.get("linear", "").startswith(f"{layer}.")}
+            return [s for s in self.base.anatomy if s.kind == "block" and s.path in own]
         role = OUTSIDE.get(last, "")
         start = f"{layer if role else module}."
         return [s for s in self.base.anatomy if s.role in BLOCKS and s.kind == "block"

@@ -50,7 +50,11 @@ def modules(configs: Sequence[Config], places: Places) -> list[Module]:
 
 
 def _module(site: Site, part: Part, config: Config, folder: AdapterFolder) -> Module:
-    options: dict[str, Any] = {"r": config["r"], "first": config["prefix_positions"], "last": config["suffix_positions"]}
+    options: dict[str, Any] = {
+        "rank": config["r"],
+        "first": config["prefix_positions"],
+        "last": config["suffix_positions"],
+    }
     if config.get("tied_weights"):
         options["shared"] = True
     if not config.get("subtract_projection", True):
@@ -100,6 +104,12 @@ def reflected(original: Array, frame: Array) -> Array:
     return np.asarray((frame.astype(np.float64) @ (product * signs)).T, np.float32)
 
 
+def note(config: Config) -> str:
+    """The library does not save whether the state in the subspace is subtracted, and a reload subtracts it."""
+    open_ = not config.get("orthogonality") and "subtract_projection" not in config
+    return "of a DiReFT, which its folder does not tell from a NoReFT, say `subtract: false`" if open_ else ""
+
+
 POSITIONS = {"type": "integer", "minimum": 0, "maximum": 2**20}
 READ: Mapping[str, Any] = {
     "layers": {"anyOf": [{"const": "all"}, {"type": "array", "items": {"type": "integer", "minimum": 0}}]},
@@ -118,4 +128,5 @@ REFT = Facts(
         "output_reft": ((True,), "the library puts interventions behind layers only"),
     },
     modules=modules,
+    note=note,
 )

@@ -76,6 +76,8 @@ METHODS: dict[str, Said] = {
     "VeRA": lora("VeraConfig"),
     "(IA)³": config("IA3Config"),
     "(IA)³ with gates": config("IA3Config", use_gating=True),
+    "LoReFT": config("LoReftConfig", r=2),
+    "NoReFT": config("NoReftConfig", r=2, non_linearity="relu"),
     "MAM": config("MAMConfig", prefix_tuning=prefix(), adapter=bottleneck("ParBnConfig")),
     "UniPELT": config("UniPELTConfig", prefix_tuning=prefix(), adapter=bottleneck(), lora=lora()),
 }
@@ -108,6 +110,12 @@ OTHERS: dict[str, tuple[str, Said, Said]] = {
     "a head for tokens": (
         "bert", lora(), {"architecture": "BertAdapterModel", "head": flexible("tagging", num_labels=4)}),
     "a head for spans": ("bert", lora(), {"architecture": "BertAdapterModel", "head": flexible("qa")}),
+    "the last tokens": ("bert", config("LoReftConfig", r=3, prefix_positions=2, suffix_positions=2), {}),
+    "one module for both ends": (
+        "llama", config("NoReftConfig", r=2, suffix_positions=2, tied_weights=True, layers=[1]), {}),
+    "layers of one stack": ("t5", config("NoReftConfig", r=2, layers=[0, 1]), {}),
+    "all tokens are first and last": (
+        "gpt2", config("LoReftConfig", r=2, prefix_positions=6, suffix_positions=5), {}),
     "torch's own format": ("bert", bottleneck(), {"safe": False}),
     "a width for each layer": ("bert", bottleneck("DoubleSeqBnConfig", reduction_factor={"0": 8, "default": 2}), {}),
     "layers that are left out": ("t5", bottleneck("DoubleSeqBnConfig", leave_out=[1, 2], cross_adapter=True), {}),

@@ -169,6 +169,15 @@ def test_bottlenecks_that_do_not_fit_are_refused(
         ("prefix/bert", {"shared_gating": False}, "E431 'shared_gating' is False"),
         ("prefix/bert", {"leave_out": [0]}, r"E433 'up' of '.*' has the shape \[128, 8\]"),
         ("prefix/bert", {"flat": True}, "E433 'wte.weight' of '.*' is no part of what the config says"),
+        (
+            "LoReFT/t5",
+            {"suffix_positions": 1},
+            "E431 'suffix_positions' is 1: the library finds a decoder's last tokens",
+        ),
+        ("LoReFT/bert", {"layers": [0]}, "E432 the adapter has, and its config does not mean, 1 sites"),
+        ("LoReFT/bert", {"orthogonality": False}, "E433 'units.0.projection.weight' of '.*' is missing"),
+        ("LoReFT/bert", {"tied_weights": True}, "E433 'units.1.*' of '.*' is no part of what the config says"),
+        ("LoReFT/bert", {"output_reft": False}, "E431 'output_reft' is False"),
         ("prompt/bert", {"combine": "prefix_after_bos"}, "E431 'combine' is 'prefix_after_bos'"),
     ],
 )
@@ -179,6 +188,12 @@ def test_prefixes_and_prompts_that_do_not_fit_are_refused(
     configured(folder, **keys)
     with pytest.raises(PeltError, match=words):
         import_adapter(folder, library.bases[name])
+
+
+def test_a_direft_is_told_to_say_so(library: Library) -> None:
+    """Its folder is that of a NoReFT, and a reload computes one."""
+    text = import_adapter(library["NoReFT/bert"] / "adapter", library.bases["NoReFT/bert"]).text()
+    assert "; of a DiReFT, which its folder does not tell from a NoReFT, say `subtract: false`\n" in text
 
 
 def rewritten(folder: Path, changed: Callable[[dict[str, Any]], None], file: str = "adapter.safetensors") -> None:
