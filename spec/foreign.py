@@ -18,7 +18,7 @@ from typing import Any
 from peltc.spec.diagnostics import PeltError, Place, fail
 
 PEFT, ADAPTERS = "Hugging Face PEFT", "the adapters library"
-CONFIG = "adapter_config.json"
+CONFIG, SETUP = "adapter_config.json", "adapter_setup.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_adapter.bin", "adapter.safetensors")
 MAX_CONFIG, MAX_HEADER = 2**20, 2**24
 OURS = {
@@ -129,7 +129,7 @@ def _on_disk(path: Path) -> Foreign | None:
     """A folder with an adapter and no model, or one of an adapter's files."""
     if path.is_dir():
         whole = (path / "config.json").is_file()
-        return None if whole else _of_file(path / CONFIG)
+        return None if whole else _of_file(path / CONFIG) or _of_file(path / SETUP)
     if not path.is_file():
         return None
     if path.name == CONFIG or path.suffix == ".json":
@@ -157,6 +157,8 @@ def _of_config(said: Mapping[Any, Any]) -> Foreign | None:
         return Foreign(PEFT, _word(kind), _word(base))
     if isinstance(said.get("config"), Mapping) and {"model_name", "model_type", "hidden_size"} & set(said):
         return Foreign(ADAPTERS, _word(said["config"].get("architecture")), _word(said.get("model_name")))
+    if isinstance(said.get("adapter_setup"), Mapping) and "version" in said:
+        return Foreign(ADAPTERS, _word(said["adapter_setup"].get("type")))
     return None
 
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from peltc.compiler.importers.adapters_folder import Part
 from peltc.compiler.importers.adapters_formats import INERT, LEAVE_OUT, Facts, activation, unsaid, values
 from peltc.compiler.importers.adapters_places import BLOCKS, Places
@@ -198,4 +200,5 @@ BOTTLENECK = Facts(
     refused={"inv_adapter": "invertible adapters after the embedding have no counterpart here"},
     only={},
     modules=modules,
+    needed=("reduction_factor", "non_linearity"),
 )  # fmt: skip

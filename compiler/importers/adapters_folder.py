@@ -20,7 +20,7 @@ from peltc.spec.foreign import CONFIG
 LIBRARY = "the adapters library"
 TENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_CONFIG, HEAD_TENSORS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
-INTERFACE, SETUP = "adapter_interface.json", "adapter_setup.json"
+INTERFACE = "adapter_interface.json"
 KINDS = ("adapters", "loras", "prefix_tunings", "prefix_gates", "prompt_tunings", "refts", "shared_parameters",
          "invertible_adapters")  # fmt: skip
 """The kinds of parts, as they stand before the adapter's name."""

@@ -42,6 +42,7 @@ class Facts:
         refused: keys that must be off, with the reason.
         only: keys of which some values alone are understood, with these and the reason.
         modules: its modules, from its configs in a folder.
+        needed: keys that must be there.
         note: what a config leaves open, for the first line of the spec.
     """
 
@@ -52,6 +53,7 @@ class Facts:
     refused: Mapping[str, str]
     only: Mapping[str, tuple[tuple[Any, ...], str]]
     modules: Callable[[Sequence[Config], Places], list[Module]]
+    needed: tuple[str, ...] = ()
     note: Callable[[Config], str] = lambda config: ""
 
 

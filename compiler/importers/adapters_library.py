@@ -20,17 +20,19 @@ from peltc.compiler.importers.adapters_places import Places
 from peltc.compiler.importers.adapters_prefix import PREFIX
 from peltc.compiler.importers.adapters_prompt import PROMPT
 from peltc.compiler.importers.adapters_reft import REFT
+from peltc.compiler.importers.adapters_setup import Setup
 from peltc.compiler.importers.formats import Config
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module, Read, spec_name
 from peltc.spec.diagnostics import Place, fail, one_of
+from peltc.spec.foreign import SETUP
 
 FACTS = {facts.name: facts for facts in (BOTTLENECK, LORA, PREFIX, PROMPT, REFT)}
 UNION, SHARED = "union", "shared_parameters"
 
 
 def read_adapter(path: Path, model: Any, talk: Talk) -> Read:
-    """An adapter's modules, and the base that they are for.
+    """An adapter's modules, or those of a setup of several, and the base that they are for.
 
     Args:
         model: the base's folder or hub id; the one that the adapter names where absent.
@@ -38,21 +40,23 @@ def read_adapter(path: Path, model: Any, talk: Talk) -> Read:
     Raises:
         PeltError: E430 to E433, as `import_adapter`.
     """
-    folder = read_adapter_folder(path)
-    configs = configs_of(folder)
-    given = model or folder.base
+    setup = Setup(path) if (path / SETUP).is_file() else None
+    folders = setup.folders if setup else [read_adapter_folder(path)]
+    each = [configs_of(folder) for folder in folders]
+    last = setup.whole if setup else folders[0]
+    given = model or last.base
     if not given:
-        raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
+        raise fail("E430", "the adapter names no base model", last.place, "the model after the adapter's folder")
     found = find_model(given)
-    base = open_base(found, choice=choice_of(folder, read_config(found)), talk=talk)
-    modules = modules_of(folder, configs, base)
-    kinds = ", ".join(facts.name or "bottleneck" for facts in configs)
-    notes = dict.fromkeys(facts.note(config) for facts, of in configs.items() for config in of)
+    base = open_base(found, choice=choice_of(last, read_config(found)), talk=talk)
+    parts = [modules_of(folder, configs, base) for folder, configs in zip(folders, each, strict=True)]
+    modules = [*(setup.together(parts) if setup else parts[0]), *head_modules(last, base)]
+    known = dict.fromkeys(facts for configs in each for facts in configs)
+    kinds = ", ".join([setup.kind] if setup else [facts.name or "bottleneck" for facts in known])
+    notes = dict.fromkeys(facts.note(one) for configs in each for facts, of in configs.items() for one in of)
     told = "".join(f"; {note}" for note in notes if note)
-    origin = f"'{spec_name(path)}', an adapter of {LIBRARY} {folder.version} ({kinds}){told}"
-    return Read(
-        tuple(modules), base, folder.base, str(given), origin, Place(str(folder.path)), model_key(base, modules)
-    )
+    origin = f"'{spec_name(path)}', an adapter of {LIBRARY} {last.version} ({kinds}){told}"
+    return Read(tuple(modules), base, last.base, str(given), origin, Place(str(path)), model_key(base, modules))
 
 
 def model_key(base: Base, modules: Sequence[Module]) -> dict[str, Any]:
@@ -81,6 +85,9 @@ def configs_of(folder: AdapterFolder) -> dict[Facts, list[Config]]:
             raise fail("E431", f"adapters of the method {name!r:.60} are not imported yet", folder.place,
                        one_of([n or "bottleneck" for n in FACTS]))  # fmt: skip
         check_config(config, facts, folder.place, LIBRARY)
+        if absent := [key for key in facts.needed if key not in config]:
+            raise fail("E430", f"the config of '{name or 'bottleneck'}' has no '{absent[0]}'", folder.place,
+                       f"keys {', '.join(facts.needed)}")  # fmt: skip
         found.setdefault(name, []).append(config)
     for name in (PREFIX.name, PROMPT.name, REFT.name):
         if len(found.get(name, ())) > 1:
@@ -89,7 +96,7 @@ def configs_of(folder: AdapterFolder) -> dict[Facts, list[Config]]:
 
 
 def modules_of(folder: AdapterFolder, configs: Mapping[Facts, list[Config]], base: Base) -> list[Module]:
-    """All modules of a folder.
+    """All modules of a folder, its head left aside.
 
     Raises:
         PeltError: E432, E433.
@@ -99,5 +106,4 @@ def modules_of(folder: AdapterFolder, configs: Mapping[Facts, list[Config]], bas
         raise fail("E433", f"{len(left)} parts are of no method that the config names: {named(left)}",
                    Place(str(folder.path)), "a file each of whose tensors is used once")  # fmt: skip
     places = Places(folder, base)
-    found = [module for facts, of in configs.items() for module in facts.modules(of, places)]
-    return found + head_modules(folder, base)
+    return [module for facts, of in configs.items() for module in facts.modules(of, places)]

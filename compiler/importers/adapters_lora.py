@@ -157,4 +157,5 @@ LORA = Facts(
     refused={},
     only={"dtype": ((None, "float32"), "another type than the model's has no place in a spec")},
     modules=modules,
+    needed=("attn_matrices",),
 )  # fmt: skip

@@ -128,5 +128,6 @@ REFT = Facts(
         "output_reft": ((True,), "the library puts interventions behind layers only"),
     },
     modules=modules,
+    needed=("r", "prefix_positions", "suffix_positions"),
     note=note,
 )

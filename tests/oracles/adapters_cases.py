@@ -116,6 +116,16 @@ OTHERS: dict[str, tuple[str, Said, Said]] = {
     "layers of one stack": ("t5", config("NoReftConfig", r=2, layers=[0, 1]), {}),
     "all tokens are first and last": (
         "gpt2", config("LoReftConfig", r=2, prefix_positions=6, suffix_positions=5), {}),
+    "a stack": ("bert", {}, {"setup": {"kind": "Stack", "configs": [
+        bottleneck(), bottleneck("DoubleSeqBnConfig", residual_before_ln=False), bottleneck(scaling="learned")]}}),
+    "a stack on a model that normalises before": ("llama", {}, {"setup": {"kind": "Stack", "configs": [
+        bottleneck("DoubleSeqBnConfig", leave_out=[0]), bottleneck(use_gating=True)]}}),
+    "a fusion": ("bert", config("DynamicAdapterFusionConfig"), {"setup": {"kind": "Fuse", "configs": [
+        bottleneck(), bottleneck(reduction_factor=8, scaling=2.0), bottleneck(scaling="channel")]}}),
+    "a fusion of the residual": ("gpt2", config("DynamicAdapterFusionConfig", residual_before=True), {
+        "setup": {"kind": "Fuse", "configs": [bottleneck(), bottleneck()]}, "safe": False}),
+    "a fusion without values": ("t5", config("StaticAdapterFusionConfig", query_before_ln=True), {
+        "setup": {"kind": "Fuse", "configs": [bottleneck(mh_adapter=True), bottleneck(mh_adapter=True)]}}),
     "torch's own format": ("bert", bottleneck(), {"safe": False}),
     "a width for each layer": ("bert", bottleneck("DoubleSeqBnConfig", reduction_factor={"0": 8, "default": 2}), {}),
     "layers that are left out": ("t5", bottleneck("DoubleSeqBnConfig", leave_out=[1, 2], cross_adapter=True), {}),
@@ -144,8 +154,8 @@ OTHERS: dict[str, tuple[str, Said, Said]] = {
 
 def shares(said: Said) -> bool:
     """Whether the library can save a config's tensors in torch's own format only, since several names share them."""
-    return "Prefix" in said["class"] or any(shares(o) for o in [*said["parts"], *said["options"].values()]
-                                            if isinstance(o, dict) and "class" in o)  # fmt: skip
+    within = [*said.get("parts", ()), *said.get("options", {}).values()]
+    return "Prefix" in said.get("class", "") or any(shares(one) for one in within if isinstance(one, dict))
 
 
 def write(cases: Mapping[str, tuple[str, Said, Said]], bases: Callable[[str], Path], out: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import adapters
 import torch
 import transformers
+from adapters import composition
 from safetensors.torch import save_file
 
 Said = Mapping[str, Any]
@@ -60,6 +61,22 @@ def randomise(model: Any, name: str, seed: int, head: bool) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.25)
 
 
+def composed(model: Any, said: Said, out: Path) -> torch.Tensor:
+    """What several adapters answer in a setup, which is saved."""
+    names = [f"{ADAPTER}{number}" for number in range(len(said["setup"]["configs"]))]
+    setup = getattr(composition, said["setup"]["kind"])(*names)
+    for number, (name, config) in enumerate(zip(names, said["setup"]["configs"], strict=True)):
+        model.add_adapter(name, config=config_of(config))
+        randomise(model, name, said["seed"] + number, False)
+    if said["setup"]["kind"] == "Fuse":
+        model.add_adapter_fusion(setup, config=config_of(said["config"]))
+        randomise(model, setup.name, said["seed"], False)
+    model.set_active_adapters(setup)
+    found = answer(model.eval())
+    model.save_adapter_setup(str(out / "adapter"), setup, use_safetensors=said["safe"])
+    return found
+
+
 def run(said: Said) -> None:
     """One case, written to its folder."""
     architecture = (
@@ -73,12 +90,14 @@ def run(said: Said) -> None:
         adapters.init(model)
     bare = answer(model)
     out = Path(said["out"])
-    model.add_adapter(ADAPTER, config=config_of(said["config"]))
-    model.set_active_adapters(ADAPTER)
-    randomise(model, ADAPTER, said["seed"], bool(said["head"]))
-    model.eval()
-    found = answer(model)
-    model.save_adapter(str(out / "adapter"), ADAPTER, with_head=bool(said["head"]), use_safetensors=said["safe"])
+    if said.get("setup"):
+        found = composed(model, said, out)
+    else:
+        model.add_adapter(ADAPTER, config=config_of(said["config"]))
+        model.set_active_adapters(ADAPTER)
+        randomise(model, ADAPTER, said["seed"], bool(said["head"]))
+        found = answer(model.eval())
+        model.save_adapter(str(out / "adapter"), ADAPTER, with_head=bool(said["head"]), use_safetensors=said["safe"])
     given = inputs_of(model)
     save_file({"bare": bare, "answer": found[:, -bare.shape[1] :].contiguous(), **given}, out / "answer.safetensors")
 

@@ -65,7 +65,7 @@ def bert(library: Library) -> Path:
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_compiled_is_what_the_library_computes(name: str, library: Library) -> None:
-    assert imports(library[name] / "adapter")
+    assert imports(library[name] / "adapter")  # a setup's folder as well
     assert max(cases.errors(library[name], library.bases[name]).values()) < TOLERANCE["float32"]
 
 
@@ -210,6 +210,83 @@ def test_tensors_that_are_left_or_missing_are_refused(adapter: Path, bert: Path)
     rewritten(adapter, lambda tensors: tensors.pop("bert.encoder.layer.1.attention.self.query.loras.one.lora_B"))
     with pytest.raises(PeltError, match=r"E433 the tensors of 'bert.encoder.layer.1.*query.loras' are not all there"):
         import_adapter(adapter, bert)
+
+
+def a_setup(library: Library, name: str, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of a setup's folder, and the model that it is for."""
+    return shutil.copytree(library[name] / "adapter", tmp_path / "adapter"), library.bases[name]
+
+
+def test_a_stack_is_one_attachment_after_another(library: Library, tmp_path: Path) -> None:
+    folder, base = a_setup(library, "a stack", tmp_path)
+    found = import_adapter(folder, base).content["attach"]
+    assert [entry.get("after") for entry in found] == [
+        None, ["bottleneck"], ["bottleneck", "bottleneck_2"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ({"type": "Average", "children": []}, "E431 a setup of the kind 'Average' is not imported"),
+        ({"type": "Stack", "children": [{"type": "Fuse", "children": []}]}, "E431 a setup within a setup"),
+        (
+            {"type": "Stack", "children": [{"type": "single", "children": ["../one0"]}]},
+            "E430 '../one0' is no name of a",
+        ),
+        ({"type": "Stack", "children": [{"type": "single", "children": [3]}]}, "E431 a setup within a setup"),
+        ({"type": "Stack", "children": []}, "E430 the setup has 0 adapters"),
+        ({"type": "Stack", "children": [{"type": "single", "children": ["two"]}]}, "E430 cannot read the adapter's"),
+        (None, "E431 a setup of the kind ''"),
+    ],
+)
+def test_setups_that_cannot_be_said_are_refused(setup: Any, words: str, library: Library, tmp_path: Path) -> None:
+    folder, base = a_setup(library, "a stack", tmp_path)
+    change(folder, "adapter_setup.json", adapter_setup=setup)
+    with pytest.raises(PeltError, match=words):
+        import_adapter(folder, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("a stack", {"is_parallel": True}, "E431 'is_parallel' is True: in a setup of several"),
+        ("a stack", {"original_ln_after": False, "residual_before_ln": False}, "E431 'original_ln_after' is False"),
+        (
+            "a fusion",
+            {"use_gating": True},
+            "E431 the adapters at .* differ in what they read, or are more than two maps",
+        ),
+        ("a fusion", {"non_linearity": "gelu"}, "E431 the adapters at .* differ in what they read"),
+        ("a fusion", {"leave_out": [0]}, "E432 the adapter has, and its config does not mean"),
+    ],
+)
+def test_adapters_that_do_something_else_in_a_setup_are_refused(
+    name: str, keys: dict[str, Any], words: str, library: Library, tmp_path: Path
+) -> None:
+    folder, base = a_setup(library, name, tmp_path)
+    configured(folder / "one0", **keys)
+    with pytest.raises(PeltError, match=words):
+        import_adapter(folder, base)
+
+
+def test_fusions_that_do_not_fit_are_refused(library: Library, tmp_path: Path) -> None:
+    folder, base = a_setup(library, "a fusion", tmp_path)
+    within = folder / "one0,one1,one2"
+    said = json.loads((within / "adapter_fusion_config.json").read_text())
+    for keys, words in (({"temperature": True}, "E431 'temperature' is True: the library lowers it"),
+                        ({"query": False}, "E431 'query' is False"),
+                        ({"value": False}, "E433 'answer' of '.*' has no counterpart")):  # fmt: skip
+        change(within, "adapter_fusion_config.json", config=said["config"] | keys)
+        with pytest.raises(PeltError, match=words):
+            import_adapter(folder, base)
+    change(within, "adapter_fusion_config.json", config=said["config"])
+    key = "bert.encoder.layer.1.output.adapter_fusion_layer.one0,one1,one2.query.weight"
+    rewritten(within, lambda tensors: tensors.pop(key), "model_adapter_fusion.safetensors")
+    with pytest.raises(PeltError, match="E433 'ask' of '.*' is missing"):
+        import_adapter(folder, base)
+    (within / "model_adapter_fusion.safetensors").unlink()
+    with pytest.raises(PeltError, match="E401"):
+        import_adapter(folder, base)
 
 
 def test_another_model_is_refused(adapter: Path, library: Library) -> None:
