@@ -38,6 +38,8 @@ def modules(configs: Sequence[Config], places: Places) -> list[Module]:
     (config,) = configs  # a union has one at most
     if len(places.stacks) > 1 and config.get("suffix_positions"):
         raise unsaid(places.folder, "suffix_positions", config, OTHER_STACK)
+    if not config["prefix_positions"] and not config["suffix_positions"]:
+        raise unsaid(places.folder, "prefix_positions", config, "it changes no token")
     chosen = config.get("layers", "all")
     layers = [site for site in places.base.anatomy if site.kind == "block" and site.role == "layer"]
     wanted = [site for site in layers if chosen == "all" or places.number(site) in chosen]
@@ -64,7 +66,9 @@ def _module(site: Site, part: Part, config: Config, folder: AdapterFolder) -> Mo
     left = dict(part.tensors)
     own: dict[str, Array] = {}
     for number, start in enumerate(("", "last_")[: 1 if config.get("tied_weights") else 2]):
-        own |= {f"{start}{name}": array for name, array in _unit(left, number, config, part, folder).items()}
+        unit = _unit(left, number, config, part, folder)
+        if config.get("tied_weights") or config["suffix_positions" if number else "prefix_positions"]:
+            own |= {f"{start}{name}": array for name, array in unit.items()}  # else it has no tokens
     if left:
         raise fail("E433", f"'{min(left)[:120]}' of '{part.source[:120]}' is no part of what the config says",
                    Place(str(folder.path)), "a file each of whose tensors is used once")  # fmt: skip

@@ -111,6 +111,7 @@ OTHERS: dict[str, tuple[str, Said, Said]] = {
         "bert", lora(), {"architecture": "BertAdapterModel", "head": flexible("tagging", num_labels=4)}),
     "a head for spans": ("bert", lora(), {"architecture": "BertAdapterModel", "head": flexible("qa")}),
     "the last tokens": ("bert", config("LoReftConfig", r=3, prefix_positions=2, suffix_positions=2), {}),
+    "the last tokens alone": ("llama", config("NoReftConfig", r=2, prefix_positions=0, suffix_positions=3), {}),
     "one module for both ends": (
         "llama", config("NoReftConfig", r=2, suffix_positions=2, tied_weights=True, layers=[1]), {}),
     "layers of one stack": ("t5", config("NoReftConfig", r=2, layers=[0, 1]), {}),

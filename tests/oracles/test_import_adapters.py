@@ -174,6 +174,7 @@ def test_bottlenecks_that_do_not_fit_are_refused(
             {"suffix_positions": 1},
             "E431 'suffix_positions' is 1: the library finds a decoder's last tokens",
         ),
+        ("LoReFT/bert", {"prefix_positions": 0}, "E431 'prefix_positions' is 0: it changes no token"),
         ("LoReFT/bert", {"layers": [0]}, "E432 the adapter has, and its config does not mean, 1 sites"),
         ("LoReFT/bert", {"orthogonality": False}, "E433 'units.0.projection.weight' of '.*' is missing"),
         ("LoReFT/bert", {"tied_weights": True}, "E433 'units.1.*' of '.*' is no part of what the config says"),
@@ -282,7 +283,7 @@ def test_fusions_that_do_not_fit_are_refused(library: Library, tmp_path: Path) -
     change(within, "adapter_fusion_config.json", config=said["config"])
     key = "bert.encoder.layer.1.output.adapter_fusion_layer.one0,one1,one2.query.weight"
     rewritten(within, lambda tensors: tensors.pop(key), "model_adapter_fusion.safetensors")
-    with pytest.raises(PeltError, match="E433 'ask' of '.*' is missing"):
+    with pytest.raises(PeltError, match=r"E433 'ask' of '.*' is missing"):
         import_adapter(folder, base)
     (within / "model_adapter_fusion.safetensors").unlink()
     with pytest.raises(PeltError, match="E401"):

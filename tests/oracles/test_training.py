@@ -36,6 +36,8 @@ VARIANTS: dict[str, Entry] = {
     "lokr": {"r": 0},
     "oft": {"block": 8, "neumann": False},
     "norm_tuning": {"weight": False},
+    "reft": {"first": 0, "last": 2},
+    "fusion": {"reads": "raw", "answers": False},
 }
 CASES: dict[str, Entry] = {
     **{name: {"method": name, "at": AT[m.site], **SMALLER.get(name, {})} for name, m in shipped().items()},
