@@ -23,7 +23,8 @@ from peltc.compiler.importers.adapters_reft import REFT
 from peltc.compiler.importers.adapters_setup import Setup
 from peltc.compiler.importers.formats import Config
 from peltc.compiler.importers.keys import check_config
-from peltc.compiler.importers.modules import Module, Read, spec_name
+from peltc.compiler.importers.modules import Module, Read
+from peltc.compiler.importers.wording import name_of
 from peltc.spec.diagnostics import Place, fail, one_of
 from peltc.spec.foreign import SETUP
 
@@ -31,11 +32,12 @@ FACTS = {facts.name: facts for facts in (BOTTLENECK, LORA, PREFIX, PROMPT, REFT)
 UNION, SHARED = "union", "shared_parameters"
 
 
-def read_adapter(path: Path, model: Any, talk: Talk) -> Read:
+def read_adapter(path: Path, model: Any, base: Base | None, talk: Talk) -> Read:
     """An adapter's modules, or those of a setup of several, and the base that they are for.
 
     Args:
         model: the base's folder or hub id; the one that the adapter names where absent.
+        base: the base, where it is known already.
 
     Raises:
         PeltError: E430 to E433, as `import_adapter`.
@@ -44,18 +46,19 @@ def read_adapter(path: Path, model: Any, talk: Talk) -> Read:
     folders = setup.folders if setup else [read_adapter_folder(path)]
     each = [configs_of(folder) for folder in folders]
     last = setup.whole if setup else folders[0]
-    given = model or last.base
+    given = model or last.base or (base.folder if base is not None else "")
     if not given:
         raise fail("E430", "the adapter names no base model", last.place, "the model after the adapter's folder")
-    found = find_model(given)
-    base = open_base(found, choice=choice_of(last, read_config(found)), talk=talk)
+    if base is None:
+        found = find_model(given)
+        base = open_base(found, choice=choice_of(last, read_config(found)), talk=talk)
     parts = [modules_of(folder, configs, base) for folder, configs in zip(folders, each, strict=True)]
     modules = [*(setup.together(parts) if setup else parts[0]), *head_modules(last, base)]
     known = dict.fromkeys(facts for configs in each for facts in configs)
     kinds = ", ".join([setup.kind] if setup else [facts.name or "bottleneck" for facts in known])
     notes = dict.fromkeys(facts.note(one) for configs in each for facts, of in configs.items() for one in of)
     told = "".join(f"; {note}" for note in notes if note)
-    origin = f"'{spec_name(path)}', an adapter of {LIBRARY} {last.version} ({kinds}){told}"
+    origin = f"'{name_of(path)}', an adapter of {LIBRARY} {last.version} ({kinds}){told}"
     return Read(tuple(modules), base, last.base, str(given), origin, Place(str(path)), model_key(base, modules))
 
 

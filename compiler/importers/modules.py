@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,12 +96,6 @@ def attachments(modules: Sequence[Module], base: Base) -> tuple[list[dict[str, A
             attach.append({"method": entry.method, **named, **selection, **options})
             owners |= {(called, str(module.site.key)): module for module in group}
     return attach, owners
-
-
-def spec_name(path: Path) -> str:
-    """The name of an adapter's folder, as a spec may be called."""
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in path.resolve().name)
-    return kept.strip("_-")[:60] or "imported"
 
 
 def fill(plan: Plan, owners: Owners, modules: Iterable[Module], place: Place) -> dict[str, Array]:
