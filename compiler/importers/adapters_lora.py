@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.importers.adapters_folder import Part
-from peltc.compiler.importers.adapters_formats import COUNT, INERT, LEAVE_OUT, Facts, values
+from peltc.compiler.importers.adapters_formats import COUNT, INERT, LEAVE_OUT, Facts, unsaid, values
 from peltc.compiler.importers.adapters_places import Places
 from peltc.compiler.importers.adapters_products import incomplete
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
@@ -29,6 +29,8 @@ TENSORS = {name: name for name in ("lora_A", "lora_B", "vera_B", "vera_D")} | {
     "m.weight": "m", "gate.weight": "gate_weight", "gate.bias": "gate_bias"}  # fmt: skip
 MATRICES = {"attention.query": "q", "attention.key": "k", "attention.value": "v"}
 """What `attn_matrices` calls the projections."""
+INNER = ("intermediate_lora", "output_lora")
+"""The keys of maps in a feed-forward network."""
 FIRST_CORRECT = (1, 1)
 """The first version whose LoRA was trained with alpha / r; before, the scale was 1."""
 
@@ -49,7 +51,10 @@ def modules(configs: Sequence[Config], places: Places) -> list[Module]:
     shared = _shared(places)
     for part in places.folder.of("loras"):
         sites = places.sites(part)
-        config = next((c for c in configs if not places.left_out(c, sites[0])), configs[0])
+        config = _config(configs, sites[0], places)
+        if config is None:
+            met += sites  # which none of the configs means, as the check below says
+            continue
         meant = [site for site in sites if len(sites) == 1 or matrix(site) in config["attn_matrices"]]
         met += meant
         stored = values(part.tensors, TENSORS, part, places.folder)
@@ -58,6 +63,13 @@ def modules(configs: Sequence[Config], places: Places) -> list[Module]:
             found += _at(site, own, config, shared, places, part)
     _check(configs, places, met)
     return found
+
+
+def _config(configs: Sequence[Config], site: Site, places: Places) -> Config | None:
+    """The config that means a map: the first that has its kind of place and its layer; None where none does."""
+    keys = ("selfattn_lora",) if matrix(site) else INNER
+    return next((config for config in configs if not places.left_out(config, site)
+                 and any(config.get(key, key not in INNER) for key in keys)), None)  # fmt: skip
 
 
 def _block(name: str, array: Array, number: int, count: int) -> Array:
@@ -75,6 +87,8 @@ def _at(
     gate = {name: own.pop(name) for name in ("gate_weight", "gate_bias") if name in own}
     gated = bool(config.get("use_gating"))
     if config.get("composition_mode", "add") == "scale":
+        if _alpha(config, places) != 1 and not gated:
+            raise unsaid(places.folder, "alpha", config, "a vector's own factor has no place in a spec", [1])
         vector = {
             "l" if name == "lora_B" else name: a.reshape(-1) if name == "lora_B" else a for name, a in own.items()
         }
@@ -128,19 +142,22 @@ def _alpha(config: Config, places: Places) -> Any:
 def _check(configs: Sequence[Config], places: Places, met: Sequence[Site]) -> None:
     """Whether the parts are at all places that the configs mean. The library tells the two maps of a feed-forward
     network apart by names that differ between models, so here it counts them."""
+    inner = [config for config in configs if any(config.get(key) for key in INNER)]
+    if len(inner) > 1:
+        raise fail("E431", "several configs of the union are for maps of a feed-forward network", places.folder.place,
+                   "one, since their tensors do not say which is whose")  # fmt: skip
+    roles = {site.role for site in met if not matrix(site)}
+    count = sum(bool(config.get(key)) for config in inner for key in INNER)
+    if len(roles) != count:
+        raise fail("E432", f"the adapter has tensors at {len(roles)} maps of a feed-forward network",
+                   places.folder.place, f"{count}, as 'intermediate_lora' and 'output_lora' say")  # fmt: skip
     linear = [site for site in places.base.anatomy if site.kind == "linear" and site.layer is not None]
-    for config in configs:
-        here = [site for site in linear if not places.left_out(config, site)]
-        wanted = [s for s in here if config.get("selfattn_lora", True) and matrix(s) in config["attn_matrices"]]
-        inner = {site.role for site in met if not matrix(site) and not places.left_out(config, site)}
-        count = sum(bool(config.get(key)) for key in ("intermediate_lora", "output_lora"))
-        if len(inner) != count:
-            raise fail("E432", f"the adapter has tensors at {len(inner)} maps of a feed-forward network",
-                       places.folder.place, f"{count}, as 'intermediate_lora' and 'output_lora' say")  # fmt: skip
-        wanted += [site for site in here if site.role in inner]
-        places.check(wanted, [site for site in met if site in here])
-    if lost := [site for site in met if all(places.left_out(config, site) for config in configs)]:
-        places.check([], lost)
+    wanted = [site for site in linear if site.role in roles and not places.left_out(inner[0], site)]
+    for site in linear:
+        config = _config(configs, site, places) if matrix(site) else None
+        if config is not None and matrix(site) in config["attn_matrices"]:
+            wanted.append(site)
+    places.check(wanted, met)
 
 
 LORA = Facts(
