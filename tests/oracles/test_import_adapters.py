@@ -179,6 +179,7 @@ def test_bottlenecks_that_do_not_fit_are_refused(
         ("LoReFT/bert", {"orthogonality": False}, "E433 'units.0.projection.weight' of '.*' is missing"),
         ("LoReFT/bert", {"tied_weights": True}, "E433 'units.1.*' of '.*' is no part of what the config says"),
         ("LoReFT/bert", {"output_reft": False}, "E431 'output_reft' is False"),
+        ("(IA)³/bert", {"alpha": 2}, "E431 'alpha' is 2: a vector's own factor"),
         ("prompt/bert", {"combine": "prefix_after_bos"}, "E431 'combine' is 'prefix_after_bos'"),
     ],
 )
@@ -288,6 +289,21 @@ def test_fusions_that_do_not_fit_are_refused(library: Library, tmp_path: Path) -
     (within / "model_adapter_fusion.safetensors").unlink()
     with pytest.raises(PeltError, match="E401"):
         import_adapter(folder, base)
+
+
+@pytest.mark.parametrize(("before", "after"), [("bert.", ""), ("bert.", "model.bert.")])
+def test_an_adapter_of_an_inner_or_an_outer_model(before: str, after: str, adapter: Path, bert: Path) -> None:
+    """Its names are one prefix shorter or longer."""
+    expected = import_adapter(adapter, bert)
+
+    def renamed(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[after + name.removeprefix(before)] = tensors.pop(name)
+
+    rewritten(adapter, renamed)
+    found = import_adapter(adapter, bert)
+    assert found.content == expected.content
+    assert all(np.array_equal(found.tensors[name], array) for name, array in expected.tensors.items())
 
 
 def test_another_model_is_refused(adapter: Path, library: Library) -> None:
