@@ -43,6 +43,7 @@ class Facts:
         only: keys of which some values alone are understood, with these and the reason.
         modules: its modules, from its configs in a folder.
         needed: keys that must be there.
+        shared: what the adapters of a config share, by the names of `shared_parameters`.
         note: what a config leaves open, for the first line of the spec.
     """
 
@@ -54,6 +55,7 @@ class Facts:
     only: Mapping[str, tuple[tuple[Any, ...], str]]
     modules: Callable[[Sequence[Config], Places], list[Module]]
     needed: tuple[str, ...] = ()
+    shared: Callable[[Config], set[str]] = lambda config: set()
     note: Callable[[Config], str] = lambda config: ""
 
 

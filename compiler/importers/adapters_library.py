@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
@@ -107,6 +108,10 @@ def modules_of(folder: AdapterFolder, configs: Mapping[Facts, list[Config]], bas
     kinds = {kind for facts in configs for kind in facts.kinds} | {SHARED}
     if left := [part for part in folder.parts if part.kind not in kinds]:
         raise fail("E433", f"{len(left)} parts are of no method that the config names: {named(left)}",
+                   Place(str(folder.path)), "a file each of whose tensors is used once")  # fmt: skip
+    shared = {name for facts, of in configs.items() for config in of for name in facts.shared(config)}
+    if extra := [name for part in folder.of(SHARED) for name in part.tensors if name not in shared]:
+        raise fail("E433", f"{len(extra)} shared tensors are none of what the config says: {names(extra)}",
                    Place(str(folder.path)), "a file each of whose tensors is used once")  # fmt: skip
     places = Places(folder, base)
     return [module for facts, of in configs.items() for module in facts.modules(of, places)]

@@ -29,6 +29,8 @@ TENSORS = {name: name for name in ("lora_A", "lora_B", "vera_B", "vera_D")} | {
     "m.weight": "m", "gate.weight": "gate_weight", "gate.bias": "gate_bias"}  # fmt: skip
 MATRICES = {"attention.query": "q", "attention.key": "k", "attention.value": "v"}
 """What `attn_matrices` calls the projections."""
+VERA = ("vera_d", "vera_b")
+"""The keys that make a VeRA of a LoRA, where they are numbers."""
 INNER = ("intermediate_lora", "output_lora")
 """The keys of maps in a feed-forward network."""
 FIRST_CORRECT = (1, 1)
@@ -56,7 +58,7 @@ def modules(configs: Sequence[Config], places: Places) -> list[Module]:
             met += sites  # which none of the configs means, as the check below says
             continue
         meant = [site for site in sites if len(sites) == 1 or matrix(site) in config["attn_matrices"]]
-        met += meant
+        met += meant or sites
         stored = values(part.tensors, TENSORS, part, places.folder)
         for number, site in enumerate(meant):
             own = {name: _block(name, array, number, len(meant)) for name, array in stored.items()}
@@ -167,7 +169,7 @@ LORA = Facts(
         "selfattn_lora": SWITCH, "intermediate_lora": SWITCH, "output_lora": SWITCH, "leave_out": LEAVE_OUT, "r": COUNT,
         "alpha": NUMBER, "dropout": {"type": "number", "minimum": 0, "exclusiveMaximum": 1}, "use_gating": SWITCH,
         "use_dora": SWITCH, "vera_d": {"type": ["number", "null"]}, "vera_b": {"type": ["number", "null"]},
-        "attn_matrices": {"type": "array", "items": {"enum": ["q", "k", "v"]}},
+        "attn_matrices": {"type": "array", "items": {"enum": ["q", "k", "v", "o"]}},
         "composition_mode": {"enum": ["add", "scale"]},
     },
     inert=INERT,
@@ -175,4 +177,5 @@ LORA = Facts(
     only={"dtype": ((None, "float32"), "another type than the model's has no place in a spec")},
     modules=modules,
     needed=("attn_matrices",),
+    shared=lambda config: {"lora_A", "lora_B"} if {type(config.get(k)) for k in VERA} & {float, int} else set(),
 )  # fmt: skip

@@ -20,8 +20,9 @@ from peltc.spec.diagnostics import PeltError, Place, fail
 PRODUCTS = ("adapter_down.0.W", "adapter_down.0.b", "adapter_down.0.phm", "adapter_down.1.W", "adapter_down.1.b",
             "adapter_down.1.phm", "adapter_up.W", "adapter_up.b", "adapter_up.phm")  # fmt: skip
 """How the names of their tensors begin."""
-SHARED = ("phm_rule", "phm_rule_left", "phm_rule_right", "W_down", "W_up", "W_down_left", "W_down_right", "W_up_left",
-          "W_up_right")  # fmt: skip
+RULE, RULES = {"phm_rule"}, {"phm_rule_left", "phm_rule_right"}
+WHOLE, FACTORS = {"W_down", "W_up"}, {"W_down_left", "W_down_right", "W_up_left", "W_up_right"}
+SHARED = RULE | RULES | WHOLE | FACTORS
 """What adapters may share."""
 UNSAVED = (
     "what adapters share is not saved by the library where the model has no inner model, as T5; a folder from there"
@@ -29,6 +30,15 @@ UNSAVED = (
 )
 PLAIN = {"size", "activation", "reads", "gate"}
 """The options that `compact` adapters have as others do."""
+
+
+def shared_names(config: Config) -> set[str]:
+    """What the adapters of a config share."""
+    if not config.get("phm_layer"):
+        return set()
+    rule = RULES if config.get("factorized_phm_rule") else RULE
+    weight = FACTORS if config.get("factorized_phm_W", True) else WHOLE
+    return (rule if config.get("shared_phm_rule", True) else set()) | (weight if config.get("shared_W_phm") else set())
 
 
 def compact(config: Config, options: Mapping[str, Any]) -> bool:

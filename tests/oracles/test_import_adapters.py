@@ -179,6 +179,12 @@ def test_bottlenecks_that_do_not_fit_are_refused(
         ("LoReFT/bert", {"orthogonality": False}, "E433 'units.0.projection.weight' of '.*' is missing"),
         ("LoReFT/bert", {"tied_weights": True}, "E433 'units.1.*' of '.*' is no part of what the config says"),
         ("LoReFT/bert", {"output_reft": False}, "E431 'output_reft' is False"),
+        ("shared weights", {"shared_W_phm": False}, "E433 4 shared tensors are none of what the config says: 'W_down"),
+        (
+            "VeRA/bert",
+            {"vera_d": None, "vera_b": None},
+            "E433 2 shared tensors are none of what the config says: 'lora",
+        ),
         ("(IA)³/bert", {"alpha": 2}, "E431 'alpha' is 2: a vector's own factor"),
         ("prompt/bert", {"combine": "prefix_after_bos"}, "E431 'combine' is 'prefix_after_bos'"),
     ],
