@@ -93,7 +93,7 @@ def configs_of(folder: AdapterFolder) -> dict[Facts, list[Config]]:
             raise fail("E430", f"the config of '{name or 'bottleneck'}' has no '{absent[0]}'", folder.place,
                        f"keys {', '.join(facts.needed)}")  # fmt: skip
         found.setdefault(name, []).append(config)
-    for name in (PREFIX.name, PROMPT.name, REFT.name):
+    for name in (LORA.name, PREFIX.name, PROMPT.name, REFT.name):
         if len(found.get(name, ())) > 1:
             raise fail("E431", f"the union has several configs of '{name}'", folder.place, "one of each at most")
     return {FACTS[name]: configs for name, configs in found.items()}

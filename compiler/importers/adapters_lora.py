@@ -31,8 +31,6 @@ MATRICES = {"attention.query": "q", "attention.key": "k", "attention.value": "v"
 """What `attn_matrices` calls the projections."""
 VERA = ("vera_d", "vera_b")
 """The keys that make a VeRA of a LoRA, where they are numbers."""
-INNER = ("intermediate_lora", "output_lora")
-"""The keys of maps in a feed-forward network."""
 FIRST_CORRECT = (1, 1)
 """The first version whose LoRA was trained with alpha / r; before, the scale was 1."""
 
@@ -48,30 +46,20 @@ def modules(configs: Sequence[Config], places: Places) -> list[Module]:
     Raises:
         PeltError: E431 to E433, where its parts are not what its config says.
     """
+    (config,) = configs  # a union has one at most
     found: list[Module] = []
     met: list[Site] = []
     shared = _shared(places)
     for part in places.folder.of("loras"):
         sites = places.sites(part)
-        config = _config(configs, sites[0], places)
-        if config is None:
-            met += sites  # which none of the configs means, as the check below says
-            continue
         meant = [site for site in sites if len(sites) == 1 or matrix(site) in config["attn_matrices"]]
         met += meant or sites
         stored = values(part.tensors, TENSORS, part, places.folder)
         for number, site in enumerate(meant):
             own = {name: _block(name, array, number, len(meant)) for name, array in stored.items()}
             found += _at(site, own, config, shared, places, part)
-    _check(configs, places, met)
+    _check(config, places, met)
     return found
-
-
-def _config(configs: Sequence[Config], site: Site, places: Places) -> Config | None:
-    """The config that means a map: the first that has its kind of place and its layer; None where none does."""
-    keys = ("selfattn_lora",) if matrix(site) else INNER
-    return next((config for config in configs if not places.left_out(config, site)
-                 and any(config.get(key, key not in INNER) for key in keys)), None)  # fmt: skip
 
 
 def _block(name: str, array: Array, number: int, count: int) -> Array:
@@ -141,24 +129,19 @@ def _alpha(config: Config, places: Places) -> Any:
     return config.get("alpha", 8)
 
 
-def _check(configs: Sequence[Config], places: Places, met: Sequence[Site]) -> None:
-    """Whether the parts are at all places that the configs mean. The library tells the two maps of a feed-forward
+def _check(config: Config, places: Places, met: Sequence[Site]) -> None:
+    """Whether the parts are at all places that the config means. The library tells the two maps of a feed-forward
     network apart by names that differ between models, so here it counts them."""
-    inner = [config for config in configs if any(config.get(key) for key in INNER)]
-    if len(inner) > 1:
-        raise fail("E431", "several configs of the union are for maps of a feed-forward network", places.folder.place,
-                   "one, since their tensors do not say which is whose")  # fmt: skip
     roles = {site.role for site in met if not matrix(site)}
-    count = sum(bool(config.get(key)) for config in inner for key in INNER)
+    count = sum(bool(config.get(key)) for key in ("intermediate_lora", "output_lora"))
     if len(roles) != count:
         raise fail("E432", f"the adapter has tensors at {len(roles)} maps of a feed-forward network",
                    places.folder.place, f"{count}, as 'intermediate_lora' and 'output_lora' say")  # fmt: skip
-    linear = [site for site in places.base.anatomy if site.kind == "linear" and site.layer is not None]
-    wanted = [site for site in linear if site.role in roles and not places.left_out(inner[0], site)]
-    for site in linear:
-        config = _config(configs, site, places) if matrix(site) else None
-        if config is not None and matrix(site) in config["attn_matrices"]:
-            wanted.append(site)
+    wanted = [
+        site for site in places.base.anatomy
+        if site.kind == "linear" and site.layer is not None and not places.left_out(config, site)
+        and (site.role in roles or (config.get("selfattn_lora", True) and matrix(site) in config["attn_matrices"]))
+    ]  # fmt: skip
     places.check(wanted, met)
 
 

@@ -146,9 +146,6 @@ OTHERS: dict[str, tuple[str, Said, Said]] = {
     "a prefix by another network": ("bert", prefix(non_linearity="relu"), {}),
     "two bottlenecks": ("bert", config("ConfigUnion", bottleneck(mh_adapter=True, output_adapter=False),
                                        bottleneck("ParBnConfig")), {}),
-    "two LoRAs": ("bert", config(
-        "ConfigUnion", lora(leave_out=[0]), config("LoRAConfig", r=3, alpha=7, selfattn_lora=False, output_lora=True,
-                                                   leave_out=[1])), {}),
     "a fused map in part": ("gpt2", lora(attn_matrices=["k", "v"], use_gating=True), {}),
     "vectors before a non-linearity": ("t5", config("IA3Config", attn_matrices=["q"], output_lora=True), {}),
     "products in both stacks": ("t5", bottleneck("CompacterConfig", shared_phm_rule=False), {}),

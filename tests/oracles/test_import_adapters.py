@@ -141,6 +141,17 @@ def test_what_does_not_fit_is_refused(keys: dict[str, Any], words: str, adapter:
         import_adapter(adapter, bert)
 
 
+def test_a_union_has_one_of_each_at_most(adapter: Path, bert: Path) -> None:
+    """As the library says itself; bottlenecks alone may be several, after different sub-layers."""
+    said = json.loads((adapter / "adapter_config.json").read_text())["config"]
+    change(adapter, config={"architecture": "union", "configs": [said, said]})
+    with pytest.raises(PeltError, match="E431 the union has several configs of 'lora'"):
+        import_adapter(adapter, bert)
+    change(adapter, config={"architecture": "union", "configs": []})
+    with pytest.raises(PeltError, match="E430 the union names no methods"):
+        import_adapter(adapter, bert)
+
+
 BOTTLENECKS: list[tuple[dict[str, Any], str]] = [
     ({"inv_adapter": "nice"}, "E431 'inv_adapter' is 'nice': invertible"),
     ({"non_linearity": "leakyrelu"}, "E431 'non_linearity' is 'leakyrelu'"),
