@@ -24,7 +24,7 @@ INTERFACE = "adapter_interface.json"
 KINDS = ("adapters", "loras", "prefix_tunings", "prefix_gates", "prompt_tunings", "refts", "shared_parameters",
          "invertible_adapters")  # fmt: skip
 """The kinds of parts, as they stand before the adapter's name."""
-UNSAID = "with the library's own interface for models it does not know, it reads another layer's norm"
+HOOKED = "with the library's own interface for models it does not know, it reads another layer's norm"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     if not isinstance(config, dict) or not isinstance(name, str) or not name:
         raise fail("E430", "the adapter's config names no method", place, "keys 'config' and 'name'")
     if (path / INTERFACE).exists():
-        raise fail("E431", f"the folder has {INTERFACE}: {UNSAID}", Place(str(path)), "a model that the library knows")
+        raise fail("E431", f"the folder has {INTERFACE}: {HOOKED}", Place(str(path)), "a model that the library knows")
     tensors = read_tensors(path, TENSORS, PICKLE)
     return AdapterFolder(path, said, config, sorted_parts(tensors, name, Place(str(path))), read_head(path))
 

@@ -1,8 +1,8 @@
 """What a method of the `adapters` library is: which keys of its config are understood, and how its parts become
 modules.
 
-A config of the library is one method's, or a union of several; of equal methods in a union, the first whose config
-means a place counts there.
+A config of the library is one method's, or a union of several. Bottlenecks alone may be there more than once, after
+different sub-layers or in different layers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ ACTIVATIONS = {
 """Our names of the library's non-linearities."""
 LEAVE_OUT = {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0}}
 COUNT = {"type": "integer", "minimum": 1, "maximum": 2**20}
-ONE = "one"
-"""What a message calls the first of several configs."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,6 @@ class Places:
             stack: 1 + max(site.layer or 0 for site in base.anatomy if site.stack == stack) for stack in self.stacks
         }
         self.offsets = {s: sum(depth[other] for other in self.stacks[:i]) for i, s in enumerate(self.stacks)}
-        self.layers = sum(depth.values())
         self.read = self._reading()
 
     def _reading(self) -> Reading:
