@@ -18,7 +18,7 @@ from typing import Any
 from peltc.spec.diagnostics import PeltError, Place, fail
 
 PEFT, ADAPTERS = "Hugging Face PEFT", "the adapters library"
-CONFIG = "adapter_config.json"
+CONFIG, SETUP = "adapter_config.json", "adapter_setup.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_adapter.bin", "adapter.safetensors")
 MAX_CONFIG, MAX_HEADER = 2**20, 2**24
 OURS = {
@@ -78,6 +78,11 @@ class Foreign:
     kind: str = ""
     base: str = ""
 
+    @property
+    def imported(self) -> bool:
+        """Whether `pelt import` reads it; of the `adapters` library's, each says itself what of it is not read."""
+        return self.library == ADAPTERS or self.kind in IMPORTED
+
     def refused(self, role: str, place: Place) -> PeltError:
         """The one finding about it.
 
@@ -90,10 +95,8 @@ class Foreign:
 
     def _hint(self) -> str:
         cannot = "it cannot be imported; "
-        if self.library == PEFT and self.kind in IMPORTED:
+        if self.imported:
             return "`pelt import FOLDER MODEL -o spec/` makes a spec of it, and `pelt-compile FOLDER MODEL` an artifact"
-        if self.library != PEFT:
-            return f"{cannot}write its modules as a spec (`pelt methods` lists methods and recipes) and train that"
         merge = "merge it in PEFT, `model.merge_and_unload().save_pretrained(folder)`, and give that folder as MODEL"
         if self.kind in OURS:
             return f"{cannot}{merge}; or write it as a spec of `{OURS[self.kind]}` and train that"
@@ -141,7 +144,7 @@ def _on_disk(path: Path) -> Foreign | None:
     """A folder with an adapter and no model, or one of an adapter's files."""
     if path.is_dir():
         whole = (path / "config.json").is_file()
-        return None if whole else _of_file(path / CONFIG)
+        return None if whole else _of_file(path / CONFIG) or _of_file(path / SETUP)
     if not path.is_file():
         return None
     if path.name == CONFIG or path.suffix == ".json":
@@ -169,6 +172,8 @@ def _of_config(said: Mapping[Any, Any]) -> Foreign | None:
         return Foreign(PEFT, _word(kind), _word(base))
     if isinstance(said.get("config"), Mapping) and {"model_name", "model_type", "hidden_size"} & set(said):
         return Foreign(ADAPTERS, _word(said["config"].get("architecture")), _word(said.get("model_name")))
+    if isinstance(said.get("adapter_setup"), Mapping) and "version" in said:
+        return Foreign(ADAPTERS, _word(said["adapter_setup"].get("type")))
     return None
 
 

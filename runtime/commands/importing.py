@@ -17,7 +17,7 @@ SPEC, TENSORS = "spec.yaml", "adapter.safetensors"
 @click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The spec's folder.")
 @quiet_option
 def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> None:
-    """Read ADAPTER, a folder that Hugging Face PEFT saved, into a spec and its tensors.
+    """Read ADAPTER, a folder that Hugging Face PEFT or the adapters library saved, into a spec and its tensors.
 
     MODEL is the base, a folder or a hub id; the one that the adapter names where it is left out.
     """
