@@ -1,4 +1,4 @@
-"""The command that reads what other libraries trained."""
+"""The commands that read what other libraries trained, and write what they read."""
 
 from __future__ import annotations
 
@@ -39,3 +39,21 @@ def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> 
     values = sum(array.size for array in found.tensors.values())
     click.echo(f"{out / SPEC}: {len(found.spec.attach)} attachments; {out / TENSORS}: {values:,} values")
     click.echo(f"  pelt-compile {out / SPEC} {found.base} -o {out}-artifact")
+
+
+@cli.command("export-peft")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The adapter's folder.")
+@click.option("--weights", type=click.Path(path_type=Path), help="The adapter's tensors, in place of the spec's.")
+@quiet_option
+def export_command(source: Path, model: str | None, out: Path, weights: Path | None, quiet: bool) -> None:
+    """Write SOURCE, an artifact or a spec with its tensors, as a folder that Hugging Face PEFT loads.
+
+    MODEL is the base, a folder or a hub id, which the folder will name; an artifact has its own.
+    """
+    from peltc.runtime.building.adapters import export_peft
+
+    with talking(quiet) as talk:
+        config = export_peft(source, model, out, weights, talk=talk)
+    click.echo(f"{out}: {config['peft_type']} at {config['target_modules']}")
