@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peltc.compiler.survey.anatomy import Site as Site
     from peltc.runtime.api import plan as plan
     from peltc.runtime.api import survey as survey
+    from peltc.runtime.building.adapters import combine as combine
     from peltc.runtime.building.adapters import export_peft as export_peft
     from peltc.runtime.building.compile import compile as compile
     from peltc.runtime.building.compile import verify as verify
@@ -44,6 +45,7 @@ _WHERE = {
     "survey": "peltc.runtime.api",
     "plan": "peltc.runtime.api",
     "compile": "peltc.runtime.building.compile",
+    "combine": "peltc.runtime.building.adapters",
     "export_peft": "peltc.runtime.building.adapters",
     "verify": "peltc.runtime.building.compile",
     "attach": "peltc.runtime.training.attach",
@@ -53,8 +55,8 @@ _WHERE = {
 }
 
 __all__ = [
-    "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "compile", "consistency_loss",
-    "export_peft", "load_spec", "parameter_groups", "plan", "survey", "verify",
+    "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "combine", "compile",
+    "consistency_loss", "export_peft", "load_spec", "parameter_groups", "plan", "survey", "verify",
 ]  # fmt: skip
 
 

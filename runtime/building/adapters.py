@@ -3,10 +3,10 @@ folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from peltc.spec.diagnostics import Place, fail, wrong_type
 from peltc.spec.document import parse
 from peltc.spec.foreign import refuse
 from peltc.spec.specification import Spec, build_spec, load_spec
+
+if TYPE_CHECKING:
+    from peltc.compiler.combining.combining import Combined
 
 Array = np.ndarray[Any, Any]
 
@@ -46,6 +49,7 @@ def read_adapter(
     model: str | Path | None = None,
     weights: str | Path | Mapping[str, Array] | None = None,
     *,
+    mode: str | None = None,
     talk: Talk = logged,
 ) -> Adapter:
     """Read an adapter for a model.
@@ -54,6 +58,7 @@ def read_adapter(
         given: an artifact's folder, a spec, or the folder of an adapter that `pelt import` reads.
         model: the base's folder or hub id; what the artifact or the other library's folder names where absent.
         weights: the spec's tensors, in place of those that it names.
+        mode: in place of the spec's.
 
     Raises:
         PeltError: whatever is wrong with either; E216 no model is named; E410 weights beside a folder that has its own.
@@ -88,7 +93,7 @@ def read_adapter(
     at = find_model(str(model) if model is not None else folder)
     choice = choice_of(spec, told(spec, weights), read_config(at))
     base = open_base(at, architecture=architecture, choice=choice, precision=spec.precision, talk=talk)
-    plan = plan_on(spec, base)
+    plan = plan_on(spec, base, mode)
     tensors, _, _ = adapter_tensors(plan, base, weights, talk)
     return Adapter(plan, base, tensors, named, label or plan.spec.name)
 
@@ -125,3 +130,45 @@ def export_peft(
     exported = export(found.plan, found.base, found.tensors, found.model)
     exported.write(Path(out))
     return dict(exported.config)
+
+
+def combine(
+    adapters: Sequence[Spec | str | Path | Mapping[str, Any]],
+    model: str | Path,
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    how: str = "cat",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    talk: Talk = logged,
+) -> Combined:
+    """Make one adapter of several on one base: a spec and its tensors, in a folder.
+
+    Args:
+        adapters: artifacts, specs with their tensors, folders of adapters that `pelt import` reads.
+        out: the folder of the spec.
+        weights: a factor for each; ones where absent.
+        how: `cat`, the sum; `svd`, the sum cut to a rank; `ties` or `dare`, which keep a share of the values.
+        rank: for `svd`; the others keep whatever rank the result has where absent.
+        density: the share that `ties` and `dare` keep.
+        seed: decides which values `dare` keeps.
+
+    Raises:
+        PeltError: as `read_adapter`; E435 what cannot be combined; E601 the folder holds another spec.
+    """
+    from peltc.compiler.combining.changes import Changes
+    from peltc.compiler.combining.combining import ORIGIN, Combination
+    from peltc.compiler.combining.combining import combine as combine_changes
+    from peltc.compiler.importers.written import write_spec
+
+    asked = Combination(tuple(weights) if weights is not None else (1.0,) * len(adapters), how, rank, density, seed)
+    asked.check(len(adapters))
+    changes = []
+    for adapter in adapters:
+        found = read_adapter(adapter, model, mode="fold", talk=talk)
+        changes.append(Changes(found.label, found.plan, found.base, found.tensors))
+    made = combine_changes(changes, asked, talk)
+    write_spec(Path(out), ORIGIN, made.text, made.tensors, made.metadata)
+    return made

@@ -1,4 +1,4 @@
-"""The commands that read what other libraries trained, and write what they read."""
+"""The commands that read what other libraries trained, write what they read, and make one adapter of several."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 import click
 
 from peltc.runtime.commands.shell import cli, quiet_option, talking
-
-SPEC, TENSORS = "spec.yaml", "adapter.safetensors"
 
 
 @cli.command("import")
@@ -21,21 +19,13 @@ def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> 
 
     MODEL is the base, a folder or a hub id; the one that the adapter names where it is left out.
     """
-    from safetensors.numpy import save
-
-    from peltc.compiler.files.manifest import write_whole
     from peltc.compiler.importers.importing import ORIGIN, import_adapter
-    from peltc.spec.diagnostics import Place, fail
+    from peltc.compiler.importers.written import SPEC, TENSORS, check_free, write_spec
 
-    written = out / SPEC
-    if written.exists() and not written.read_text("utf-8", "replace").startswith(f"# {ORIGIN}"):
-        raise fail("E601", "the folder holds a spec that was not imported", Place(str(written)),
-                   "a folder without one, or with an imported one, which is replaced")  # fmt: skip
+    check_free(out, ORIGIN)
     with talking(quiet) as talk:
         found = import_adapter(adapter, model, talk=talk)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / TENSORS, save(dict(found.tensors), dict(found.metadata)))
-    write_whole(out / SPEC, found.text(TENSORS).encode())
+    write_spec(out, ORIGIN, found.text, found.tensors, found.metadata)
     values = sum(array.size for array in found.tensors.values())
     click.echo(f"{out / SPEC}: {len(found.spec.attach)} attachments; {out / TENSORS}: {values:,} values")
     click.echo(f"  pelt-compile {out / SPEC} {found.base} -o {out}-artifact")
@@ -57,3 +47,43 @@ def export_command(source: Path, model: str | None, out: Path, weights: Path | N
     with talking(quiet) as talk:
         config = export_peft(source, model, out, weights, talk=talk)
     click.echo(f"{out}: {config['peft_type']} at {config['target_modules']}")
+
+
+@cli.command("combine")
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The spec's folder.")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, help="A factor for each adapter, in order; 1 if absent."
+)
+@click.option("--how", type=click.Choice(["cat", "svd", "ties", "dare"]), default="cat", show_default=True,
+              help="The sum; the sum cut to a rank; or what of the values is kept.")  # fmt: skip
+@click.option("--rank", type=click.IntRange(1), help="The rank to which the result is cut.")
+@click.option("--density", type=float, help="The share of the values that ties and dare keep.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides which values dare keeps.")
+@quiet_option
+def combine_command(
+    adapters: tuple[Path, ...], model: str, out: Path, weights: tuple[float, ...], how: str, rank: int | None,
+    density: float | None, seed: int, quiet: bool,
+) -> None:  # fmt: skip
+    """Make one adapter of several ADAPTERS on MODEL: a spec and its tensors.
+
+    An adapter is an artifact, a spec with its tensors, or a folder that Hugging Face PEFT saved.
+    """
+    from peltc.compiler.importers.written import SPEC, TENSORS
+    from peltc.runtime.building.adapters import combine
+
+    with talking(quiet) as talk:
+        made = combine(adapters, model, out, weights=weights or None, how=how, rank=rank, density=density, seed=seed,
+                       talk=talk)  # fmt: skip
+    values = sum(array.size for array in made.tensors.values())
+    click.echo(f"{out / SPEC}: {len(made.spec.attach)} attachments; {out / TENSORS}: {values:,} values")
+    if made.ranks:
+        low, high = min(made.ranks.values()), max(made.ranks.values())
+        click.echo(f"  rank {low}" if low == high else f"  ranks {low} to {high}")
+    if rank is not None and made.errors:
+        worst = max(made.errors, key=lambda key: made.errors[key])
+        click.echo(
+            f"  cutting to the rank leaves out {made.error:.2%} of the change, {made.errors[worst]:.2%} at {worst}"
+        )
+    click.echo(f"  pelt-compile {out / SPEC} {model} -o {out}-artifact")
