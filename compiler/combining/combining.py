@@ -14,6 +14,7 @@ from peltc.compiler.adapter.identity import stored_record
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.provenance import provenance
 from peltc.compiler.base.base import Base
+from peltc.compiler.base.source import read_config, vocabulary_of
 from peltc.compiler.combining.changes import Changes
 from peltc.compiler.combining.factors import factors
 from peltc.compiler.combining.rules import RULES, SUMS, THINNED, combined
@@ -263,11 +264,14 @@ def _content(adapters: Sequence[Changes], base: Base, made: _Made, carried: Mapp
             if names and names <= set(carried) and not names & taken:
                 attach.append({key: value for key, value in entry.entry().items() if key != "after"})
                 taken |= names
-    model = {}
+    model: dict[str, Any] = {}
     if base.changed:
-        labels = base.config.get("id2label") or {}
-        model = {"model": {"architecture": base.architecture,
-                           **({"labels": list(labels.values())} if carried and labels else {})}}  # fmt: skip
+        model["architecture"] = base.architecture
+        if carried and (labels := base.config.get("id2label")):
+            model["labels"] = list(labels.values())
+        if (rows := vocabulary_of(base.config)) != vocabulary_of(read_config(base.folder)):
+            model["vocabulary"] = rows
+    chosen = {"model": model} if model else {}
     used = dict.fromkeys(form for form, _ in made.sites)
     methods = {"methods": {form: METHODS[form] for form in used}} if used else {}
-    return {"pelt": 1, "name": "combined", **model, "attach": attach, **methods}
+    return {"pelt": 1, "name": "combined", **chosen, "attach": attach, **methods}

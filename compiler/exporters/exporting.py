@@ -83,8 +83,7 @@ def export(plan: Plan, base: Base, tensors: Mapping[str, Array], model: str = ""
     if findings:
         raise PeltError(findings)
     (kind, variant), every = kinds[0], every_module(base.parameters)
-    turned = any(claim.site.transposed for claim, form, _ in told if form.kind)
-    said = config(kind, variant, modules, turned)
+    said = config(kind, variant, modules, any(claim.site.transposed for claim, form, _ in told if form.kind))
     saved = outermost(whole, base.parameters)
     where = targets(modules, every, saved, said.pop("feedforward_modules", None))
     if not where:
@@ -139,10 +138,11 @@ def _unlike(claim: Claim) -> str:
     site = claim.site
     if claim.mirrors is not None:
         return f"it changes {site.name} and {claim.mirrors.name} together"
-    if not site.takes("linear") or not site.parameters.get("weight", "").endswith(WEIGHT):
-        return f"it changes {'an' if site.kind[0] in 'ae' else 'a'} {site.kind}, and PEFT linear maps of torch modules"
-    if site.kind == "table" and set(claim.effects) - {"weight", "bias"}:
-        return "it changes a table of embeddings, which PEFT is told of where it is trained whole"
+    what = f"{'an' if site.kind[0] in 'ae' else 'a'} {site.kind}"
+    if site.kind not in ("linear", "table", "norm") or not site.parameters.get("weight", "").endswith(WEIGHT):
+        return f"it changes {what}, and PEFT maps and norms of torch modules"
+    if site.kind != "linear" and set(claim.effects) - {"weight", "bias"}:
+        return f"it changes {what}, which PEFT is told of where it is trained whole"
     return ""
 
 
@@ -155,7 +155,12 @@ def rows_of(claim: Claim, base: Base) -> Array:
 
 def height(claim: Claim, base: Base) -> int:
     """How many outputs the module of a site has."""
-    return base.parameters[claim.site.parameters["weight"]].shape[-1 if claim.site.transposed else 0]
+    return base.parameters[claim.site.parameters["weight"]].shape[-1 if turned(claim) else 0]
+
+
+def turned(claim: Claim) -> bool:
+    """Whether the module stores its weight the other way round; a table does, whose ids pick rows."""
+    return claim.site.transposed or claim.site.kind == "table"
 
 
 def _module(name: str, found: list[tuple[Claim, Form, Part]], base: Base) -> Stored | Diagnostic:
@@ -171,9 +176,8 @@ def _module(name: str, found: list[tuple[Claim, Form, Part]], base: Base) -> Sto
     else:
         stored = form.store([part for _, _, part in found], height(claim, base))
         if isinstance(stored, Stored):
-            turn = claim.site.transposed and not form.kind
-            turned = {n: a.T if turn and n == "weight" else a for n, a in stored.tensors.items()}
-            return Stored(turned, stored.said)
+            turn = turned(claim) and not form.kind
+            return Stored({n: a.T if turn and n == "weight" else a for n, a in stored.tensors.items()}, stored.said)
         why = stored
     return Diagnostic("E434", f"the module '{name}' cannot be said in PEFT's words: {why}",
                       expected="one method's tensors for the whole module")  # fmt: skip

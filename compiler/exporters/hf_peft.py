@@ -1,6 +1,6 @@
 """What Hugging Face PEFT can say of a change, by the formula that computes it, and how it stores one.
 
-    LORA   y + s B A x;  with magnitudes, (m / ‖V‖) V for V = W + s B A
+    LORA   y + s B A x;  with biases, y + s (B A x + d);  with magnitudes, (m / ‖V‖) V for V = W + s B A
     IA3    what a map reads, or what it writes, times a vector
     whole  a map of its own in the base's place: `modules_to_save`
 
@@ -83,6 +83,10 @@ def low_rank(parts: Sequence[Part], rows: int) -> Stored | str:
         if sum(len(part.rows) for part in parts) < rows:
             return "magnitudes of a part of a fused map; PEFT has them for all of its rows"
         tensors["lora_magnitude_vector"] = m
+    if "d" in first:
+        tensors["lora_B.bias"] = np.zeros(rows, np.float32)
+        for part in parts:
+            tensors["lora_B.bias"][part.rows] = part.values["d"]
     stabilised = all(part.options.get("rank_stabilised") is True for part in parts)
     alpha = float(f"{scale * (math.sqrt(len(A)) if stabilised else len(A)):.{DIGITS}g}")
     dropout = {part.options.get("dropout", 0) for part in parts}
@@ -125,11 +129,13 @@ def whole(parts: Sequence[Part], rows: int) -> Stored | str:
     return Stored(found, {})
 
 
+MAGNITUDES, BIASED = "with magnitudes", "with biases"
 V = "(W + s * (B @ A))"
 FORMS = (
     Form("LORA", {"delta": "s * linear(linear(x, A), B)"}, low_rank),
     Form("LORA", {"delta": "linear(linear(x, A), B)"}, plain_low_rank),
-    Form("LORA", {"weight": f"(m / norm2({V})) * {V}"}, low_rank, "with magnitudes"),
+    Form("LORA", {"delta": "s * (linear(linear(x, A), B) + d)"}, low_rank, BIASED),
+    Form("LORA", {"weight": f"(m / norm2({V})) * {V}"}, low_rank, MAGNITUDES),
     Form("IA3", {"input": "x * l"}, what_is_read),
     Form("IA3", {"output": "y * l"}, what_is_written),
     Form("", {"weight": "w", "bias": "c"}, whole),
@@ -159,7 +165,8 @@ def config(kind: str, variant: str, modules: Mapping[str, Stored], transposed: b
         "rank_pattern": {name: module.said["r"] for name, module in modules.items() if module.said["r"] != r},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
         "use_rslora": stabilised,
-        "use_dora": bool(variant),
+        "use_dora": variant == MAGNITUDES,
+        "lora_bias": variant == BIASED,
         "fan_in_fan_out": transposed,
         "bias": "none",
         "init_lora_weights": True,

@@ -230,8 +230,8 @@ def test_factors_have_the_rank_of_the_matrix(shape: tuple[int, int], rank: int) 
 
 def test_a_head_is_carried_over_and_two_are_refused(model_folder: Folder, tmp_path: Path) -> None:
     base = model_folder("bert")
-    headed = {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
-    folders = adapters(base, tmp_path, "bert", headed, {"target_modules": ["query", "value"]}, headed)
+    headed = {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "r": 4}
+    folders = adapters(base, tmp_path, "bert", headed, {"target_modules": ["query", "value"], "r": 4}, headed)
     made = peltc.combine(folders[:2], base, tmp_path / "one", weights=[0.5, 0.5])
     assert [entry.method.name for entry in made.spec.attach] == ["change", "replace"]
     peltc.compile(tmp_path / "one/spec.yaml", base, tmp_path / "out")
@@ -269,7 +269,7 @@ def test_an_adapter_of_another_class_is_combined_on_the_class_with_the_head(
 ) -> None:
     """One was trained for a task, and the other, as embedding models are, on the model without a head."""
     base = model_folder("bert")
-    headed = {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    headed = {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "r": 4}
     (first,) = adapters(base, tmp_path, "bert", headed)
     inner = {"pelt": 1, "model": {"architecture": "BertModel"}, "attach": [{"method": "lora", "at": "attention.value"}]}
     made = peltc.combine([inner, first], base, tmp_path / "both")
