@@ -31,6 +31,7 @@ from peltc.compiler.importers.formats import CLASSIFIERS, Array, Format, is_off
 from peltc.compiler.importers.hf_peft import FORMATS
 from peltc.compiler.importers.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
 from peltc.compiler.importers.targets import targeted
+from peltc.compiler.importers.tokens import other_tokens
 from peltc.compiler.importers.wording import spec_content
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
@@ -105,6 +106,8 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
     parts = parts_of(folder, known)
     base = base_of(folder, named, parts, talk)
     check_saved(folder, parts, base)
+    if note := other_tokens(folder.path, base):
+        talk(f"warning: {note}")
     read = shift(folder, parts, base)
     found = [here for part in parts if (here := placed(part, read(part.module), folder, known, base))]
     check_targets(folder, base, {read(part.module) for part in parts if part.role == ADAPTER})

@@ -233,7 +233,7 @@ def test_a_head_is_carried_over_and_two_are_refused(model_folder: Folder, tmp_pa
     headed = {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "r": 4}
     folders = adapters(base, tmp_path, "bert", headed, {"target_modules": ["query", "value"], "r": 4}, headed)
     made = peltc.combine(folders[:2], base, tmp_path / "one", weights=[0.5, 0.5])
-    assert [entry.method.name for entry in made.spec.attach] == ["change", "replace"]
+    assert [entry.method.name for entry in made.spec.attach] == ["change", "change", "replace"]
     peltc.compile(tmp_path / "one/spec.yaml", base, tmp_path / "out")
     with pytest.raises(PeltError, match="E435 adapter-0 and adapter-2 both bring a map of their own for head"):
         peltc.combine([folders[0], folders[2]], base, tmp_path / "two")
