@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peltc.compiler.plan.claims import Plan as Plan
     from peltc.compiler.survey.anatomy import Anatomy as Anatomy
     from peltc.compiler.survey.anatomy import Site as Site
+    from peltc.runtime.api import link as link
     from peltc.runtime.api import plan as plan
     from peltc.runtime.api import survey as survey
     from peltc.runtime.building.adapters import combine as combine
@@ -44,6 +45,7 @@ _WHERE = {
     "Plan": "peltc.compiler.plan.claims",
     "survey": "peltc.runtime.api",
     "plan": "peltc.runtime.api",
+    "link": "peltc.runtime.api",
     "compile": "peltc.runtime.building.compile",
     "combine": "peltc.runtime.building.adapters",
     "export_peft": "peltc.runtime.building.adapters",
@@ -56,7 +58,7 @@ _WHERE = {
 
 __all__ = [
     "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "combine", "compile",
-    "consistency_loss", "export_peft", "load_spec", "parameter_groups", "plan", "survey", "verify",
+    "consistency_loss", "export_peft", "link", "load_spec", "parameter_groups", "plan", "survey", "verify",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from peltc.compiler.adapter.profile import is_profile, unpack
 from peltc.compiler.files.checkpoint import read_header
 from peltc.compiler.interpreters.numeric import start_value
 from peltc.compiler.plan.claims import Claim, Plan, Tensor
+from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.foreign import refuse
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
@@ -145,16 +146,7 @@ def start_tensors(plan: Plan, read: Read) -> dict[str, Array]:
 
 def _start(plan: Plan, claim: Claim, tensor: Tensor, read: Read) -> Array:
     site = claim.site
-
-    def weight() -> Array:
-        array = np.asarray(read(site.parameters["weight"]), np.float32)
-        array = array.T if site.transposed else array
-        return np.asarray(array[_index(claim)])
-
-    def bias() -> Array:
-        return np.asarray(np.asarray(read(site.parameters["bias"]), np.float32)[_index(claim)])
-
-    scope = {**claim.constants, "W": Deferred(weight), "b": Deferred(bias)}
+    scope = {**claim.constants, **parameters_of(site, read)}
     try:
         if initialiser(tensor.init) is None:  # sizes first: a formula may ask for more than there is memory
             values, _ = site_shapes(site.kind, site.sizes, site.name)
@@ -168,9 +160,22 @@ def _start(plan: Plan, claim: Claim, tensor: Tensor, read: Read) -> Array:
         raise fail("E405", f"the start value of '{tensor.name}' cannot be computed: {error}", place) from None
 
 
-def _index(claim: Claim) -> Any:
-    rows = claim.site.rows
-    return slice(None) if rows is None else np.concatenate([np.arange(a, b) for a, b in rows])
+def parameters_of(site: Site, read: Read) -> dict[str, Deferred]:
+    """A site's own weight W [O, I] and bias b [O] in float32, read when a formula asks for them.
+
+    Args:
+        read: base parameters by name, as stored.
+    """
+    rows = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])
+
+    def weight() -> Array:
+        array = np.asarray(read(site.parameters["weight"]), np.float32)
+        return np.asarray((array.T if site.transposed else array)[rows])
+
+    def bias() -> Array:
+        return np.asarray(np.asarray(read(site.parameters["bias"]), np.float32)[rows])
+
+    return {"W": Deferred(weight), "b": Deferred(bias)}
 
 
 def inside(folder: Path, name: str, spec: str, key: str = "weights") -> Path:

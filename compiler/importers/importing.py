@@ -62,6 +62,8 @@ class Imported:
         tensors: the adapter's tensors by our names, float32.
         metadata: what their file says of how they were trained.
         base: the model's folder or hub id.
+        origin: where it came from, in words.
+        plan: the spec's on the model.
     """
 
     spec: Spec
@@ -70,6 +72,7 @@ class Imported:
     metadata: Mapping[str, str]
     base: str
     origin: str
+    plan: Plan
 
     def text(self, weights: str = "") -> str:
         """The spec's YAML, with where it came from.
@@ -81,11 +84,12 @@ class Imported:
         return f"# {self.origin}\n{dump(content)}"
 
 
-def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imported:
+def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, talk: Talk = logged) -> Imported:
     """Read an adapter's folder for a model.
 
     Args:
         model: the base's folder or hub id; the one that the adapter names where absent.
+        base: the base, where it is known already.
 
     Raises:
         PeltError: E216 a model that is no folder; E430 what is wrong with the adapter's; E431 what of it has no
@@ -100,11 +104,11 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
         raise fail("E431", f"adapters of PEFT's method {folder.kind} are not imported yet", folder.place,
                    one_of(sorted(FORMATS)))  # fmt: skip
     check_keys(folder, known)
-    named = model or folder.base
+    named = model or folder.base or (base.folder if base is not None else "")
     if not named:
         raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
     parts = parts_of(folder, known)
-    base = base_of(folder, named, parts, talk)
+    base = base or base_of(folder, named, parts, talk)
     check_saved(folder, parts, base)
     if note := other_tokens(folder.path, base):
         talk(f"warning: {note}")
@@ -119,7 +123,7 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
     version = folder.config.get("peft_version")
     told = f" {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""
     origin = f"{ORIGIN} '{spec.name}', an adapter of Hugging Face PEFT{told} ({folder.kind})"
-    return Imported(spec, content, tensors, said.metadata(), str(named), origin)
+    return Imported(spec, content, tensors, said.metadata(), str(named), origin, plan)
 
 
 def imports(given: str | Path) -> bool:
