@@ -161,13 +161,13 @@ def combine(adapters: Sequence[Changes], asked: Combination, talk: Talk = logged
             made.add(SHIFT, site, {"c": bias})
         if not size:
             continue
-        B, A, error = factors(weight, asked.rank)
-        if asked.rank is not None or A.size + B.size < weight.size:
+        error = 0.0
+        if (found := factors(weight, asked.rank)) is None:
+            made.add(MATRIX, site, {"D": weight})
+        else:
+            B, A, error = found
             made.add(FACTORS, site, {"A": A, "B": B}, len(A))
             ranks[key] = len(A)
-        else:
-            made.add(MATRIX, site, {"D": weight})
-            error = 0.0
         errors[key] = error
         norm, lost = norm + size**2, lost + (error * size) ** 2
     if not made.sites and not carried:

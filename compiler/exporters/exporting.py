@@ -39,13 +39,12 @@ class Exported:
         """Write both files.
 
         Raises:
-            PeltError: E601 the folder holds something that is no adapter of PEFT's.
+            PeltError: E601 something stands there.
         """
         from safetensors.numpy import save
 
-        if folder.exists() and (not folder.is_dir() or {f.name for f in folder.iterdir()} - {CONFIG, TENSORS}):
-            raise fail("E601", "the output path is taken by something that is no adapter", Place(str(folder)),
-                       f"a new folder, or one that holds {CONFIG} and {TENSORS} alone")  # fmt: skip
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise fail("E601", "the output path is taken", Place(str(folder)), "a folder that is new or empty")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / TENSORS, save(dict(self.tensors), {"format": "pt"}))
         write_whole(folder / CONFIG, (json.dumps(self.config, indent=2, sort_keys=True) + "\n").encode())

@@ -66,14 +66,14 @@ class Form:
 def low_rank(parts: Sequence[Part], rows: int) -> Stored | str:
     """A [r, I] and B [O, r], and the magnitudes m [O]; or why there are none."""
     first = parts[0].values
-    scale, shared = first["s"], all(np.array_equal(p.values["A"], first["A"]) for p in parts)
+    scale = next((part.values["s"] for part in parts if part.values["s"]), first["s"])
+    shared = all(np.array_equal(p.values["A"], first["A"]) for p in parts)
     ranks = [len(p.values["A"]) for p in parts]
     A = first["A"] if shared else np.concatenate([p.values["A"] for p in parts])
     B = np.zeros((rows, len(A)), np.float32)
     start = 0
     for part, rank in zip(parts, ranks, strict=True):
-        own = part.values["B"] if part.values["s"] == scale else part.values["B"] * (part.values["s"] / scale)
-        B[part.rows, start : start + rank] = own
+        B[part.rows, start : start + rank] = _scaled(part, "B", scale)
         start += 0 if shared else rank
     tensors = {"lora_A.weight": A, "lora_B.weight": B}
     if "m" in first:
@@ -86,12 +86,18 @@ def low_rank(parts: Sequence[Part], rows: int) -> Stored | str:
     if "d" in first:
         tensors["lora_B.bias"] = np.zeros(rows, np.float32)
         for part in parts:
-            tensors["lora_B.bias"][part.rows] = part.values["d"]
+            tensors["lora_B.bias"][part.rows] = _scaled(part, "d", scale)
     stabilised = all(part.options.get("rank_stabilised") is True for part in parts)
     alpha = float(f"{scale * (math.sqrt(len(A)) if stabilised else len(A)):.{DIGITS}g}")
     dropout = {part.options.get("dropout", 0) for part in parts}
     said = {"r": len(A), "alpha": int(alpha) if alpha == int(alpha) else alpha, "stabilised": stabilised}
     return Stored(tensors, said | {"dropout": dropout.pop() if len(dropout) == 1 else 0})
+
+
+def _scaled(part: Part, name: str, scale: float) -> Array:
+    """A tensor that a part's own scale multiplies, as another scale has to find it."""
+    found: Array = part.values[name]
+    return found if part.values["s"] == scale else found * (part.values["s"] / scale)
 
 
 def plain_low_rank(parts: Sequence[Part], rows: int) -> Stored | str:

@@ -61,12 +61,13 @@ def read_adapter(
         mode: in place of the spec's.
 
     Raises:
-        PeltError: whatever is wrong with either; E216 no model is named; E410 weights beside a folder that has its own.
+        PeltError: whatever is wrong with either; E216 no model is named; E410 weights beside a folder that has its own;
+            E608 another model than the artifact's; E610 an artifact of a module that `transformers` does not have.
     """
     if model is not None and not isinstance(model, (str, Path)):
         raise wrong_type("the base of an adapter", model, "the folder or hub id that it was loaded from")
     path = Path(given) if isinstance(given, (str, Path)) else Path()
-    label, architecture = _label(given), None
+    label, known = _label(given), dict[str, Any]()
     compiled = isinstance(given, (str, Path)) and (path / MANIFEST).is_file()
     if (compiled or (isinstance(given, (str, Path)) and imports(path))) and weights is not None:
         raise fail("E410", "a folder that holds its own tensors is given, and weights beside", Place(str(path)),
@@ -75,7 +76,10 @@ def read_adapter(
     if compiled:
         manifest = read_manifest(path)
         spec = build_spec(parse(manifest["spec"], f"{path / MANIFEST}"), manifest["spec"])
-        weights, architecture = path / ADAPTER, manifest["base"]["architecture"]
+        weights, known = path / ADAPTER, manifest["base"]
+        if known.get("inputs") is not None:
+            raise fail("E610", f"the artifact was compiled from a live torch module, {known['architecture']}",
+                       Place(str(path)), "an artifact of a model of transformers")  # fmt: skip
         folder = path if model is None else Path(model)
     elif isinstance(given, (str, Path)) and imports(path):
         found = import_adapter(path, model, talk=talk)
@@ -92,7 +96,11 @@ def read_adapter(
     refuse(file, "weights")
     at = find_model(str(model) if model is not None else folder)
     choice = choice_of(spec, told(spec, weights), read_config(at))
-    base = open_base(at, architecture=architecture, choice=choice, precision=spec.precision, talk=talk)
+    base = open_base(at, architecture=known.get("architecture"), choice=choice, precision=spec.precision,
+                     text_only=bool(known.get("text_only")), talk=talk)  # fmt: skip
+    if known and base.fingerprint != known["fingerprint"]:
+        raise fail("E608", f"'{model or path}' is not the model that this artifact was compiled from", Place(str(path)),
+                   f"the base with the fingerprint {known['fingerprint'][:12]}...")  # fmt: skip
     plan = plan_on(spec, base, mode)
     tensors, _, _ = adapter_tensors(plan, base, weights, talk)
     return Adapter(plan, base, tensors, named, label or plan.spec.name)

@@ -78,8 +78,10 @@ ATTACHED: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         "gpt2", [{"method": "lora", "at": ["attention.query", "attention.value"], "r": 3, "alpha": 7}],
         {"r": 6, "lora_alpha": 14, "fan_in_fan_out": True, "target_modules": ["c_attn"]}),
     "parts of a fused map with scales of their own": (
-        "gpt2", [{"method": "lora", "at": "attention.query", "r": 3, "alpha": 7},
-                 {"method": "lora", "name": "other", "at": "attention.key", "r": 2}], {"r": 5}),
+        "gpt2", [{"method": "lora", "at": "attention.query", "r": 3, "alpha": 7, "bias": True},
+                 {"method": "lora", "name": "other", "at": "attention.key", "r": 2, "bias": True},
+                 {"method": "lora", "name": "off", "at": "attention.value", "r": 1, "alpha": 0, "bias": True}],
+        {"r": 6}),
     "biases of B on parts of a fused map": (
         "gpt2", [{"method": "lora", "at": "attention.query", "bias": True, "r": 2, "alpha": 3}], {"lora_bias": True}),
     "a rank-stabilised scale": (
@@ -178,12 +180,13 @@ def test_folders_with_something_else_in_them_are_kept(model_folder: Folder, tmp_
     base, spec = model_folder("bert"), {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query"}]}
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/notes.txt").write_text("mine")
-    with pytest.raises(PeltError, match="E601 the output path is taken by something that is no adapter"):
+    with pytest.raises(PeltError, match="E601 the output path is taken"):
         peltc.export_peft(spec, base, tmp_path / "taken")
     with pytest.raises(PeltError, match="E216 the base of a spec"):
         peltc.export_peft(spec, None, tmp_path / "out")
     peltc.export_peft(spec, base, tmp_path / "out")
-    peltc.export_peft(spec, base, tmp_path / "out")  # an earlier export is replaced
+    with pytest.raises(PeltError, match="E601 the output path is taken"):
+        peltc.export_peft(spec, base, tmp_path / "out")
 
 
 def test_weights_beside_a_folder_are_refused(model_folder: Folder, tmp_path: Path) -> None:

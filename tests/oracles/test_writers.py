@@ -141,7 +141,7 @@ def test_folders_of_other_writers_are_read(writer: str, adapter: Path, model_fol
         {**entry, "name": ""} for entry in plain.content["attach"]]  # fmt: skip
     kind = torch.bfloat16 if "bfloat16" in writer else torch.float16 if "float16" in writer else torch.float32
     for name, array in plain.tensors.items():
-        assert np.array_equal(torch.from_numpy(array).to(kind).float().numpy(), found.tensors[name])
+        assert np.array_equal(torch.tensor(array).to(kind).float().numpy(), found.tensors[name])
 
 
 @pytest.mark.parametrize("writer", ["torchtune", "a checkpoint in a run's folder"])
