@@ -33,9 +33,36 @@ OURS = {
     "LOKR": "lokr",
     "OFT": "oft",
     "VERA": "vera",
+    "FOURIERFT": "fourierft",
+    "VBLORA": "vblora",
+    "RANDLORA": "randlora",
+    "SHIRA": "shira",
+    "ROAD": "road",
+    "C3A": "c3a",
+    "DELORA": "delora",
+    "GRALORA": "gralora",
+    "GLORA": "glora",
+    "WAVEFT": "waveft",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
-IMPORTED = ("LORA", "DORA", "IA3", "LOHA", "OFT")
+IMPORTED = (
+    "LORA",
+    "DORA",
+    "IA3",
+    "LOHA",
+    "OFT",
+    "FOURIERFT",
+    "SHIRA",
+    "ROAD",
+    "C3A",
+    "DELORA",
+    "GRALORA",
+    "VBLORA",
+    "RANDLORA",
+    "PVERA",
+    "GLORA",
+    "WAVEFT",
+)
 """Those that `pelt import` reads."""
 UNMERGED = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 """Those that do not."""

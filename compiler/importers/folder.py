@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.files.checkpoint import StoredTensor, is_float, read_header
 from peltc.compiler.importers.pickled import HeldTensor, read_pickle
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.foreign import CONFIG, MAX_CONFIG, holders
 
+Array = np.ndarray[Any, Any]
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 APART = ("new_embeddings.safetensors", "new_embeddings.bin")
 """Rows of added tokens, as servers of adapters read them from a file of their own."""
@@ -49,6 +52,11 @@ class Folder:
     def place(self) -> Place:
         """Where its config stands."""
         return Place(str(self.path / CONFIG))
+
+    def values(self, name: str) -> Array:
+        """A tensor's values: whole numbers as they are, others in float32."""
+        tensor = self.tensors[name]
+        return np.asarray(tensor.array(), np.float32 if is_float(tensor.dtype) else np.int64)
 
 
 def read_folder(path: Path) -> Folder:
@@ -94,9 +102,6 @@ def read_folder(path: Path) -> Folder:
         own = name
         while own.startswith(PREFIX):
             own = own.removeprefix(PREFIX)
-        if not is_float(tensor.dtype):
-            raise fail("E430", f"the tensor '{own[:120]}' is of the type {tensor.dtype}", Place(str(held)),
-                       "floating-point values")  # fmt: skip
         if own in tensors:
             raise fail("E430", f"the file holds '{own}' twice, with and without '{PREFIX}'", Place(str(held)))
         tensors[own] = tensor

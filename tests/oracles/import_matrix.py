@@ -44,10 +44,23 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "(IA)³": (peft.IA3Config, {}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 7}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+    "FourierFT": (peft.FourierFTConfig, {"n_frequency": 60, "scaling": 20.0}),
+    "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 5}),
+    "RoAd": (peft.RoadConfig, {"variant": "road_2", "group_size": 8}),
+    "C³A": (peft.C3AConfig, {"block_size": 8}),
+    "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 9.0}),
+    "GraLoRA": (peft.GraloraConfig, {"r": 4, "gralora_k": 2, "alpha": 8, "hybrid_r": 2}),
+    "VB-LoRA": (peft.VBLoRAConfig, {"r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3}),
+    "RandLoRA": (peft.RandLoraConfig, {"r": 5, "randlora_alpha": 3}),
+    "PVeRA": (peft.PveraConfig, {"r": 6}),
+    "GLoRA": (peft.GloraConfig, {"r": 3, "config_D_E": "vector"}),
+    "WaveFT": (peft.WaveFTConfig, {"n_frequency": 60}),
 }
+AROUND = ("magnitude", "ia3", "delora_lambda")
+"""Parameters whose random values lie around their start values rather than around zero."""
 WITHOUT: dict[tuple[str, str], str] = {
     ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
-    ("OFT", "gpt2"): "PEFT has none for `Conv1D`",
+    **{(name, "gpt2"): "PEFT has none for `Conv1D`" for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA", "GLoRA")},
 }
 """What PEFT itself has not, with the reason."""
 
@@ -73,7 +86,8 @@ def written(
         for name, parameter in live.named_parameters():
             if parameter.requires_grad:
                 change = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter + change if "magnitude" in name or "ia3" in name else change)
+                kept = any(part in name for part in AROUND)
+                parameter.copy_(parameter + change if kept else change)
         live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
         again = getattr(transformers, architecture).from_pretrained(base)
         answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
