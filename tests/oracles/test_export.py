@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import peft
 import pytest
@@ -195,6 +196,15 @@ def test_weights_beside_a_folder_are_refused(model_folder: Folder, tmp_path: Pat
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
     with pytest.raises(PeltError, match="E410 a folder that holds its own tensors is given, and weights beside"):
         read_adapter(tmp_path / "adapter", base, tmp_path / "x.safetensors")
+
+
+def test_an_artifact_is_exported_for_its_own_model_alone(model_folder: Folder, tmp_path: Path) -> None:
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query"}]}
+    peltc.compile(spec, model_folder("bert"), tmp_path / "out", verify=False)
+    peltc.export_peft(tmp_path / "out", model_folder("bert"), tmp_path / "peft")
+    other = models.save("bert", tmp_path / "other", vocab_size=101)
+    with pytest.raises(PeltError, match=r"E608 .* is not the model that this artifact was compiled from"):
+        peltc.export_peft(tmp_path / "out", other, tmp_path / "again")
 
 
 def test_modules_are_named_by_the_shortest_endings() -> None:

@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor larger than its file": (expanded, "E430 the file says that its tensors are larger than it is"),
     "a pickle of something else": (lambda f: held(f, [1]), "E430 the file holds something else than tensors by name"),
     "a sparse tensor": (lambda f: held(f, {"a": torch.eye(2).to_sparse()}), "E430 "),
-    "whole numbers": (lambda f: held(f, {"a": torch.arange(3)}), "E4"),
+    "whole numbers": (lambda f: held(f, {"a": torch.arange(3)}), "E430 the tensor 'a' is of the type int64"),
     "a pickle that is cut off": (cut, "E430 the file of tensors cannot be read: it is cut off"),
     "several checkpoints": (twice, "E430 2 folders below hold adapters: 'checkpoint-10', 'checkpoint-20'"),
     "rows of added tokens apart": (
