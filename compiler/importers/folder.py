@@ -22,6 +22,8 @@ APART = ("new_embeddings.safetensors", "new_embeddings.bin")
 """Rows of added tokens, as servers of adapters read them from a file of their own."""
 PREFIX = "base_model.model."
 """What PEFT puts before the model's own names; some writers leave it out, and some put it twice."""
+PREFIX_OF_THE_WHOLE = "base_model."
+"""The same before what no module of the model has."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def read_folder(path: Path) -> Folder:
         own = name
         while own.startswith(PREFIX):
             own = own.removeprefix(PREFIX)
+        own = own.removeprefix(PREFIX_OF_THE_WHOLE)
         if own in tensors:
             raise fail("E430", f"the file holds '{own}' twice, with and without '{PREFIX}'", Place(str(held)))
         tensors[own] = tensor
