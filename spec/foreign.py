@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from peltc.spec.diagnostics import PeltError, Place, fail
 PEFT, ADAPTERS = "Hugging Face PEFT", "the adapters library"
 CONFIG, SETUP = "adapter_config.json", "adapter_setup.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_adapter.bin", "adapter.safetensors")
-MAX_CONFIG, MAX_HEADER = 2**20, 2**24
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin")
+"""By which a folder with a config is a whole model's."""
+MAX_CONFIG, MAX_HEADER, MAX_BELOW = 2**20, 2**24, 1000
 OURS = {
     "LORA": "lora",
     "DORA": "dora",
@@ -143,8 +146,10 @@ def refuse(given: Any, role: str, place: Place | None = None) -> None:
 def _on_disk(path: Path) -> Foreign | None:
     """A folder with an adapter and no model, or one of an adapter's files."""
     if path.is_dir():
-        whole = (path / "config.json").is_file()
-        return None if whole else _of_file(path / CONFIG) or _of_file(path / SETUP)
+        if (path / SETUP).is_file() and not (path / "config.json").is_file():  # its adapters lie below
+            return _of_file(path / CONFIG) or _of_file(path / SETUP)
+        held = holders(path)
+        return _of_file(held[0] / CONFIG) if held else None
     if not path.is_file():
         return None
     if path.name == CONFIG or path.suffix == ".json":
@@ -152,6 +157,21 @@ def _on_disk(path: Path) -> Foreign | None:
     names = _of_names(_tensor_names(path))
     beside = _of_file(path.parent / CONFIG) if names or path.name in FILES else None
     return beside or names
+
+
+def holders(folder: Path) -> list[Path]:
+    """The folder with an adapter in it that is given, or else those right below it. PEFT leaves adapters that are not
+    called `default` there, a Trainer its checkpoints, and sentence-transformers its modules.
+
+    A model's folder, which has its weights beside its config, has none.
+    """
+    model = (folder / "config.json").is_file()
+    if model and any((folder / name).is_file() for name in WEIGHTS):
+        return []
+    if (folder / CONFIG).is_file():
+        return [folder]
+    below = [] if model else sorted(islice((path for path in folder.iterdir() if path.is_dir()), MAX_BELOW))
+    return [path for path in below if (path / CONFIG).is_file() and path.resolve().parent == folder.resolve()]
 
 
 def _of_file(file: Path) -> Foreign | None:

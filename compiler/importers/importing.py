@@ -34,6 +34,7 @@ from peltc.compiler.importers.modules import Read, attachments, fill
 from peltc.compiler.importers.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
 from peltc.compiler.importers.targets import targeted
 from peltc.compiler.importers.ties import kept, owner, owners
+from peltc.compiler.importers.tokens import other_tokens
 from peltc.compiler.importers.wording import name_of, spec_content
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
@@ -115,6 +116,8 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     parts = parts_of(folder, known)
     base = base or base_of(folder, named, parts, talk)
     check_saved(folder, parts, base)
+    if note := other_tokens(folder.path, base):
+        talk(f"warning: {note}")
     read = shift(folder, parts, base, owners(base) if known.tied else set())
     if known.sites is None:
         check_targets(folder, known, base, {read(part.module) for part in parts if part.role == ADAPTER})

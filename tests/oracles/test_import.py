@@ -543,12 +543,6 @@ def test_folders_that_are_broken_raise_nothing_else(
     assert refused > count / 3
 
 
-def test_a_pickle_is_not_opened(adapter: Path, model_folder: Folder) -> None:
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(PeltError, match=r"E430 the adapter's tensors are a pickle(.|\n)*safe_serialization"):
-        import_adapter(adapter, model_folder("bert"))
-
-
 def test_weights_beside_an_adapter_are_refused(adapter: Path, model_folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(PeltError, match="E410 an adapter's folder is given as the spec, and weights beside"):
         peltc.compile(adapter, model_folder("bert"), tmp_path / "out", {})
