@@ -215,6 +215,9 @@ FUNCTIONS: dict[str, Any] = {
     "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "abs": torch.abs,
     "softmax": lambda x, axis=-1: x.softmax(axis), "detach": lambda x: x, "dropout": lambda x, p: x,
     "layer_norm": _layer_norm, "attend": _attend, "mean_seq": _mean_seq,
+    "running_sum": lambda x, axis=-1: torch.stack(
+        [x.narrow(axis, 0, i + 1).sum(axis) for i in range(x.shape[axis])], axis
+    ),
     "mean": lambda x, axis=-1: x.mean(axis, keepdim=True), "sum": lambda x, axis=-1: x.sum(axis, keepdim=True),
     "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.transpose(-1, -2),
     "permute": lambda x, axes: x.permute(axes), "concat": _concat,

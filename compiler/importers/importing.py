@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonschema import Draft202012Validator
 
 from peltc.compiler.adapter.identity import BaseRecord, public_name
 from peltc.compiler.adapter.mathematics import mathematics
@@ -26,18 +25,22 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.files.talk import Talk, logged
+from peltc.compiler.importers.adapters_library import read_adapter
 from peltc.compiler.importers.folder import Folder, read_folder
-from peltc.compiler.importers.formats import CLASSIFIERS, Array, Format, is_off
+from peltc.compiler.importers.formats import CLASSIFIERS, Array, Format
 from peltc.compiler.importers.hf_peft import FORMATS
+from peltc.compiler.importers.keys import check_config
+from peltc.compiler.importers.modules import Read, attachments, fill
 from peltc.compiler.importers.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
 from peltc.compiler.importers.targets import targeted
 from peltc.compiler.importers.ties import kept, owner, owners
-from peltc.compiler.importers.wording import spec_content
+from peltc.compiler.importers.tokens import other_tokens
+from peltc.compiler.importers.wording import name_of, spec_content
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
+from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 from peltc.spec.document import dump
-from peltc.spec.foreign import IMPORTED, PEFT, recognised
+from peltc.spec.foreign import ADAPTERS, recognised
 from peltc.spec.specification import ModelChoice, Spec, load_spec
 
 TASKS = {
@@ -98,6 +101,9 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     """
     if model is not None and not isinstance(model, (str, Path)):
         raise wrong_type("the base of an adapter's folder", model, "the folder or hub id that it was loaded from")
+    given = recognised(path) if path.is_dir() else None
+    if given is not None and given.library == ADAPTERS:
+        return imported(read_adapter(path, model, base, talk))
     folder = read_folder(path)
     known = FORMATS.get(folder.kind)
     if known is None:
@@ -110,6 +116,8 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     parts = parts_of(folder, known)
     base = base or base_of(folder, named, parts, talk)
     check_saved(folder, parts, base)
+    if note := other_tokens(folder.path, base):
+        talk(f"warning: {note}")
     read = shift(folder, parts, base, owners(base) if known.tied else set())
     if known.sites is None:
         check_targets(folder, known, base, {read(part.module) for part in parts if part.role == ADAPTER})
@@ -131,7 +139,22 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
 def imports(given: str | Path) -> bool:
     """Whether what is given is an adapter's folder of a method that is imported."""
     found = recognised(given) if Path(given).is_dir() else None
-    return found is not None and found.library == PEFT and found.kind in IMPORTED
+    return found is not None and found.imported
+
+
+def imported(read: Read) -> Imported:
+    """An adapter whose modules are known, as a spec and its tensors.
+
+    Raises:
+        PeltError: E433 modules that the spec does not say, or values that do not fit it.
+    """
+    attach, owners = attachments(read.modules, read.base)
+    content = {"pelt": 1, "name": name_of(Path(read.place.path)), **read.model, "attach": attach}
+    spec = load_spec(content)
+    plan = make_plan(spec, read.base.anatomy, read.base.fingerprint)
+    tensors = fill(plan, owners, read.modules, read.place)
+    said = provenance(mathematics(plan), BaseRecord(read.base.architecture, public_name(read.named)))
+    return Imported(spec, content, tensors, said.metadata(), read.given, f"{ORIGIN} {read.origin}", plan)
 
 
 def check_keys(folder: Folder, known: Format) -> None:
@@ -140,26 +163,7 @@ def check_keys(folder: Folder, known: Format) -> None:
     Raises:
         PeltError: E430 a value that is none of the key; E431, a finding for each key that is not understood.
     """
-    findings = []
-    for key, value in folder.config.items():
-        place = Place(folder.place.path, key=key)
-        if key in known.read:
-            if error := next(Draft202012Validator(known.read[key]).iter_errors(value), None):
-                findings.append(Diagnostic("E430", f"'{key}' is {value!r:.60}, as PEFT never writes it", place,
-                                           f"by its schema, {error.message[:120]}"))  # fmt: skip
-            continue
-        if key in known.inert:
-            continue
-        if key in known.only:
-            allowed, why = known.only[key]
-            if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
-                findings.append(Diagnostic("E431", f"'{key}' is {value!r:.60}: {why}", place,
-                                           one_of([repr(one) for one in allowed])))  # fmt: skip
-        elif not is_off(value):
-            why = known.refused.get(key, "the key is not known here")
-            findings.append(Diagnostic("E431", f"'{key}' is {value!r:.60}: {why}", place, "the key left out"))
-    if findings:
-        raise PeltError(findings)
+    check_config(folder.config, known, folder.place, "PEFT")
 
 
 def check_saved(folder: Folder, parts: Sequence[Part], base: Base) -> None:

@@ -15,39 +15,13 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.files.checkpoint import is_float
 from peltc.compiler.importers.folder import Folder
 from peltc.compiler.importers.formats import Array, Entry, Format, own_rows
+from peltc.compiler.importers.hf_beside import COPY, ORIGINAL, ROWS, SINGLE_ROWS, WHOLE, WRAPPED
 from peltc.compiler.importers.ties import tied_sites
 from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Place, fail
 
 ADAPTER, OWN, TOKENS = "adapter", "own", "tokens"
 """What a part is: tensors of the method, parameters of the model itself, or single rows of a table."""
-WRAPPED = ".base_layer"
-"""What PEFT puts after the name of a module that it has wrapped."""
-COPY, ORIGINAL = ".modules_to_save", ".original_module"
-"""What PEFT calls a module's trained copy, and what it was before; it saves them again beside the module at times."""
-ROWS = ".token_adapter.trainable_tokens_delta"
-"""What follows the name of a table of which single rows are trained. The rows are values, whatever their name says."""
-
-
-@dataclass(frozen=True)
-class Whole:
-    """How the parameters of a kind of site are replaced.
-
-    Attributes:
-        method: the method that does.
-        called: the model's name of a parameter → the method's.
-        without: the option that leaves one out.
-    """
-
-    method: str
-    called: Mapping[str, str]
-    without: Mapping[str, tuple[str, Any]]
-
-
-MAP = Whole("replace", {"weight": "weight", "bias": "bias"}, {"weight": ("only", "bias"), "bias": ("only", "weight")})
-NORM = Whole("norm_tuning", {"weight": "gain", "bias": "shift"}, {"weight": ("weight", False), "bias": ("bias", False)})
-WHOLE = {"linear": MAP, "table": MAP, "norm": NORM}
-"""By the kind of site, how its parameters are replaced."""
 Values = Callable[[Mapping[str, Array], Site], dict[str, Array]]
 """Our parameters at a site, by the tensors of a part."""
 
@@ -148,7 +122,7 @@ def placed(part: Part, module: str, folder: Folder, known: Format, base: Base) -
     if part.role == TOKENS:
         sites = sites_of(base, module, ("linear", "table"))
         rows = rows_of(folder, part.module)
-        return [Placed(part, sites, Entry("trainable_tokens", (("rows", rows), *together(sites))), _as_they_are)]
+        return [Placed(part, sites, Entry(SINGLE_ROWS, (("rows", rows), *together(sites))), _as_they_are)]
     own = _own(part, module, folder, base)
     return [own] if own is not None else []
 

@@ -244,6 +244,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "abs": lambda x: np.abs(x), "cos": lambda x: np.cos(x), "sin": lambda x: np.sin(x),
     "softmax": softmax, "layer_norm": layer_norm, "attend": attend, "detach": lambda x: x, "dropout": lambda x, p: x,
     "mean": lambda x, axis: x.mean(axis=axis, keepdims=True), "sum": lambda x, axis: x.sum(axis=axis, keepdims=True),
+    "running_sum": lambda x, axis: np.cumsum(x, axis),
     "mean_seq": mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.swapaxes(-1, -2),
     "permute": lambda x, axes: x.transpose(axes), "concat": concat,
     "take": lambda x, index, axis: np.take(x, index, axis), "slice": slice_axis,

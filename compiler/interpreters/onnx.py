@@ -227,6 +227,12 @@ class OnnxInterpreter(NumericInterpreter):
     def on_sum(self, x: Any, axis: int) -> Any:
         return self.emitter.node("ReduceSum", [self.value(x), self.emitter.integers([axis])], {"keepdims": 1})
 
+    def on_running_sum(self, x: Any, axis: int) -> Any:
+        value = self.value(x)  # ONNX Runtime adds up in float32 only
+        wide = self.emitter.node("Cast", [value], {"to": ir.DataType.FLOAT})
+        total = self.emitter.node("CumSum", [wide, self.emitter.integers([axis])])
+        return self.emitter.node("CastLike", [total, value])
+
     def on_mean_seq(self, x: Any, mask: Any) -> Any:
         if mask is None:
             return self.on_mean(x, 1)

@@ -176,6 +176,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "softmax": lambda x, axis: torch.softmax(x, axis), "detach": lambda x: x.detach(),
     "mean": lambda x, axis: x.mean(axis, keepdim=True), "sum": lambda x, axis: x.sum(axis, keepdim=True),
     "layer_norm": lambda x, gain, bias: F.layer_norm(x, x.shape[-1:], gain, bias, EPSILON), "attend": _attend,
+    "running_sum": lambda x, axis: torch.cumsum(x, axis),
     "mean_seq": _mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.transpose(-1, -2),
     "permute": lambda x, axes: x.permute(axes), "concat": _concat,
     "take": lambda x, index, axis: x.select(axis, index),

@@ -131,6 +131,7 @@ _TABLE = [
     # reductions; the reduced axis stays with size 1
     _function("mean", "mean along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
     _function("sum", "sum along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
+    _function("running_sum", "each element with those before it along an axis, added up", SAME, "x", ("axis", -1)),
     _function("mean_seq", "mean of x [B, S, ...] over the sequence; with a mask [B, S], over its ones only",
               "[B, 1, ...]", "x", ("mask", None)),
     # layout

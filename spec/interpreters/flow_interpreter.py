@@ -70,6 +70,8 @@ class TypologyInterpreter(Interpreter[Flow]):
             return both.through(Way.CURVE, gate="token")
         if name == "mean_seq":
             return both.through(Way.TOKENS, gate="sample" if both.gate else "")
+        if name == "running_sum":
+            return both.through(Way.TOKENS)
         ways = {"attend": (Way.ATTENTION, Way.TOKENS), "layer_norm": (Way.NORM,)}
         return both.through(*ways.get(name, (Way.CURVE,) if name in CURVES | UNEVEN else ()))
 

@@ -182,6 +182,12 @@ def _reduce(x: Any, axis: Any) -> Shape:
     return Shape((*x.dims[:index], 1, *x.dims[index + 1 :]))
 
 
+def _running_sum(x: Any, axis: Any) -> Shape:
+    x = as_array(x)
+    axis_index(x, axis)
+    return Shape(x.dims)
+
+
 def _mean_seq(x: Any, mask: Any) -> Shape:
     x = as_array(x)
     if x.rank < 3:
@@ -304,10 +310,11 @@ def _eye(n: Any) -> Shape:
 ELEMENTWISE_BINARY = {"add", "subtract", "multiply", "divide", "power"}
 SAME = {
     "negate", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "exp", "log", "sqrt", "abs", "cos", "sin",
-    "identity",    "activation", "softmax", "dropout", "detach",
+    "identity", "activation", "softmax", "dropout", "detach",
 }  # fmt: skip
 RULES: dict[str, Callable[..., Shape]] = {
     "linear": _linear, "matmul": _matmul, "einsum": _einsum, "kron": _kron, "inverse": _inverse, "eye": _eye,
+    "running_sum": _running_sum,
     "skew": _skew, "block_diagonal": _block_diagonal, "butterfly": _butterfly, "orthonormal": _orthonormal,
     "upper": _upper, "circulant": _circulant, "scatter": _scatter, "inverse_fourier": _inverse_fourier,
     "norm2": _reduce, "mean": _reduce, "sum": _reduce,

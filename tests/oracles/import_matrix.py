@@ -23,9 +23,10 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/oracles"))
+import matrix_page  # noqa: E402
 import models  # noqa: E402
 
-TABLE = ROOT / "docs/import-matrix.md"
 EFFECT = 1e-2
 """How much, at least, an adapter must move the output for the comparison to mean anything."""
 MAPS = {
@@ -168,14 +169,8 @@ def main(only: Iterable[str]) -> None:
                 cells.append(" / ".join(f"{e:.0e}" for e in cell(method, family, base, Path(folder)).values()))
         rows.append(f"| {method} | {' | '.join(cells)} |")
         print(rows[-1], file=sys.stderr)
-    text = (
-        "# Imported adapters against their own library\n\n"
-        "The largest difference between the artifact and the library's own model in eval mode, as a share of the\n"
-        "largest logit, folded / static, on tiny models with random weights, biases and norms. Written by\n"
-        "`python tests/oracles/import_matrix.py`,\n"
-        f"with Hugging Face PEFT {peft.__version__} and torch {torch.__version__}.\n\n"
-    )
-    TABLE.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
+    told = f"Of version {peft.__version__}, with torch {torch.__version__}, by `python tests/oracles/import_matrix.py`."
+    matrix_page.write("Hugging Face PEFT", told, rows)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ VARIANTS: dict[str, Entry] = {
     "miss": {"r": 7, "width": 4},
     "oft": {"block": 8, "neumann": False},
     "norm_tuning": {"weight": False},
+    "reft": {"first": 0, "last": 2},
+    "fusion": {"reads": "raw", "answers": False},
 }
 CASES: dict[str, Entry] = {
     **{name: {"method": name, "at": AT[m.site], **SMALLER.get(name, {})} for name, m in shipped().items()},

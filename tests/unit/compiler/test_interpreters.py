@@ -203,6 +203,8 @@ CASES: list[tuple[str, dict[str, tuple[int, ...]], Callable[..., Array]]] = [
     ("mean(x)", {"x": X}, lambda x: x.mean(-1, keepdims=True)),
     ("mean(x, axis=0)", {"x": X}, lambda x: x.mean(0, keepdims=True)),
     ("sum(x, axis=-2)", {"x": X}, lambda x: x.sum(-2, keepdims=True)),
+    ("running_sum(x)", {"x": X}, lambda x: np.cumsum(x, -1)),
+    ("running_sum(mask, axis=1)", {"mask": M}, lambda mask: np.cumsum(mask, 1)),
     ("mean_seq(x)", {"x": X}, lambda x: x.mean(1, keepdims=True)),
     ("mean_seq(x, mask)", {"x": X, "mask": M}, masked_mean),
     ("mean_seq(k, mask)", {"k": (2, 5, 3, 4), "mask": M}, masked_mean),

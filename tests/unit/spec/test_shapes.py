@@ -78,6 +78,7 @@ RIGHT = {
     "norm2": [("norm2(A)", (4, 1)), ("norm2(x, axis=1)", (B, 1, 6))],
     "mean": [("mean(x)", (B, S, 1)), ("mean(A, axis=0)", (1, 6))],
     "sum": [("sum(x, axis=-2)", (B, 1, 6))],
+    "running_sum": [("running_sum(x)", (B, S, 6)), ("running_sum(x, axis=1)", (B, S, 6))],
     "softmax": [("softmax(x)", (B, S, 6)), ("softmax(x, axis=1)", (B, S, 6))],
     "mean_seq": [("mean_seq(x)", (B, 1, 6)), ("mean_seq(x, mask)", (B, 1, 6)), ("mean_seq(k)", (B, 1, S, 3))],
     "reshape": [("reshape(A, [6, 2, 2])", (6, 2, 2)), ("reshape(M, [2, d, d])", (2, D, D)), ("reshape(s, [])", ())],
@@ -188,6 +189,10 @@ WRONG = {
     "norm2": [("norm2(A, axis=2)", "has no axis 2"), ("norm2(s)", "has no axis -1")],
     "mean": [("mean(A, axis=-3)", "has no axis -3"), ("mean(A, axis=True)", "has no axis True")],
     "sum": [("sum(A, axis=1.0)", "has no axis 1.0"), ("sum('a')", "expected a tensor")],
+    "running_sum": [
+        ("running_sum(x, axis=3)", "has no axis 3"),
+        ("running_sum(x, axis=0)", "would let the texts of a batch read each other"),
+    ],
     "softmax": [
         ("softmax(x, axis=3)", "has no axis 3"),
         ("softmax(s)", "has no axis -1"),
@@ -330,6 +335,7 @@ def test_wrong(text: str, words: str) -> None:
         ("x * 2", ""), ("mean(x)", ""), ("softmax(x)", ""), ("transpose(x)", ""), ("x @ transpose(x)", ""),
         ("mean(x, axis=1)", "mean"), ("relu(sum(x, axis=-2)) + x", "sum"), ("softmax(x, axis=1)", "softmax"),
         ("mean(transpose(x))", "mean"), ("take(x, 0, axis=1) * 2", "take"), ("mean_seq(x)", "mean_seq"),
+        ("running_sum(x, axis=1)", "running_sum"), ("running_sum(x)", ""),
         ("einsum('bsd,btd->bsd', x, x)", "einsum"), ("einsum('bsd,btd->bst', x, x)", ""),
         ("x @ transpose(x) @ x", "matmul"), ("attend(x, x, x)", "attend"),
     ],
