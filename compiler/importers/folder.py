@@ -18,6 +18,8 @@ Array = np.ndarray[Any, Any]
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the model's own names; some writers leave it out, and some put it twice."""
+PREFIX_OF_THE_WHOLE = "base_model."
+"""The same before what no module of the model has."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def read_folder(path: Path) -> Folder:
         own = name
         while own.startswith(PREFIX):
             own = own.removeprefix(PREFIX)
+        own = own.removeprefix(PREFIX_OF_THE_WHOLE)
         if own in tensors:
             raise fail("E430", f"the file holds '{own}' twice, with and without '{PREFIX}'", Place(str(path / TENSORS)))
         tensors[own] = tensor

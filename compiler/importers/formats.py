@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.anatomy import Anatomy, Site
 from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
@@ -39,7 +39,8 @@ class Format:
 
     Attributes:
         kind: the library's name of it.
-        tensors: what follows a module's name in the names of its tensors → what `parameters` calls it.
+        tensors: what follows a module's name in the names of its tensors → what `parameters` calls it; the whole name,
+            where the method has `sites` of its own.
         read: keys of the config that are understood, with the JSON Schema of their values.
         inert: keys that change nothing in what the adapter computes once it is trained.
         refused: keys that must be off, with the reason.
@@ -54,6 +55,9 @@ class Format:
             or is part of: what the file has a seed of, say.
         spans: whether what a module has is of all outputs of a fused map and cannot be told apart by rows, so that the
             method at a site says by its options `whole` and `rows` which of them are its own.
+        sites: for a method that is of the whole model rather than of modules: the sites that it attaches to, by the
+            config and the model's sites.
+        evaluated: for such a method: what the config makes of the tensors, before each site takes its parameters.
     """
 
     kind: str
@@ -68,6 +72,8 @@ class Format:
     integers: frozenset[str] = frozenset()
     completed: Callable[[dict[str, Array], Config, Site, int], dict[str, Array]] = unchanged
     spans: bool = False
+    sites: Callable[[Config, Anatomy], Sequence[Site]] | None = None
+    evaluated: Callable[[Config, Mapping[str, Array]], Mapping[str, Array]] | None = None
 
 
 COMMON = frozenset({

@@ -11,6 +11,8 @@ from peltc.compiler.importers.hf_ia3 import IA3
 from peltc.compiler.importers.hf_loha import LOHA
 from peltc.compiler.importers.hf_lora import LORA
 from peltc.compiler.importers.hf_oft import OFT
+from peltc.compiler.importers.hf_prefix import PREFIX
+from peltc.compiler.importers.hf_prompt import CPT, MULTITASK, P_TUNING, PROMPT
 from peltc.compiler.importers.hf_pvera import PVERA
 from peltc.compiler.importers.hf_randlora import RANDLORA
 from peltc.compiler.importers.hf_road import ROAD
@@ -18,5 +20,8 @@ from peltc.compiler.importers.hf_shira import SHIRA
 from peltc.compiler.importers.hf_vblora import VBLORA
 from peltc.compiler.importers.hf_waveft import WAVEFT
 
-_ALL = (LORA, IA3, LOHA, OFT, FOURIERFT, SHIRA, ROAD, C3A, DELORA, GRALORA, VBLORA, RANDLORA, PVERA, GLORA, WAVEFT)
+_ALL = (
+    LORA, IA3, LOHA, OFT, FOURIERFT, SHIRA, ROAD, C3A, DELORA, GRALORA, VBLORA, RANDLORA, PVERA, GLORA, WAVEFT,
+    PREFIX, PROMPT, P_TUNING, CPT, MULTITASK,
+)  # fmt: skip
 FORMATS = {found.kind: found for found in _ALL}

@@ -43,5 +43,5 @@ PVERA = Format(
     },
     entry=entry,
     parameters=parameters,
-    shared={"base_model.pvera_A": "A", "base_model.pvera_B": "B"},
+    shared={"pvera_A": "A", "pvera_B": "B"},
 )

@@ -32,6 +32,6 @@ RANDLORA = Format(
     },
     entry=entry,
     parameters=parameters,
-    shared={"base_model.randlora_A": "A", "base_model.randlora_B": "B"},
+    shared={"randlora_A": "A", "randlora_B": "B"},
     spans=True,
 )

@@ -83,6 +83,6 @@ VBLORA = Format(
     only={},
     entry=entry,
     parameters=parameters,
-    shared={"base_model.vblora_vector_bank": "bank"},
+    shared={"vblora_vector_bank": "bank"},
     integers=frozenset({"vblora_logits_A_topk_indices", "vblora_logits_B_topk_indices"}),
 )  # fmt: skip

@@ -116,7 +116,8 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     check_saved(folder, parts, base)
     read = shift(folder, parts, base)
     found = [here for part in parts for here in placed(part, read(part.module), folder, known, base)]
-    check_targets(folder, base, {read(part.module) for part in parts if part.role == ADAPTER})
+    if known.sites is None:
+        check_targets(folder, base, {read(part.module) for part in parts if part.role == ADAPTER})
     content = spec_content(folder, base, found)
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
@@ -221,7 +222,7 @@ def shift(folder: Folder, parts: Sequence[Part], base: Base) -> Reading:
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
-    modules = [part.module for part in parts]
+    modules = [part.module for part in parts if part.module]
     held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))}
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
@@ -278,7 +279,8 @@ def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Arr
                 value = value[tuple(map(slice, tensor.shape))]
             if value is None or value.shape != tensor.shape:
                 what = "is missing" if value is None else f"has the shape {list(value.shape)}"
-                raise fail("E433", f"'{parameter}' of '{here.part.module}' {what}", Place(str(folder.path)),
+                of = here.part.module or folder.kind
+                raise fail("E433", f"'{parameter}' of '{of}' {what}", Place(str(folder.path)),
                            f"the shape {list(tensor.shape)}")  # fmt: skip
             value = np.ascontiguousarray(value, np.float32)
             if not np.array_equal(tensors.setdefault(tensor.name, value), value):

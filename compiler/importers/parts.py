@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,11 @@ class Placed:
 def parts_of(folder: Folder, known: Format) -> list[Part]:
     """A file's tensors by module.
 
+    A method of the whole model is carried by a part whose module has no name.
+
     Raises:
-        PeltError: E430 a tensor of another type; E433 tensors that are neither the method's nor parameters.
+        PeltError: E430 a tensor of another type; E433 tensors that are neither the method's nor parameters, or that the
+            method lacks.
     """
     found: dict[tuple[str, str], dict[str, str]] = {}
     left = []
@@ -100,7 +104,9 @@ def parts_of(folder: Folder, known: Format) -> list[Part]:
                        "floating-point values")  # fmt: skip
         if name in known.shared:
             continue
-        if suffix:
+        if known.sites is not None and name in known.tensors:
+            found.setdefault(("", ADAPTER), {})[known.tensors[name]] = name
+        elif suffix and known.sites is None:
             found.setdefault((name.removesuffix(f".{suffix}"), ADAPTER), {})[known.tensors[suffix]] = name
         elif name.endswith(ROWS):
             found.setdefault((name.removesuffix(ROWS), TOKENS), {})["values"] = name
@@ -114,6 +120,10 @@ def parts_of(folder: Folder, known: Format) -> list[Part]:
     if left:
         message = f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {names(left)}"
         raise fail("E433", message, Place(str(folder.path)), "a file each of whose tensors is used once")
+    lacking = [name for name in known.tensors if known.sites is not None and name not in folder.tensors]
+    if lacking:
+        raise fail("E433", f"the file has no tensor '{lacking[0]}', which {folder.kind} is made of",
+                   Place(str(folder.path)))  # fmt: skip
     return [Part(module, role, tensors) for (module, role), tensors in found.items()]
 
 
@@ -127,6 +137,9 @@ def placed(part: Part, module: str, folder: Folder, known: Format, base: Base) -
         PeltError: E431 a part whose config does not say what it is; E432 a module that is no site; E433 parameters
             that cannot be replaced.
     """
+    if part.role == ADAPTER and known.sites is not None:
+        sites = list(known.sites(folder.config, base.anatomy))
+        return [Placed(part, sites, known.entry(folder.config, ""), partial(_evaluated, known, folder))]
     if part.role == ADAPTER:
         sites = sites_of(base, module)
         check_tied(folder, sites)
@@ -201,6 +214,12 @@ def _own(part: Part, module: str, folder: Folder, base: Base) -> Placed | None:
         return {whole.called[leaf]: array for leaf, array in replaced(site, stored).items()}
 
     return Placed(part, sites, Entry(whole.method, (*left, *tied)), values)
+
+
+def _evaluated(known: Format, folder: Folder, stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
+    """A site's parameters of what the config makes of the tensors."""
+    whole = stored if known.evaluated is None else known.evaluated(folder.config, stored)
+    return known.parameters(whole, site)
 
 
 def _as_they_are(stored: Mapping[str, Array], site: Site) -> dict[str, Array]:

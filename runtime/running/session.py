@@ -357,9 +357,9 @@ class Session:
         if max_length is not None:
             around = tokenizer.num_special_tokens_to_add(False)
             if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length <= around:
-                own = f", since the tokenizer puts {around} around each text" if around else ""
+                because = f", since the tokenizer puts {around} around each text" if around else ""
                 raise wrong_type("the most tokens of a text, max_length,", max_length,
-                                 f"a whole number of at least {around + 1}{own}")  # fmt: skip
+                                 f"a whole number of at least {around + 1}{because}")  # fmt: skip
             tokenizer.enable_truncation(max_length, direction=side)
         texts = [text] if isinstance(text, str) else list(text)
         encoded = tokenizer.encode_batch(texts)

@@ -229,7 +229,7 @@ def test_artifact_without_generation_says_so(llama):
     ("attach", "reason"),
     [
         ({"recipe": "unipelt"}, "whole sequence"),
-        ({"method": "prompt", "at": "embedding.word", "length": 4}, "before the sequence"),
+        ({"method": "prompt", "at": "embedding", "length": 4}, "behind the embedding"),
     ],
 )
 def test_what_needs_the_whole_sequence_is_refused(llama, attach, reason, tmp_path):

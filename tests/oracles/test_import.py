@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
-from import_matrix import MAPS, METHODS, WITHOUT, cell, written
+from import_matrix import MAPS, METHODS, TASKS, WITHOUT, cell, written
 from safetensors.numpy import load_file, save_file
 
 import peltc
@@ -143,6 +143,71 @@ def test_what_is_compiled_is_what_peft_computes(case: str, model_folder: Folder,
 def test_the_matrix(method: str, family: str, model_folder: Folder, tmp_path: Path) -> None:
     """Every imported method on every architecture; what PEFT itself has not is listed with the reason."""
     assert max(cell(method, family, model_folder(family), tmp_path).values()) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe", "t5"])
+@pytest.mark.parametrize("method", ["prefix tuning", "prompt tuning"])
+def test_what_is_generated_is_what_peft_generates(
+    method: str, family: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """Greedily, behind texts without padding: PEFT counts padding as positions when it generates behind a prompt."""
+    kind, settings = METHODS[method]
+    written(family, {"kind": kind, "task_type": TASKS[family], **settings}, model_folder(family), tmp_path / "adapter")
+    peltc.compile(tmp_path / "adapter", model_folder(family), tmp_path / "out", generation=True)
+    base = peft.AutoPeftModelForSeq2SeqLM if family == "t5" else peft.AutoPeftModelForCausalLM
+    live: Any = base.from_pretrained(tmp_path / "adapter").eval()
+    live.generation_config.eos_token_id = live.base_model.generation_config.eos_token_id = None
+    texts = torch.randint(3, 90, (3, 6), generator=torch.Generator().manual_seed(1))
+    given = {"input_ids": texts, "attention_mask": torch.ones_like(texts), "max_new_tokens": 10, "do_sample": False,
+             "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+    given |= {"decoder_start_token_id": 1} if family == "t5" else {}
+    expected = live.generate(**given)
+    found = peltc.Session(tmp_path / "out", ["CPUExecutionProvider"]).generate(**given, eos_token_id=None)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert (ours - theirs).abs().max() < TOLERANCE["float32"] * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "words"),
+    [
+        ("multitask prompt tuning", {"num_tasks": 2}, "E431 'num_tasks' is 2: which of its tasks"),
+        (
+            "multitask prompt tuning",
+            {"num_transformer_submodules": 2},
+            "E431 'num_transformer_submodules' is 2: PEFT puts",
+        ),
+        ("multitask prompt tuning", {"peft_type": "PROMPT_TUNING"}, "E4.. "),
+        ("prompt tuning", {"num_virtual_tokens": 5}, r"E433 'P' of 'PROMPT_TUNING' has the shape \[4, 32\]"),
+        ("prompt tuning", {"num_virtual_tokens": 0}, "E430 'num_virtual_tokens' is 0"),
+        ("prompt tuning", {"peft_type": "MULTITASK_PROMPT_TUNING"}, "E433 the file has no tensor 'prefix_task_"),
+        ("prefix tuning", {"num_layers": 1}, "E433 'K' of 'PREFIX_TUNING' "),
+        ("prefix tuning", {"num_layers": 3}, "E433 'K' of 'PREFIX_TUNING' is missing"),
+        ("prefix tuning", {"num_virtual_tokens": 3}, r"E433 'K' of 'PREFIX_TUNING' has the shape \[2, 4, 8\]"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(
+    method: str, change: dict[str, Any], words: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    kind, settings = METHODS[method]
+    written("llama", {"kind": kind, "task_type": CAUSAL, **settings}, model_folder("llama"), tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(PeltError, match=words):
+        import_adapter(tmp_path / "adapter", model_folder("llama"))
+
+
+@pytest.mark.parametrize("method", ["prefix tuning", "multitask prompt tuning"])
+def test_prompts_that_are_broken_raise_nothing_else(method: str, model_folder: Folder, tmp_path: Path) -> None:
+    kind, settings = METHODS[method]
+    base, refused = model_folder("llama"), 0
+    written("llama", {"kind": kind, "task_type": CAUSAL, **settings}, base, tmp_path / "adapter")
+    for folder in mutations(tmp_path / "adapter", tmp_path / "mutant", 150):
+        try:
+            import_adapter(folder, base)
+        except PeltError:
+            refused += 1
+    assert refused > 30
 
 
 def test_one_command_from_the_folder_to_the_artifact(adapter: Path, model_folder: Folder, tmp_path: Path) -> None:
