@@ -30,6 +30,10 @@ OURS = {
     "LOKR": "lokr",
     "OFT": "oft",
     "VERA": "vera",
+    "BOFT": "boft",
+    "HRA": "hra",
+    "MISS": "miss",
+    "HIRA": "hira",
     "FOURIERFT": "fourierft",
     "VBLORA": "vblora",
     "RANDLORA": "randlora",
@@ -44,7 +48,8 @@ OURS = {
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
 IMPORTED = (
     "LORA", "DORA", "IA3", "LOHA", "OFT", "FOURIERFT", "SHIRA", "ROAD", "C3A", "DELORA", "GRALORA", "VBLORA",
-    "RANDLORA", "PVERA", "GLORA", "WAVEFT",
+    "RANDLORA", "PVERA", "GLORA", "WAVEFT", "ADALORA", "LOKR", "VERA", "BOFT", "HRA", "MISS", "HIRA", "BEFT",
+    "LN_TUNING", "TRAINABLE_TOKENS",
     "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING",
 )  # fmt: skip
 """Those that `pelt import` reads."""

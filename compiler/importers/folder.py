@@ -52,9 +52,9 @@ class Folder:
         return Place(str(self.path / CONFIG))
 
     def values(self, name: str) -> Array:
-        """A tensor's values: whole numbers as they are, others in float32."""
+        """A tensor's values: whole numbers as they are, others in float32. A number has one axis of size 1."""
         tensor = self.tensors[name]
-        return np.asarray(tensor.array(), np.float32 if is_float(tensor.dtype) else np.int64)
+        return np.atleast_1d(np.asarray(tensor.array(), np.float32 if is_float(tensor.dtype) else np.int64))
 
 
 def read_folder(path: Path) -> Folder:

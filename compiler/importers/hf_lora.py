@@ -76,4 +76,5 @@ LORA = Format(
     },
     entry=entry,
     parameters=parameters,
+    kinds=("linear", "table"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ is filled from the module that its site is. So an import that is wrong anywhere 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Read, attachments, fill
 from peltc.compiler.importers.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
 from peltc.compiler.importers.targets import targeted
+from peltc.compiler.importers.ties import kept, owner, owners
 from peltc.compiler.importers.wording import name_of, spec_content
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
@@ -114,10 +115,13 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     parts = parts_of(folder, known)
     base = base or base_of(folder, named, parts, talk)
     check_saved(folder, parts, base)
-    read = shift(folder, parts, base)
-    found = [here for part in parts for here in placed(part, read(part.module), folder, known, base)]
+    read = shift(folder, parts, base, owners(base) if known.tied else set())
     if known.sites is None:
-        check_targets(folder, base, {read(part.module) for part in parts if part.role == ADAPTER})
+        check_targets(folder, known, base, {read(part.module) for part in parts if part.role == ADAPTER})
+    if known.tied:
+        once = kept({part.module: part.tensors for part in parts if part.role == ADAPTER}, read, base, folder)
+        parts = [part for part in parts if part.role != ADAPTER or part.module in once]
+    found = [here for part in parts for here in placed(part, read(part.module), folder, known, base)]
     content = spec_content(folder, base, found)
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
@@ -215,15 +219,18 @@ def _without(stem: str, name: str) -> str:
     return name.removeprefix(stem)
 
 
-def shift(folder: Folder, parts: Sequence[Part], base: Base) -> Reading:
+def shift(folder: Folder, parts: Sequence[Part], base: Base, others: Set[str] = frozenset()) -> Reading:
     """How the adapter's names become the model's: as they are, or with the base model's own name put before or taken
     off, where the adapter was saved on an inner or an outer model.
+
+    Args:
+        others: modules that the model has beside those in its graph.
 
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
     modules = [part.module for part in parts if part.module]
-    held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))}
+    held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))} | others
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
     readings |= {f"{stem} before": stem.__add__ for stem in stems}
@@ -238,16 +245,19 @@ def shift(folder: Folder, parts: Sequence[Part], base: Base) -> Reading:
                f"it says that it is for '{folder.base[:120]}'" if folder.base else "")  # fmt: skip
 
 
-def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
+def check_targets(folder: Folder, known: Format, base: Base, held: set[str]) -> None:
     """Whether the file has tensors of each module that the config means, and the config means each module that the file
     has tensors of: PEFT fills the former with random values and drops the latter, without a word.
 
     Raises:
         PeltError: E432.
     """
-    maps = {s.parameters["weight"].removesuffix(".weight"): s for s in base.anatomy if s.takes("linear")}
-    apart = [module for module, site in maps.items() if site.role == "head" or site.kind == "table"]
-    wanted = set(targeted(folder.config, maps, apart))
+    sites = {s.parameters["weight"].removesuffix(".weight"): s for s in base.anatomy if s.kind in known.kinds}
+    apart = [module for module, site in sites.items() if site.role == "head" or site.kind != "linear"]
+    modules = [*sites, *(sorted(owners(base) - {*sites}) if known.tied else ())]
+    wanted = set(targeted(folder.config, modules, apart))
+    if known.tied:
+        wanted, held = ({owner(base, module) for module in some} for some in (wanted, held))
     missing, left = sorted(wanted - held), sorted(held - wanted)
     for found, what in ((missing, "has no tensors of"), (left, "has tensors of, and its config does not mean,")):
         if found:
@@ -262,10 +272,10 @@ def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Arr
         PeltError: E433 a module that the plan does not have, or tensors that do not fit it; E404 values that are no
             numbers.
     """
-    owner = {(site.key, here.entry.method): here for here in found for site in here.sites}
+    waiting = {(site.key, here.entry.method): here for here in found for site in here.sites}
     tensors: dict[str, Array] = {}
     for claim in plan.claims:
-        here = owner.pop((claim.site.key, claim.method.name), None)
+        here = waiting.pop((claim.site.key, claim.method.name), None)
         if here is None:
             if claim.mirrors is not None or claim.follows:  # it has the tensors of another
                 continue
@@ -289,8 +299,8 @@ def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Arr
         if values:
             raise fail("E433", f"'{next(iter(values))}' of '{here.part.module}' has no counterpart at"
                                f" {claim.site.name}", Place(str(folder.path)))  # fmt: skip
-    if owner:
-        left = sorted(here.part.module for here in owner.values())
+    if waiting:
+        left = sorted(here.part.module for here in waiting.values())
         raise fail("E433", f"the spec that was made of it leaves out {names(left)}",
                    Place(str(folder.path)), hint="please report this")  # fmt: skip
     return sound(plan, tensors, Place(str(folder.path)))

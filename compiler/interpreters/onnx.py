@@ -246,6 +246,9 @@ class OnnxInterpreter(NumericInterpreter):
     def on_norm2(self, x: Any, axis: int) -> Any:
         return self.emitter.node("ReduceL2", [self.value(x), self.emitter.integers([axis])], {"keepdims": 1})
 
+    def on_upper(self, x: Any) -> Any:
+        return self.emitter.node("Trilu", [self.value(x), self.emitter.constant(np.array(1))], {"upper": 1})
+
     # layout
 
     def on_transpose(self, x: Any) -> Any:
@@ -255,6 +258,11 @@ class OnnxInterpreter(NumericInterpreter):
         found = self.emitter.node("Transpose", [value], {"perm": axes})
         if value.shape is not None:
             found.shape = ir.Shape([value.shape[axis] for axis in axes])
+        return found
+
+    def on_reshape(self, x: Any, shape: list[int]) -> Any:
+        found = self.emitter.node("Reshape", [self.value(x), self.emitter.integers(shape)])
+        found.shape = ir.Shape(shape)
         return found
 
     def on_permute(self, x: Any, axes: list[int]) -> Any:
