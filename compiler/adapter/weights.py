@@ -144,15 +144,28 @@ def start_tensors(plan: Plan, read: Read) -> dict[str, Array]:
 
 
 def _start(plan: Plan, claim: Claim, tensor: Tensor, read: Read) -> Array:
+    """A tensor's start value; each of a stack of experts draws and reads its own."""
+    if not tensor.experts:
+        return _started(plan, claim, tensor, tensor.name, read, ...)
+    return np.stack([_started(plan, claim, tensor, f"{tensor.name}.{i}", read, i) for i in range(tensor.experts)])
+
+
+def _started(plan: Plan, claim: Claim, tensor: Tensor, name: str, read: Read, part: Any) -> Array:
+    """The start value of a tensor, or of a part of it.
+
+    Args:
+        name: what random values are drawn by.
+        part: which part of the base's weight and bias it reads.
+    """
     site = claim.site
 
     def weight() -> Array:
-        array = np.asarray(read(site.parameters["weight"]), np.float32)
+        array = np.asarray(read(site.parameters["weight"])[part], np.float32)
         array = array.T if site.transposed else array
         return np.asarray(array[_index(claim)])
 
     def bias() -> Array:
-        return np.asarray(np.asarray(read(site.parameters["bias"]), np.float32)[_index(claim)])
+        return np.asarray(np.asarray(read(site.parameters["bias"])[part], np.float32)[_index(claim)])
 
     scope = {**claim.constants, "W": Deferred(weight), "b": Deferred(bias)}
     try:
@@ -161,7 +174,7 @@ def _start(plan: Plan, claim: Claim, tensor: Tensor, read: Read) -> Array:
             ShapeInterpreter().evaluate(
                 tensor.init, {**claim.constants, **{n: values[n] for n in ("W", "b") if n in values}}
             )
-        return start_value(tensor.name, tensor.shape, tensor.init, scope, plan.spec.seed)
+        return start_value(name, tensor.inner, tensor.init, scope, plan.spec.seed)
     except (EvaluationError, ValueError, KeyError) as error:
         entry = next((entry for entry in plan.spec.attach if entry.name == claim.attachment), None)
         place = claim.method.place if entry is None else entry.formulas

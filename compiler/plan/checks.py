@@ -6,6 +6,7 @@ from functools import partial
 from itertools import pairwise
 
 from peltc.compiler.plan.claims import Claim
+from peltc.compiler.plan.experts import not_of_experts
 from peltc.compiler.plan.findings import Findings, at
 from peltc.compiler.plan.tables import not_of_ids
 from peltc.compiler.survey.anatomy import Anatomy
@@ -58,7 +59,7 @@ class Checks:
         for name, tensor in claim.tensors.items():
             declared = next(p for p in claim.method.parameters if p.name == name)
             origin = f"parameter {name} [{', '.join(a.text for a in declared.shape)}]"
-            values[name] = Shape(tensor.shape, origin)
+            values[name] = Shape(tensor.inner, origin)
         if "norm" in claim.site.anchors:
             values["norm"] = partial(normalised, values["y"])
         offered = {*NAMES[claim.method.site]} & {*RUNTIME_NAMES} - {"mask"}
@@ -93,6 +94,10 @@ class Checks:
         if claim.site.kind == "table" and (reason := not_of_ids(claim)):
             self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", at(entry),
                       "a method that takes linear maps of its input, such as lora, or changes weights")  # fmt: skip
+            return False
+        if claim.site.kind == "experts" and (reason := not_of_experts(claim)):
+            self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", at(entry),
+                      "a method whose effect is one on the experts' weights, such as lora")  # fmt: skip
             return False
         return True
 

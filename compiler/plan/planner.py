@@ -174,12 +174,14 @@ class _Planner:
         for axis, size in zip(parameter.shape, sizes, strict=True):
             if not isinstance(size, int) or size < 1:
                 raise _Misfit(f"'{axis.text}' is {size}, and sizes are positive whole numbers")
+        experts = site.sizes["experts"] if site.kind == "experts" and parameter.scope == "site" else 0
+        sizes = (experts, *sizes) if experts else sizes
         if math.prod(sizes) > MAX_ELEMENTS:
             raise _Misfit(f"{shape_text(sizes)} has more than {MAX_ELEMENTS:,} elements")
         where = {"site": site.name, "layer": site.layer_path, "model": ""}[parameter.scope]
         name = ".".join(part for part in (parameter.owner or entry.name, where, parameter.name) if part)
         tensor = Tensor(name, sizes, parameter.init, parameter.frozen, parameter.scope, parameter.source,
-                        parameter.part)  # fmt: skip
+                        parameter.part, experts)  # fmt: skip
         first = self.shared.setdefault(name, tensor)
         if first.shape != sizes:
             raise _Misfit(
@@ -195,7 +197,7 @@ class _Misfit(Exception):
 
 def constants_of(site: Site) -> dict[str, Any]:
     """The sizes that formulas at a site may name."""
-    constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k != "vocab"}
+    constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k not in ("vocab", "experts")}
     constants["biased"] = "bias" in site.parameters
     constants["table"] = site.kind == "table"
     constants["causal"] = site.stack == "decoder"

@@ -10,14 +10,14 @@ from torch import nn
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.runtime.training.evaluation import Tensor, on_first
+from peltc.runtime.training.experts import Experts
 from peltc.runtime.training.interface import route
-from peltc.runtime.training.maps import Maps
 from peltc.runtime.training.places import container_of, named_arguments, owner_of
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula.dims import Dim
 
 
-class Blocks(Maps):
+class Blocks(Experts):
     """Modules at blocks, attention cores and before the sequence."""
 
     def install_block(self, model: Any, site: Site, claims: list[Claim]) -> None:

@@ -1,0 +1,108 @@
+"""Modules at experts: the stacked weights that a module's forward pass reads are others while it runs.
+
+The module that owns the weights computes all experts at once, in whichever way it likes, and finds in its attributes
+what the modules make of the weights. Gradients flow through that to the modules' parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from peltc.compiler.plan.claims import Claim
+from peltc.compiler.survey.anatomy import Site
+from peltc.runtime.training.basis import Basis, BasisInterpreter
+from peltc.runtime.training.maps import Maps
+from peltc.runtime.training.places import leaf_of, owner_of, rows_of
+from peltc.spec.method import ROLES
+
+Tensor = torch.Tensor
+Own = Mapping[str, Tensor | None]
+
+
+class Experts(Maps):
+    """Modules at the stacked weights of experts."""
+
+    def install_experts(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        """Let the module that owns the weights see others, for as long as its forward pass lasts."""
+        module = owner_of(model, site.parameters["weight"])
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not self.muted:
+                self.enter(site)
+                vars(module).update(self.stacks(site, claims, module))
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            for role in ROLES:
+                vars(module).pop(leaf_of(site, role), None)
+
+        self.handles.append(module.register_forward_pre_hook(before))
+        self.handles.append(module.register_forward_hook(after, always_call=True))
+
+    def stacks(self, site: Site, claims: list[Claim], module: nn.Module) -> dict[str, Tensor]:
+        """The stacked weights and biases with modules inside, as the module stores them, by its names of them."""
+        full = {role: getattr(module, leaf_of(site, role)) for role in site.parameters}
+        turned = {role: stack.transpose(-1, -2) if role == "weight" and site.transposed else stack
+                  for role, stack in full.items()}  # fmt: skip
+        index = rows_of(site)
+        own = {r: s if index is None else s.index_select(1, index.to(s.device)) for r, s in turned.items()}
+        stacked = {t.name: self.parameter(t.name) for claim in claims for t in claim.tensors.values() if t.experts}
+        made = torch.vmap(partial(self.one, site, claims), randomness="same")(own, stacked)
+        found = {}
+        for role, stack in made.items():
+            new = stack.to(full[role].dtype)
+            if index is not None:
+                new = turned[role].index_copy(1, index.to(new.device), new)
+            found[leaf_of(site, role)] = new.transpose(-1, -2) if role == "weight" and site.transposed else new
+        return found
+
+    def one(self, site: Site, claims: list[Claim], own: dict[str, Tensor], stacked: dict[str, Tensor]) -> Any:
+        """The weight [O, I] and bias [O] of one expert with modules inside; of a fused map, its own rows."""
+        wide = {role: _wide(tensor) for role, tensor in own.items()}
+        W, b = wide["weight"], wide.get("bias")
+        none = W.new_zeros(len(W))
+        inputs: list[Any] = [Basis(W.shape[1]), W.new_zeros(1, W.shape[1])]
+
+        def value(claim: Claim, effect: str, **values: Any) -> Any:
+            drawn = self.drawn.setdefault(site.key, {}).setdefault(claim.attachment, {})
+            interpreter = BasisInterpreter(self.training, W, drawn)
+            tensors = {n: stacked[t.name].to(W.dtype) if t.experts else self.lifted(t.name, W.dtype)
+                       for n, t in claim.tensors.items()}  # fmt: skip
+            scope = claim.scope({**tensors, "W": W, "b": none if b is None else b, **values}, interpreter)
+            try:
+                result = interpreter.evaluate(claim.effects[effect], scope)
+                return result if isinstance(result, (Tensor, Basis)) else W.new_tensor(result)
+            finally:
+                scope.clear()  # it refers to itself: its tensors would stay until the garbage collector comes
+
+        for claim in claims:
+            if "input" in claim.effects:
+                inputs = [value(claim, "input", x=x) for x in inputs]
+        for claim in claims:
+            if "weight" in claim.effects:
+                W = value(claim, "weight").expand(W.shape)
+        for claim in claims:
+            if "bias" in claim.effects and b is not None:
+                b = value(claim, "bias").expand(b.shape)
+        late = [(claim, effect) for claim in claims for effect in ("delta", "output") if effect in claim.effects]
+        if not late and all("input" not in claim.effects for claim in claims):
+            return {"weight": W} if b is None else {"weight": W, "bias": b}
+        # What is made of the basis without any bias, less what is made of nothing, is the matrix: no bias takes digits.
+        rows, nothing = (x.through(W.T) if isinstance(x, Basis) else x @ W.T for x in inputs)
+        offset = nothing if b is None else nothing + b
+        for claim, effect in late:
+            results = []
+            for x, y in ((inputs[0], rows), (inputs[1], nothing), (inputs[1], offset)):
+                made = value(claim, effect, x=x, y=y)
+                results.append(y + made if effect == "delta" else made.expand(y.shape))
+            rows, nothing, offset = results
+        return {"weight": (rows - nothing).T} if b is None else {"weight": (rows - nothing).T, "bias": offset[0]}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """What modules compute in: float32 for half precision, as they are trained."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
