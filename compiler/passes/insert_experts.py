@@ -12,6 +12,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from peltc.compiler.passes.insert_maps import Maps
+from peltc.compiler.passes.insertion import cut_rows
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 
@@ -45,7 +46,7 @@ class Experts(Maps):
             y = result
             if "bias" in site.parameters:
                 bias = self.values[site.parameters["bias"]]
-                row = emitter.node("Gather", [bias, emitter.integers(number)], {"axis": 0})
+                row = emitter.node("Squeeze", [cut_rows(bias, number, number + 1, emitter), emitter.integers([0])])
                 row.shape, row.type = ir.Shape([result.shape[-1]]) if result.shape is not None else None, bias.type
                 y = emitter.node("Add", [result, row])
                 self.values[f"{site.parameters['bias']}.{number}"] = row

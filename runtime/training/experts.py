@@ -6,7 +6,7 @@ what the modules make of the weights. Gradients flow through that to the modules
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from peltc.runtime.training.places import leaf_of, owner_of, rows_of
 from peltc.spec.method import ROLES
 
 Tensor = torch.Tensor
-Own = Mapping[str, Tensor | None]
 
 
 class Experts(Maps):
@@ -36,12 +35,24 @@ class Experts(Maps):
                 self.enter(site)
                 vars(module).update(self.stacks(site, claims, module))
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def undo(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             for role in ROLES:
                 vars(module).pop(leaf_of(site, role), None)
 
         self.handles.append(module.register_forward_pre_hook(before))
-        self.handles.append(module.register_forward_hook(after, always_call=True))
+        self.handles.append(module.register_forward_hook(undo, always_call=True))
+
+    def after(self, module: nn.Module, groups: Iterable[tuple[Site, list[Claim]]]) -> dict[str, Tensor]:
+        """The stacked weights and biases that a module sees once the modules at all of its sites took effect."""
+        found: dict[str, Tensor] = {}
+        try:
+            for site, claims in groups:
+                found |= self.stacks(site, claims, module)
+                vars(module).update(found)
+        finally:
+            for leaf in found:
+                vars(module).pop(leaf, None)
+        return found
 
     def stacks(self, site: Site, claims: list[Claim], module: nn.Module) -> dict[str, Tensor]:
         """The stacked weights and biases with modules inside, as the module stores them, by its names of them."""
