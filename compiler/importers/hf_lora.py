@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from peltc.compiler.importers.formats import (
     COMMON,
     NUMBER,
+    PARAMETERS,
     SWITCH,
     TARGETS,
     Array,
     Config,
     Entry,
     Format,
+    each_experts,
     own_rows,
     ranked,
 )
@@ -39,7 +41,10 @@ def entry(config: Config, module: str) -> Entry:
 
 
 def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
-    """A [r, I], B [O, r] and the magnitudes m [O, 1]; of a fused map, a site's own rows."""
+    """A [r, I], B [O, r] and the magnitudes m [O, 1]; of a fused map, a site's own rows; of experts, one of each for
+    every expert, whose ranks are stored in one matrix."""
+    if site.kind == "experts":
+        tensors = {name: each_experts(array, site, 0 if name == "A" else 1) for name, array in tensors.items()}
     columns = {name: array.reshape(-1, 1) if name == "m" else array for name, array in tensors.items()}
     return {name: array if name == "A" else own_rows(array, site) for name, array in columns.items()}
 
@@ -52,7 +57,8 @@ LORA = Format(
     tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m",
              "lora_magnitude_vector.weight": "m"},
     read={
-        **TARGETS, **ranked("lora_alpha"), "lora_dropout": NUMBER, "use_rslora": SWITCH, "use_dora": SWITCH,
+        **TARGETS, **ranked("lora_alpha"), "target_parameters": PARAMETERS, "lora_dropout": NUMBER,
+        "use_rslora": SWITCH, "use_dora": SWITCH,
     },
     inert=COMMON | {"fan_in_fan_out", "megatron_config", "megatron_core", "ensure_weight_tying", "eva_config",
                     "qalora_group_size"},
@@ -65,7 +71,6 @@ LORA = Format(
         "alora_invocation_tokens": "it acts from a token on, which no method here does",
         "use_qalora": "its grouped inputs are not known here",
         "layer_replication": "two modules share one weight then",
-        "target_parameters": "experts' stacked parameters are no sites yet",
         "trainable_token_indices": "write the tokens as `method: trainable_tokens`",
     },
     only={

@@ -31,6 +31,7 @@ from peltc.compiler.importers.formats import Array, Entry, Format, is_off, own_r
 from peltc.compiler.importers.hf_peft import FORMATS, WHOLE
 from peltc.compiler.importers.selectors import selections
 from peltc.compiler.importers.targets import targeted
+from peltc.compiler.importers.wrapped import owners, parts_of, unwrapped
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.compiler.survey.anatomy import Site
@@ -106,9 +107,12 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
     modules, whole = sorted_by_module(folder, known)
     base = base_of(folder, named, whole, talk)
     stem = shift(folder, [*modules, *whole], base)
-    sites = {name: sites_of(base, stem(name)) for name in (*modules, *whole)}
-    check_targets(folder, base, {stem(name) for name in modules})
-    content = spec_content(folder, known, base, {n: sites[n] for n in modules}, {n: sites[n] for n in whole})
+    parts = parts_of(folder, base.parameters, modules, stem)
+    sites = {name: sites_of(base, part.weight) for name, part in parts.items()}
+    sites |= {name: sites_of(base, f"{stem(name)}.weight") for name in whole}
+    check_targets(folder, base, {stem(name) for name, part in parts.items() if not part.named})
+    meant = {part.key: sites[name] for name, part in parts.items()}
+    content = spec_content(folder, known, base, meant, {n: sites[n] for n in whole})
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
     tensors = filled(plan, known, sites, modules, whole, folder)
@@ -215,6 +219,8 @@ def shift(folder: Folder, modules: list[str], base: Base) -> Reading:
         PeltError: E432 no reading finds all modules, or several do.
     """
     held = {name.removesuffix(".weight") for name in base.parameters if name.endswith(".weight")}
+    held |= {*owners(folder.config, base.parameters)}
+    modules = [unwrapped(name) for name in modules]
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
     readings |= {f"{stem} before": stem.__add__ for stem in stems}
@@ -229,13 +235,12 @@ def shift(folder: Folder, modules: list[str], base: Base) -> Reading:
                f"it says that it is for '{folder.base[:120]}'" if folder.base else "")  # fmt: skip
 
 
-def sites_of(base: Base, module: str) -> list[Site]:
-    """The sites whose weight a torch module owns; of a fused map, all."""
-    found = [
-        site for site in base.anatomy if site.takes("linear") and site.parameters.get("weight") == f"{module}.weight"
-    ]
+def sites_of(base: Base, weight: str) -> list[Site]:
+    """The sites of a weight; of a fused map, all."""
+    found = [site for site in base.anatomy if site.takes("linear") and site.parameters.get("weight") == weight]
     if not found:
-        raise fail("E432", f"'{module}' is no linear map that modules attach to", expected="a linear map of the model")
+        name = weight.removesuffix(".weight")
+        raise fail("E432", f"'{name}' is no linear map that modules attach to", expected="a linear map of the model")
     return found
 
 

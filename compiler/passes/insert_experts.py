@@ -1,8 +1,8 @@
 """Modules that stay in the graph, at experts: beside each expert's own product.
 
-    x_e ─┬─► MatMul with slice e ─► y_e ─► y_e + delta_e(x_e) ─┐
-         └─► ...                                               ├─► Concat
-                                                      ...     ─┘
+x_e ─┬─► MatMul with slice e ─► y_e ─► y_e + delta_e(x_e) ─┐
+     └─► ...                                               ├─► Concat
+                                                  ...     ─┘
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from collections.abc import Container
 import onnx_ir as ir
 
 from peltc.compiler.graphs.flow import Flow, Linear, Norm, last_size, rank
+from peltc.compiler.survey.anatomy import Rows
 from peltc.compiler.survey.block import Block
 from peltc.compiler.survey.cores import Core
 from peltc.compiler.survey.experts import find_stack, gate_and_up
@@ -205,7 +206,7 @@ class _Finder(Stream):
             if name in later:
                 block.add_experts(_free("experts.down", block.experts), name, stack)
                 continue
-            sides = gate_and_up(self.flow, stack) if stack is not None else {}
+            sides: dict[str, Rows | None] = {**gate_and_up(self.flow, stack)} if stack is not None else {}
             for side, rows in (sides or {"up": None}).items():
                 block.add_experts(_free(f"experts.{side}", block.experts), name, stack, rows)
         downs = [m for m in inner if any(other is not m and m in self._chain(other) for other in inner)]

@@ -1,4 +1,4 @@
-"""Experts: linear maps whose weights are stacked in one parameter, each of which gets the tokens that a router gives it.
+"""Experts: linear maps whose weights are stacked in one parameter; a router says which tokens each of them gets.
 
     tokens in the order of their experts ─┬─► Gather ─► MatMul with slice 0 ─┐
                                           ├─► Gather ─► MatMul with slice 1 ─┼─► Concat ─► (+ bias) ─► y

@@ -46,9 +46,7 @@ def seed(linear: Linear, tokens: int | None = None) -> Probe:
     return Probe({linear.y: np.array(indices)})
 
 
-def owned_features(
-    flow: Flow, linear: Linear, operand: ir.Value, tokens: int | None = None
-) -> np.ndarray | None:
+def owned_features(flow: Flow, linear: Linear, operand: ir.Value, tokens: int | None = None) -> np.ndarray | None:
     """The features of a map that reach a value, sorted; None where that cannot be followed. `tokens` as in `seed`."""
     try:
         arrived = seed(linear, tokens).track(operand)
@@ -95,9 +93,7 @@ def gated(flow: Flow, value: ir.Value, tokens: int | None = None, but: str = "")
         sides = [side for side in node.inputs if side is not None and side in flow.hidden]
         if len(sides) != 2:
             continue
-        (first, bent), (second, straight) = [
-            (nearest_linear(flow, side), bends(flow, side, but=but)) for side in sides
-        ]
+        (first, bent), (second, straight) = [(nearest_linear(flow, side), bends(flow, side, but=but)) for side in sides]
         if first is None or second is None or bent == straight:
             continue
         if first is second and not _disjoint(flow, first, sides, tokens):

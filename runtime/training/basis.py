@@ -41,8 +41,8 @@ class Basis:
 
     def dense(self, like: Tensor | None) -> Tensor:
         """The vectors themselves."""
-        kind = {} if like is None else {"dtype": like.dtype, "device": like.device}
-        return self.through(torch.eye(self.size, **kind))
+        vectors = torch.eye(self.size)
+        return self.through(vectors if like is None else vectors.to(like))
 
 
 class BasisInterpreter(TorchInterpreter):
@@ -62,7 +62,7 @@ class BasisInterpreter(TorchInterpreter):
             return x.through(arguments["b"])
         if name == "negate":
             return x.scaled(-1.0)
-        other = arguments.get("b" if key == "a" else "a")
+        other: Any = arguments.get("b" if key == "a" else "a")
         if not more and not (isinstance(other, Tensor) and other.dim() > 1):  # the same factor for every vector
             if name == "multiply":
                 return x.scaled(other)

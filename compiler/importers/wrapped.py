@@ -1,0 +1,96 @@
+"""Which parameter a part of an adapter is of: its module's weight, or one that the config means by its own name.
+
+PEFT wraps a module once for each of its parameters that `target_parameters` means, in the order in which the module
+has them, and stores what belongs to the first under the most `.base_layer`:
+
+    mlp.experts.base_layer.lora_A.weight     of mlp.experts.gate_up_proj
+    mlp.experts.lora_A.weight                of mlp.experts.down_proj
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peltc.compiler.adapter.mismatch import names
+from peltc.compiler.importers.folder import Folder
+from peltc.spec.diagnostics import fail
+
+LAYER = ".base_layer"
+MOST = 8
+"""How often a module may be wrapped."""
+
+
+def unwrapped(module: str) -> str:
+    """A module's own name, without what its wrappers add."""
+    for _ in range(MOST):
+        module = module.removesuffix(LAYER)
+    return module
+
+
+def means(wanted: Any, parameter: str) -> bool:
+    """Whether `target_parameters` means a parameter: by its name, or an ending of it."""
+    return any(parameter == name or parameter.endswith(f".{name}") for name in wanted or ())
+
+
+def owners(config: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, list[str]]:
+    """The parameters that `target_parameters` means, by the module that has them, in the module's order."""
+    found: dict[str, list[str]] = {}
+    for name in parameters:
+        if means(config.get("target_parameters"), name):
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of an adapter is about.
+
+    Attributes:
+        weight: the model's parameter.
+        key: what the config's patterns are held against, in the adapter's own names.
+        named: whether `target_parameters` means it.
+    """
+
+    weight: str
+    key: str
+    named: bool
+
+
+def parts_of(
+    folder: Folder, parameters: Iterable[str], modules: Iterable[str], read: Callable[[str], str]
+) -> dict[str, Part]:
+    """What each module of an adapter is about, by its name in the adapter.
+
+    Args:
+        parameters: the model's, in its order.
+        modules: names in the adapter.
+        read: from a name in the adapter to the model's.
+
+    Raises:
+        PeltError: E432 the file has other parts for a module than its config means, or this means parameters that the
+            model does not have.
+    """
+    known = list(parameters)
+    if nothing := [n for n in folder.config.get("target_parameters") or () if not any(means([n], p) for p in known)]:
+        raise fail("E432", f"the adapter's config means parameters that the model does not have: {names(nothing)}",
+                   folder.place, "`target_parameters` that the model has")  # fmt: skip
+    wrapped = owners(folder.config, known)
+    found, parts = {}, dict[str, list[str]]()
+    for name in modules:
+        own = read(unwrapped(name))
+        if own in wrapped:
+            parts.setdefault(own, []).append(name)
+        else:
+            found[name] = Part(f"{read(name)}.weight", name, False)
+    for own, wanted in wrapped.items():
+        held = sorted(parts.get(own, ()), key=len, reverse=True)
+        depths = [(len(name) - len(unwrapped(name))) // len(LAYER) for name in held]
+        if depths != list(range(len(wanted)))[::-1]:
+            raise fail("E432", f"the adapter has {len(held)} parts for the {len(wanted)} parameters of '{own}' that its"
+                               f" config means: {names(wanted)}", folder.place,
+                       "a part for each of `target_parameters`")  # fmt: skip
+        for name, weight in zip(held, wanted, strict=True):
+            found[name] = Part(weight, f"{unwrapped(name)}.{weight.rpartition('.')[2]}", True)
+    return found
