@@ -6,7 +6,7 @@ from functools import partial
 from itertools import pairwise
 
 from peltc.compiler.plan.claims import Claim
-from peltc.compiler.plan.experts import not_of_experts
+from peltc.compiler.plan.experts import not_of_weights
 from peltc.compiler.plan.findings import Findings, at
 from peltc.compiler.plan.tables import not_of_ids
 from peltc.compiler.survey.anatomy import Anatomy
@@ -95,7 +95,7 @@ class Checks:
             self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", at(entry),
                       "a method that takes linear maps of its input, such as lora, or changes weights")  # fmt: skip
             return False
-        if claim.site.kind == "experts" and (reason := not_of_experts(claim)):
+        if claim.site.kind == "experts" and (reason := not_of_weights(claim)):
             self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", at(entry),
                       "a method whose effect is one on the experts' weights, such as lora")  # fmt: skip
             return False

@@ -14,10 +14,10 @@ from peltc.compiler.plan.folding import tried
 from peltc.spec.formula.interpreter import EvaluationError
 
 
-def not_of_experts(claim: Claim) -> str:
-    """Why a claim cannot change experts, naming the sub-expression; empty where it can."""
+def not_of_weights(claim: Claim) -> str:
+    """Why a claim at a map is no change of its weights, naming the sub-expression; empty where it is one."""
     if more := claim.reads & {"h", "mask"}:
-        return f"it reads '{min(more)}', and an expert does not see it"
+        return f"it reads '{min(more)}', which no weight sees"
     if "weight" in claim.effects and claim.reads & {"x", "y"}:
         return "its weight depends on the input"
     try:
@@ -25,7 +25,7 @@ def not_of_experts(claim: Claim) -> str:
     except EvaluationError as error:
         return str(error)
     biased = "bias" in claim.effects or any(not isinstance(v, Affine) or v.offset is not None for v in made)
-    return "it needs a bias, and these experts have none" if biased and "bias" not in claim.site.parameters else ""
+    return "it needs a bias, and there is none" if biased and "bias" not in claim.site.parameters else ""
 
 
 class _OfWeights(AffineInterpreter):
@@ -33,5 +33,5 @@ class _OfWeights(AffineInterpreter):
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         if name == "dropout" and isinstance(arguments["x"], Affine) and arguments["p"]:
-            raise NotAffine("'dropout' of an expert's input is no change of its weights; leave it out")
+            raise NotAffine("'dropout' of the input is no change of the weights; leave it out")
         return super().call(name, arguments)

@@ -1,7 +1,7 @@
-"""Modules at experts: the stacked weights that a module's forward pass reads are others while it runs.
+"""Modules at experts, and at routers: the weights that a torch module's forward pass reads are others while it runs.
 
-The module that owns the weights computes all experts at once, in whichever way it likes, and finds in its attributes
-what the modules make of the weights. Gradients flow through that to the modules' parameters.
+Such a module computes all experts at once, or chooses experts by what its map gives; no hook sees the map alone. But it
+finds in its attributes what the modules make of the weights. Gradients flow through that to the modules' parameters.
 """
 
 from __future__ import annotations
@@ -14,17 +14,37 @@ import torch
 from torch import nn
 
 from peltc.compiler.plan.claims import Claim
+from peltc.compiler.plan.experts import not_of_weights
 from peltc.compiler.survey.anatomy import Site
 from peltc.runtime.training.basis import Basis, BasisInterpreter
 from peltc.runtime.training.maps import Maps
 from peltc.runtime.training.places import leaf_of, owner_of, rows_of
+from peltc.runtime.training.reach import is_map
+from peltc.spec.diagnostics import fail
 from peltc.spec.method import ROLES
 
 Tensor = torch.Tensor
 
 
 class Experts(Maps):
-    """Modules at the stacked weights of experts."""
+    """Modules at weights that a torch module reads in its own way."""
+
+    def install_linear(self, model: Any, site: Site, claims: list[Claim]) -> None:
+        """A hook on the torch module of a linear map; where that computes more than the map, its weights are changed.
+
+        Raises:
+            PeltError: E209 a module whose effect is no change of these.
+        """
+        module = owner_of(model, site.parameters["weight"])
+        if isinstance(module, nn.Linear) or is_map(module, site):
+            super().install_linear(model, site, claims)
+            return
+        for claim in claims:
+            if reason := not_of_weights(claim):
+                raise fail("E209", f"'{claim.attachment}' cannot be reached at {site.name} in torch:"
+                                   f" {type(module).__name__} computes more than this map, and {reason}",
+                           expected="a method whose effect is one on the weights, such as lora")  # fmt: skip
+        self.install_experts(model, site, claims)
 
     def install_experts(self, model: Any, site: Site, claims: list[Claim]) -> None:
         """Let the module that owns the weights see others, for as long as its forward pass lasts."""
@@ -59,15 +79,16 @@ class Experts(Maps):
         full = {role: getattr(module, leaf_of(site, role)) for role in site.parameters}
         turned = {role: stack.transpose(-1, -2) if role == "weight" and site.transposed else stack
                   for role, stack in full.items()}  # fmt: skip
-        index = rows_of(site)
-        own = {r: s if index is None else s.index_select(1, index.to(s.device)) for r, s in turned.items()}
+        index, axis = rows_of(site), int(site.kind == "experts")
+        own = {r: s if index is None else s.index_select(axis, index.to(s.device)) for r, s in turned.items()}
         stacked = {t.name: self.parameter(t.name) for claim in claims for t in claim.tensors.values() if t.experts}
-        made = torch.vmap(partial(self.one, site, claims), randomness="same")(own, stacked)
+        one = partial(self.one, site, claims)
+        made = torch.vmap(one, randomness="same")(own, stacked) if site.kind == "experts" else one(own, stacked)
         found = {}
         for role, stack in made.items():
             new = stack.to(full[role].dtype)
             if index is not None:
-                new = turned[role].index_copy(1, index.to(new.device), new)
+                new = turned[role].index_copy(axis, index.to(new.device), new)
             found[leaf_of(site, role)] = new.transpose(-1, -2) if role == "weight" and site.transposed else new
         return found
 

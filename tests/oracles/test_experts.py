@@ -260,8 +260,8 @@ def test_sites_of_experts(model_folder: Folder) -> None:
 REFUSED = {
     "what is not affine": ({"method": "mole"}, r"E205 'mole' cannot change .*'softmax' of the site's input"),
     "a gate": ({"method": "lora", "gate": True}, r"E205 'lora' cannot change .*'sigmoid' of the site's input"),
-    "dropout": ({"method": "lora", "dropout": 0.1}, r"E205 'lora' cannot change .*'dropout' of an expert's input"),
-    "a bias": ({"method": "bitfit"}, "E205 'bitfit' cannot change .*it needs a bias, and these experts have none"),
+    "dropout": ({"method": "lora", "dropout": 0.1}, r"E205 'lora' cannot change .*'dropout' of the input"),
+    "a bias": ({"method": "bitfit"}, "E205 'bitfit' cannot change .*it needs a bias, and there is none"),
     "a constant": ({"method": "linear_adapter"}, "E205 'linear_adapter' cannot change .*it needs a bias"),
     "another kind": ({"method": "bottleneck"}, "E203 .*experts.*is a site of kind experts"),
 }
