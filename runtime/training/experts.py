@@ -6,7 +6,7 @@ finds in its attributes what the modules make of the weights. Gradients flow thr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,7 @@ class Experts(Maps):
             found[leaf_of(site, role)] = new.transpose(-1, -2) if role == "weight" and site.transposed else new
         return found
 
-    def one(self, site: Site, claims: list[Claim], own: dict[str, Tensor], stacked: dict[str, Tensor]) -> Any:
+    def one(self, site: Site, claims: list[Claim], own: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> Any:
         """The weight [O, I] and bias [O] of one expert with modules inside; of a fused map, its own rows."""
         wide = {role: _wide(tensor) for role, tensor in own.items()}
         W, b = wide["weight"], wide.get("bias")
