@@ -66,7 +66,7 @@ TARGETS = {
 """Keys that say which modules carry the adapter."""
 
 
-PARAMETERS = {"type": ["array", "null"], "items": {"type": "string", "maxLength": 500}}
+PARAMETERS = {"type": ["array", "null"], "items": {"type": "string", "maxLength": 500}, "maxItems": 2000}
 """Which parameters carry the adapter by their own names, beside those that are some module's weight."""
 NUMBER = {"type": "number"}
 RANK = {"type": "integer", "minimum": 1, "maximum": 2**20}
@@ -92,7 +92,7 @@ def own_rows(array: Array, site: Site) -> Array:
     array without as many rows as it is, for its shape will be found not to fit."""
     if site.rows is None:
         return array
-    if site.kind == "experts":
+    if site.kind == "experts" and array.ndim == 3 and len(array):
         return np.stack([own_rows(part, replace(site, kind="linear")) for part in array])
     index = np.concatenate([np.arange(a, b) for a, b in site.rows])
     return array[index] if array.ndim and index.max() < len(array) else array

@@ -118,9 +118,7 @@ class Folding:
 
     def not_affine(self, claim: Claim) -> str:
         """Why a claim's effects are not affine, naming the sub-expression; empty where they are. It is tried."""
-        apart = {"index", "layer", "role"} - claim.decisive
-        kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in apart and is_static(v)))
-        key = (id(claim.method), kinds, tuple(claim.effects.items()), claim.site.kind)
+        key = trial_key(claim)
         if key not in self.trials:
             self.trials[key] = self.trial(claim)
         return self.trials[key]
@@ -132,6 +130,13 @@ class Folding:
         except EvaluationError as error:
             return str(error)
         return ""
+
+
+def trial_key(claim: Claim) -> Any:
+    """What is the same of claims whose trials end alike."""
+    apart = {"index", "layer", "role"} - claim.decisive
+    kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in apart and is_static(v)))
+    return id(claim.method), kinds, tuple(claim.effects.items()), claim.site.kind
 
 
 def tried(claim: Claim, interpreter: AffineInterpreter) -> list[Any]:
