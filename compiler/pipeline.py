@@ -1,4 +1,4 @@
-"""The rewrite stage, in order: absorb, insert, prepend, stack, bind, write. Decisions come from the plan."""
+"""The rewrite stage, in order: absorb, rewrite, bind, offer, write. Decisions come from the plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,15 +23,17 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
+from peltc.compiler.linking.profiles import brought, check_exchange, keep, record, without
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
-from peltc.compiler.passes.insert import insert
-from peltc.compiler.passes.prepend import prepend
-from peltc.compiler.passes.stack import stack
+from peltc.compiler.passes.offer import offer
+from peltc.compiler.passes.rewrite import rewritten
+from peltc.compiler.passes.rows import by_rows
 from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
+from peltc.spec.modes import SWAPPABLE
 
 Array = np.ndarray[Any, Any]
 EMPTY = np.zeros(0, np.float32)
@@ -71,17 +74,20 @@ def build(
             if claim.absorbed not in stored:
                 taken.append(replace(leader, name=claim.absorbed))
             stored[claim.absorbed] = stored[leader.name]
-    graphs = {"model": source.load_graph()} | {name: stage.load_graph() for name, stage in stages.items()}
+    bases = {"model": source, **stages}
     sites = {"model": {site.key: site for site in source.anatomy}}
     sites |= {name: stage.anatomy.named_as(base.anatomy) for name, stage in stages.items()}
     check_stages(plan, {name: sites[name] for name in stages})
-    starts: dict[str, Array] = {}
-    for name, model in graphs.items():
-        staying = [c for c in plan.claims if not c.absorbed and (name not in stages or c.site.key in sites[name])]
-        starts |= insert(model, [c for c in staying if "prepend" not in c.effects], sites[name], tensors)
-        if plan.prepends:
-            prepend(model, [c for c in staying if "prepend" in c.effects], tensors, sites[name], base)
-        stack(model)
+    fixed, offered = tensors, dict[str, Array]()
+    if plan.exchange:
+        check_exchange(plan)
+        fixed, offered = without(plan, tensors, base.array), {}
+    graphs, starts = {}, dict[str, Array]()
+    for name, one in bases.items():
+        model, begun = rewritten(one, plan, sites[name], fixed, base)
+        if plan.exchange:
+            offered |= brought(plan, fixed, model, partial(rewritten, one, plan, sites[name], base=base))
+        graphs[name], starts = model, starts | begun
         values = dict(stored)
         for entry in taken:
             if entry.name.endswith(NEW_BIAS):
@@ -92,13 +98,22 @@ def build(
         if name in stages:  # ONNX Runtime runs what nobody reads too, with lengths that are not right any more
             RemoveUnusedNodesPass()(model)
         hold(model.graph)
+    profiles = None
+    if plan.exchange:
+        profiles = record(plan, base, fixed, offered)
+        called = dict(zip(offered, profiles["inputs"], strict=True))
+        for model in graphs.values():
+            offer(model.graph, called) if plan.exchange == SWAPPABLE else by_rows(model, called)
+        keep(source, {called[name]: array for name, array in offered.items()}, folder)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
     records = {"model": base.export} | {name: stage.export for name, stage in stages.items()}
     limits = artifact_limits(graphs["model"], base, plan, embeds)
-    return write_artifact(folder, graphs, data, source, plan, taken, adapter, weights_from, records, self_contained,
-                          limits)  # fmt: skip
+    manifest = write_artifact(folder, graphs, data, source, plan, taken, adapter, weights_from, records,
+                              self_contained, limits)  # fmt: skip
+    manifest["profiles"] = profiles
+    return manifest
 
 
 def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:

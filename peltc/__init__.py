@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peltc.compiler.plan.claims import Plan as Plan
     from peltc.compiler.survey.anatomy import Anatomy as Anatomy
     from peltc.compiler.survey.anatomy import Site as Site
+    from peltc.runtime.api import link as link
     from peltc.runtime.api import plan as plan
     from peltc.runtime.api import survey as survey
     from peltc.runtime.building.compile import compile as compile
@@ -42,6 +43,7 @@ _WHERE = {
     "Plan": "peltc.compiler.plan.claims",
     "survey": "peltc.runtime.api",
     "plan": "peltc.runtime.api",
+    "link": "peltc.runtime.api",
     "compile": "peltc.runtime.building.compile",
     "verify": "peltc.runtime.building.compile",
     "attach": "peltc.runtime.training.attach",
@@ -52,7 +54,7 @@ _WHERE = {
 
 __all__ = [
     "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "compile", "consistency_loss",
-    "load_spec", "parameter_groups", "plan", "survey", "verify",
+    "link", "load_spec", "parameter_groups", "plan", "survey", "verify",
 ]  # fmt: skip
 
 

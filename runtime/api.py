@@ -65,6 +65,24 @@ def plan(
     return make_plan(spec, anatomy, fingerprint)
 
 
+def link(out: str | Path, weights: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A profile for an artifact whose modules are exchanged while it runs.
+
+    Args:
+        out: the artifact's folder.
+        weights: an adapter's safetensors file, its arrays by tensor name, or a folder that `pelt import` reads.
+
+    Returns:
+        Arrays by the names of the graph's inputs, for `Session.add_profile`.
+
+    Raises:
+        PeltError: E603 no artifact; E624 its modules are fixed in it; E4xx what is wrong with the weights.
+    """
+    from peltc.compiler.linking.linker import Linker
+
+    return Linker(out).link(weights)
+
+
 def _surveyed(model: Any, inputs: Mapping[str, Any] | None) -> tuple[Anatomy, str]:
     """The anatomy of a torch model, modules that are attached to it apart, and what identifies its kind."""
     if inputs or not is_known(model):

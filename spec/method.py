@@ -79,6 +79,9 @@ RUNTIME_NAMES = ("x", "y", "r", "h", "q", "k", "v", "mask")
 ROLES = {"weight": "W", "bias": "b"}
 """What formulas call the parameters of a map or a norm, in the order in which they are defined."""
 
+IDENTITY = {"input": "x", "output": "y", "weight": "W", "bias": "b", "keys": "k", "values": "v"}
+"""What each definition stands for, so that a definition of that name alone changes nothing."""
+
 START = "start value"
 INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform")
 """Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis."""

@@ -8,10 +8,10 @@ from typing import Any
 from peltc import schemas
 from peltc.spec.combinators import COMBINATORS, Combinator
 from peltc.spec.method import Method, Option
+from peltc.spec.modes import MODES
 from peltc.spec.recipe import COMMON, Recipe, recipes
 from peltc.spec.validation import NUMBERS, one_value
 
-MODES = ("fold", "static")
 PRECISIONS = ("checkpoint", "float32", "float16", "bfloat16")
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -196,7 +196,9 @@ def spec_schema(
                     "mode": {
                         "enum": list(MODES),
                         "default": "fold",
-                        "description": "fold what is exact into the weights, or keep modules in the graph (static)",
+                        "description": "fold what is exact into the weights, keep modules in the graph (static), or let"
+                        " profiles bring their tensors while the artifact runs, one profile at a time (swappable) or"
+                        " another for each row of a batch (bank)",
                     },
                     "precision": {
                         "enum": list(PRECISIONS),

@@ -12,14 +12,19 @@ from typing import Any
 import click
 import foreign
 import models
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 import peltc
+from peltc.compiler.linking.linker import Linker
 from peltc.runtime.commands.cli import cli, run
+from peltc.runtime.running.profiles import write_profile
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -79,9 +84,23 @@ def own_module(folder: Path) -> dict[str, Any]:
     return {"module": foreign.build("mosaic"), "ids": given["input_ids"], "mask": given["attention_mask"]}
 
 
+def profiles(folder: Path) -> dict[str, Any]:
+    peltc.compile(ATTACHED, models.save("bert", folder / "model"), folder / "out", verify=False, mode="swappable")
+    tensors = load_file(folder / "out/adapter.safetensors")
+    save_file(tensors, folder / "bob.safetensors")
+    linker = Linker(folder / "out")
+    write_profile(folder / "ada.onnx_adapter", linker.link(tensors), linker.record["fingerprint"])
+    peltc.compile(ATTACHED, folder / "model", folder / "bank", verify=False, mode="bank")
+    linker = Linker(folder / "bank")
+    write_profile(folder / "ada_bank.onnx_adapter", linker.link(tensors), linker.record["fingerprint"])
+    ids = np.array(IDS)
+    given = {"ids": ids, "mask": np.ones_like(ids), "onnxruntime": onnxruntime}
+    return {**given, "feeds": {"input_ids": ids, "attention_mask": given["mask"], "token_type_ids": 0 * ids}}
+
+
 PREPARED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "README.md": readme, "docs/artifact.md": artifact, "docs/generation.md": generation,
-    "docs/training.md": training, "docs/models.md": own_module,
+    "docs/training.md": training, "docs/models.md": own_module, "docs/profiles.md": profiles,
 }  # fmt: skip
 """What stands ready in a page's folder, and the names that its blocks do not make themselves."""
 

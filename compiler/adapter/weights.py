@@ -13,6 +13,7 @@ from peltc.compiler.adapter.profile import is_profile, unpack
 from peltc.compiler.files.checkpoint import read_header
 from peltc.compiler.interpreters.numeric import start_value
 from peltc.compiler.plan.claims import Claim, Plan, Tensor
+from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.foreign import refuse
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
@@ -155,19 +156,10 @@ def _started(plan: Plan, claim: Claim, tensor: Tensor, name: str, read: Read, pa
 
     Args:
         name: what random values are drawn by.
-        part: which part of the base's weight and bias it reads.
+        part: which part of the base's weight and bias it reads, as in `parameters_of`.
     """
     site = claim.site
-
-    def weight() -> Array:
-        array = np.asarray(read(site.parameters["weight"])[part], np.float32)
-        array = array.T if site.transposed else array
-        return np.asarray(array[_index(claim)])
-
-    def bias() -> Array:
-        return np.asarray(np.asarray(read(site.parameters["bias"])[part], np.float32)[_index(claim)])
-
-    scope = {**claim.constants, "W": Deferred(weight), "b": Deferred(bias)}
+    scope = {**claim.constants, **parameters_of(site, read, part)}
     try:
         if initialiser(tensor.init) is None:  # sizes first: a formula may ask for more than there is memory
             values, _ = site_shapes(site.kind, site.sizes, site.name)
@@ -181,9 +173,23 @@ def _started(plan: Plan, claim: Claim, tensor: Tensor, name: str, read: Read, pa
         raise fail("E405", f"the start value of '{tensor.name}' cannot be computed: {error}", place) from None
 
 
-def _index(claim: Claim) -> Any:
-    rows = claim.site.rows
-    return slice(None) if rows is None else np.concatenate([np.arange(a, b) for a, b in rows])
+def parameters_of(site: Site, read: Read, part: Any = ...) -> dict[str, Deferred]:
+    """A site's own weight W [O, I] and bias b [O] in float32, read when a formula asks for them.
+
+    Args:
+        read: base parameters by name, as stored.
+        part: of experts, the number of the one that is meant.
+    """
+    rows = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])
+
+    def weight() -> Array:
+        array = np.asarray(read(site.parameters["weight"])[part], np.float32)
+        return np.asarray((array.T if site.transposed else array)[rows])
+
+    def bias() -> Array:
+        return np.asarray(np.asarray(read(site.parameters["bias"])[part], np.float32)[rows])
+
+    return {"W": Deferred(weight), "b": Deferred(bias)}
 
 
 def inside(folder: Path, name: str, spec: str, key: str = "weights") -> Path:

@@ -15,6 +15,13 @@ MANIFEST = "pelt.json"
 CACHE = "cache.safetensors"
 """What the caches of keys and values begin with, by the graph's inputs."""
 
+PROFILES = "profiles"
+"""The folder of the profiles that lie in an artifact."""
+LINK, STARTS = "link", "starts.safetensors"
+"""The folder of what linking reads, and in it what the modules' tensors are where no profile brings them."""
+PROFILE = "profile"
+"""The input of a graph that says which profile each row has: a number, -1 for none."""
+
 
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file whole or not at all."""

@@ -58,6 +58,8 @@ COMMON = frozenset({
 })  # fmt: skip
 """Keys of every config of Hugging Face PEFT that say nothing of the function."""
 NAMES = {"type": ["array", "string", "null"], "items": {"type": "string", "maxLength": 500}, "maxLength": 4000}
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+"""Tasks whose head has a row for each label."""
 TARGETS = {
     "target_modules": NAMES, "exclude_modules": NAMES, "layers_pattern": NAMES,
     "layers_to_transform": {"type": ["array", "integer", "null"], "items": {"type": "integer"}},
@@ -71,6 +73,13 @@ PARAMETERS = {"type": ["array", "null"], "items": {"type": "string", "maxLength"
 NUMBER = {"type": "number"}
 RANK = {"type": "integer", "minimum": 1, "maximum": 2**20}
 SWITCH = {"type": ["boolean", "null"]}
+
+
+BIASES = {"type": "string", "pattern": "^(none|all|[a-z0-9]+_only)$"}
+"""Which biases of the model were trained beside. They are in the file."""
+_ROWS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 2**20}
+TOKEN_ROWS = {"anyOf": [_ROWS, {"type": "null"}, {"type": "object", "additionalProperties": _ROWS}]}
+"""Rows of tables that were trained beside, of the only one or by the table's name."""
 
 
 def patterns_of(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import (
+    BIASES,
     COMMON,
     NUMBER,
     PARAMETERS,
     SWITCH,
     TARGETS,
+    TOKEN_ROWS,
     Array,
     Config,
     Entry,
@@ -35,6 +37,7 @@ def entry(config: Config, module: str) -> Entry:
     options = {
         **rank_and_alpha(config, module, "lora_alpha"),
         **({"rank_stabilised": True} if config.get("use_rslora") else {}),
+        **({"bias": True} if config.get("lora_bias") else {}),
         **({"dropout": config["lora_dropout"]} if config.get("lora_dropout") and not dora else {}),
     }
     return Entry("dora" if dora else "lora", tuple(options.items()))
@@ -55,15 +58,16 @@ BASE_CHANGED = (
 LORA = Format(
     kind="LORA",
     tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m",
-             "lora_magnitude_vector.weight": "m"},
+             "lora_magnitude_vector.weight": "m", "lora_B.bias": "B_bias", "lora_embedding_A": "A",
+             "lora_embedding_B": "B"},
     read={
-        **TARGETS, **ranked("lora_alpha"), "target_parameters": PARAMETERS, "lora_dropout": NUMBER,
-        "use_rslora": SWITCH, "use_dora": SWITCH,
+        **TARGETS, **ranked("lora_alpha"), "lora_dropout": NUMBER, "use_rslora": SWITCH, "use_dora": SWITCH,
+        "lora_bias": SWITCH, "ensure_weight_tying": SWITCH, "trainable_token_indices": TOKEN_ROWS, "bias": BIASES,
+        "target_parameters": PARAMETERS,
     },
-    inert=COMMON | {"fan_in_fan_out", "megatron_config", "megatron_core", "ensure_weight_tying", "eva_config",
+    inert=COMMON | {"fan_in_fan_out", "megatron_config", "megatron_core", "eva_config",
                     "qalora_group_size"},
     refused={
-        "lora_bias": "a bias of B has no place in `lora`",
         "loftq_config": BASE_CHANGED, "corda_config": BASE_CHANGED, "lora_ga_config": BASE_CHANGED,
         "kasa_config": BASE_CHANGED,
         "velora_config": "it is not known here", "monteclora_config": "it is not known here",
@@ -71,10 +75,8 @@ LORA = Format(
         "alora_invocation_tokens": "it acts from a token on, which no method here does",
         "use_qalora": "its grouped inputs are not known here",
         "layer_replication": "two modules share one weight then",
-        "trainable_token_indices": "write the tokens as `method: trainable_tokens`",
     },
     only={
-        "bias": (("none",), "biases that are trained beside have no place in `lora`"),
         "init_lora_weights": ((True, False, None, "gaussian", "orthogonal", "eva"), BASE_CHANGED),
     },
     entry=entry,

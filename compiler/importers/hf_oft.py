@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peltc.compiler.importers.formats import COMMON, NUMBER, SWITCH, TARGETS, Array, Config, Entry, Format
+from peltc.compiler.importers.formats import BIASES, COMMON, NUMBER, SWITCH, TARGETS, Array, Config, Entry, Format
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -24,12 +24,17 @@ BY_RANK = "blocks are given by their size here; the adapter has it in the shape 
 OFT = Format(
     kind="OFT",
     tensors={"oft_R.weight": "R"},
-    read={**TARGETS, "oft_block_size": {"type": "integer", "minimum": 2}, "use_cayley_neumann": SWITCH, "eps": NUMBER},
+    read={
+        **TARGETS,
+        "oft_block_size": {"type": "integer", "minimum": 2},
+        "use_cayley_neumann": SWITCH,
+        "eps": NUMBER,
+        "bias": BIASES,
+    },
     inert=COMMON | {"module_dropout", "fan_in_fan_out", "init_weights"},
     refused={"block_share": "one block for all is not known here", "coft": "its constraint is not known here"},
     only={
         "r": ((0, None), BY_RANK),
-        "bias": (("none",), "biases that are trained beside have no place in `oft`"),
         "num_cayley_neumann_terms": ((5,), "the series has five terms here"),
     },
     entry=entry,

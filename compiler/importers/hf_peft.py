@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from peltc.compiler.importers.formats import Entry
 from peltc.compiler.importers.hf_ia3 import IA3
 from peltc.compiler.importers.hf_loha import LOHA
 from peltc.compiler.importers.hf_lora import LORA
 from peltc.compiler.importers.hf_oft import OFT
 
 FORMATS = {found.kind: found for found in (LORA, IA3, LOHA, OFT)}
-WHOLE = Entry("replace")
-"""What a module of `modules_to_save`, which is trained as a whole, becomes."""

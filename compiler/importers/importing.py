@@ -8,7 +8,7 @@ is filled from the module that its site is. So an import that is wrong anywhere 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,14 @@ from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.folder import Folder, read_folder
-from peltc.compiler.importers.formats import Array, Entry, Format, is_off, own_rows
-from peltc.compiler.importers.hf_peft import FORMATS, WHOLE
-from peltc.compiler.importers.selectors import selections
+from peltc.compiler.importers.formats import CLASSIFIERS, Array, Format, is_off
+from peltc.compiler.importers.hf_peft import FORMATS
+from peltc.compiler.importers.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
 from peltc.compiler.importers.targets import targeted
-from peltc.compiler.importers.wrapped import owners, parts_of, unwrapped
+from peltc.compiler.importers.wording import spec_content
+from peltc.compiler.importers.wrapped import named_weights, owners, unwrapped
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
-from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
 from peltc.spec.document import dump
 from peltc.spec.foreign import IMPORTED, PEFT, recognised
@@ -46,7 +46,6 @@ TASKS = {
     "QUESTION_ANS": ("ForQuestionAnswering",),
 }  # fmt: skip
 """How the classes of `transformers` for PEFT's tasks end."""
-CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 ORIGIN = "Imported from"
 """What the first line of an imported spec begins with."""
 Reading = Callable[[str], str]
@@ -63,6 +62,8 @@ class Imported:
         tensors: the adapter's tensors by our names, float32.
         metadata: what their file says of how they were trained.
         base: the model's folder or hub id.
+        origin: where it came from, in words.
+        plan: the spec's on the model.
     """
 
     spec: Spec
@@ -71,6 +72,7 @@ class Imported:
     metadata: Mapping[str, str]
     base: str
     origin: str
+    plan: Plan
 
     def text(self, weights: str = "") -> str:
         """The spec's YAML, with where it came from.
@@ -82,11 +84,12 @@ class Imported:
         return f"# {self.origin}\n{dump(content)}"
 
 
-def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imported:
+def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, talk: Talk = logged) -> Imported:
     """Read an adapter's folder for a model.
 
     Args:
         model: the base's folder or hub id; the one that the adapter names where absent.
+        base: the base, where it is known already.
 
     Raises:
         PeltError: E216 a model that is no folder; E430 what is wrong with the adapter's; E431 what of it has no
@@ -101,26 +104,29 @@ def import_adapter(path: Path, model: Any = None, *, talk: Talk = logged) -> Imp
         raise fail("E431", f"adapters of PEFT's method {folder.kind} are not imported yet", folder.place,
                    one_of(sorted(FORMATS)))  # fmt: skip
     check_keys(folder, known)
-    named = model or folder.base
+    named = model or folder.base or (base.folder if base is not None else "")
     if not named:
         raise fail("E430", "the adapter names no base model", folder.place, "the model after the adapter's folder")
-    modules, whole = sorted_by_module(folder, known)
-    base = base_of(folder, named, whole, talk)
-    stem = shift(folder, [*modules, *whole], base)
-    parts = parts_of(folder, base.parameters, modules, stem)
-    sites = {name: sites_of(base, part.weight) for name, part in parts.items()}
-    sites |= {name: sites_of(base, f"{stem(name)}.weight") for name in whole}
-    check_targets(folder, base, {stem(name) for name, part in parts.items() if not part.named})
-    meant = {part.key: sites[name] for name, part in parts.items()}
-    content = spec_content(folder, known, base, meant, {n: sites[n] for n in whole})
+    parts = parts_of(folder, known)
+    base = base or base_of(folder, named, parts, talk)
+    check_saved(folder, parts, base)
+    read = shift(folder, parts, base)
+    adapted = [part.module for part in parts if part.role == ADAPTER]
+    weights = named_weights(folder, base.parameters, adapted, read)
+    found = []
+    for part in parts:
+        here = placed(part, read(part.module), folder, known, base, weights.get(part.module, ""))
+        found += [here] if here is not None else []
+    check_targets(folder, base, {read(module) for module in adapted if module not in weights})
+    content = spec_content(folder, base, found)
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
-    tensors = filled(plan, known, sites, modules, whole, folder)
+    tensors = filled(plan, found, folder)
     said = provenance(mathematics(plan), BaseRecord(base.architecture, public_name(folder.base)))
     version = folder.config.get("peft_version")
     told = f" {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""
     origin = f"{ORIGIN} '{spec.name}', an adapter of Hugging Face PEFT{told} ({folder.kind})"
-    return Imported(spec, content, tensors, said.metadata(), str(named), origin)
+    return Imported(spec, content, tensors, said.metadata(), str(named), origin, plan)
 
 
 def imports(given: str | Path) -> bool:
@@ -157,41 +163,43 @@ def check_keys(folder: Folder, known: Format) -> None:
         raise PeltError(findings)
 
 
-def sorted_by_module(folder: Folder, known: Format) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
-    """The names of the tensors, by module and what they are there: of modules that carry the method, and of modules
-    that were trained as a whole.
+def check_saved(folder: Folder, parts: Sequence[Part], base: Base) -> None:
+    """Whether the file has the tensors of every module of the model that was trained as a whole; PEFT leaves a head
+    that it does not find at random values. Names that the model does not have are of other models' heads.
 
     Raises:
-        PeltError: E433 tensors that are neither.
+        PeltError: E432 it has none of one.
     """
-    saved = folder.config.get("modules_to_save") or ()
-    modules: dict[str, dict[str, str]] = {}
-    whole: dict[str, dict[str, str]] = {}
-    left = []
-    for name in folder.tensors:
-        suffix = next((s for s in known.tensors if name.endswith(f".{s}")), "")
-        module, _, leaf = name.rpartition(".")
-        if suffix:
-            modules.setdefault(name.removesuffix(f".{suffix}"), {})[known.tensors[suffix]] = name
-        elif leaf in ("weight", "bias") and any(part in saved for part in module.split(".")):
-            whole.setdefault(module, {})[leaf] = name
-        else:
-            left.append(name)
-    if left:
-        message = f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {names(left)}"
-        raise fail("E433", message, Place(str(folder.path)), "a file each of whose tensors is used once")
-    return modules, whole
+    held = [part.module for part in parts if part.role == OWN]
+    for name in folder.config.get("modules_to_save") or ():
+        there = any(f".{name}." in f".{parameter}" for parameter in base.parameters)
+        if there and not any(f".{name}." in f".{module}." for module in held):
+            raise fail("E432", f"the adapter has no tensors of '{name}', which its config says was trained",
+                       Place(folder.place.path, key="modules_to_save"), "tensors of each of `modules_to_save`",
+                       "leave out of the config what was not trained")  # fmt: skip
 
 
-def base_of(folder: Folder, model: str | Path, whole: Mapping[str, Mapping[str, str]], talk: Talk) -> Base:
+def base_of(folder: Folder, model: str | Path, parts: Sequence[Part], talk: Talk) -> Base:
     """The base, as the class of the adapter's task where the checkpoint is of another, with as many labels as the
-    adapter's head has."""
+    adapter's head has, and as many rows of the table of words as the adapter's own has."""
     found = find_model(model)
     config = read_config(found)
     architecture = class_for(folder, config)
-    heads = [folder.tensors[parts["weight"]].shape for parts in whole.values() if "weight" in parts]
-    labels = heads[-1][0] if heads and folder.config.get("task_type") in CLASSIFIERS and len(heads[-1]) == 2 else None
-    return open_base(found, choice=ModelChoice(architecture, labels), talk=talk)
+    heads = [
+        folder.tensors[part.tensors["weight"]].shape for part in parts if part.role == OWN and "weight" in part.tensors
+    ]
+    heads = [shape for shape in heads if len(shape) == 2]
+    labels = heads[-1][0] if heads and folder.config.get("task_type") in CLASSIFIERS else None
+    base = open_base(found, choice=ModelChoice(architecture, labels), talk=talk)
+    words = next((site for site in base.anatomy if site.kind == "table" and site.role == "embedding.word"), None)
+    if words is None or not heads:
+        return base
+    name = words.parameters["weight"]
+    grown = max((folder.tensors[t].shape[0] for part in parts if part.role == OWN for leaf, t in part.tensors.items()
+                 if f"{part.module}.{leaf}" == name), default=0)  # fmt: skip
+    if grown <= base.parameters[name].shape[0]:
+        return base
+    return open_base(found, choice=ModelChoice(architecture, labels, grown), talk=talk)
 
 
 def class_for(folder: Folder, config: Mapping[str, Any]) -> str:
@@ -211,16 +219,16 @@ def _without(stem: str, name: str) -> str:
     return name.removeprefix(stem)
 
 
-def shift(folder: Folder, modules: list[str], base: Base) -> Reading:
+def shift(folder: Folder, parts: Sequence[Part], base: Base) -> Reading:
     """How the adapter's names become the model's: as they are, or with the base model's own name put before or taken
     off, where the adapter was saved on an inner or an outer model.
 
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
-    held = {name.removesuffix(".weight") for name in base.parameters if name.endswith(".weight")}
+    modules = [unwrapped(part.module) for part in parts]
+    held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))}
     held |= {*owners(folder.config, base.parameters)}
-    modules = [unwrapped(name) for name in modules]
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
     readings |= {f"{stem} before": stem.__add__ for stem in stems}
@@ -235,15 +243,6 @@ def shift(folder: Folder, modules: list[str], base: Base) -> Reading:
                f"it says that it is for '{folder.base[:120]}'" if folder.base else "")  # fmt: skip
 
 
-def sites_of(base: Base, weight: str) -> list[Site]:
-    """The sites of a weight; of a fused map, all."""
-    found = [site for site in base.anatomy if site.takes("linear") and site.parameters.get("weight") == weight]
-    if not found:
-        name = weight.removesuffix(".weight")
-        raise fail("E432", f"'{name}' is no linear map that modules attach to", expected="a linear map of the model")
-    return found
-
-
 def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
     """Whether the file has tensors of each module that the config means, and the config means each module that the file
     has tensors of: PEFT fills the former with random values and drops the latter, without a word.
@@ -251,9 +250,9 @@ def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
     Raises:
         PeltError: E432.
     """
-    maps = {s.parameters["weight"].removesuffix(".weight"): s.role for s in base.anatomy if s.kind == "linear"}
-    heads = [module for module, role in maps.items() if role == "head"]
-    wanted = set(targeted(folder.config, maps, heads))
+    maps = {s.parameters["weight"].removesuffix(".weight"): s for s in base.anatomy if s.kind in ("linear", "table")}
+    apart = [module for module, site in maps.items() if site.role == "head" or site.kind == "table"]
+    wanted = set(targeted(folder.config, maps, apart))
     missing, left = sorted(wanted - held), sorted(held - wanted)
     for found, what in ((missing, "has no tensors of"), (left, "has tensors of, and its config does not mean,")):
         if found:
@@ -261,74 +260,36 @@ def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
                        "`target_modules` that mean the modules in the file")  # fmt: skip
 
 
-def spec_content(
-    folder: Folder, known: Format, base: Base, modules: Mapping[str, list[Site]], whole: Mapping[str, list[Site]]
-) -> dict[str, Any]:
-    """The spec as plain data: modules with equal options are one attachment, or as few as say all of their sites."""
-    groups: dict[Entry, list[Site]] = {}
-    for name, sites in modules.items():
-        groups.setdefault(known.entry(folder.config, name), []).extend(sites)
-    if whole:
-        groups[WHOLE] = [site for sites in whole.values() for site in sites]
-    attach: list[dict[str, Any]] = []
-    for entry, sites in groups.items():
-        for selection in selections(sites, base.anatomy):
-            count = sum(other["method"] == entry.method for other in attach)
-            called = {"name": f"{entry.method}_{count + 1}"} if count else {}
-            attach.append({"method": entry.method, **called, **selection, **dict(entry.options)})
-    model = {}
-    if base.changed:
-        labels = base.config.get("id2label")
-        model = {"model": {"architecture": base.architecture, **({"labels": len(labels)} if whole and labels else {})}}
-    return {"pelt": 1, "name": _name(folder.path), **model, "attach": attach}
-
-
-def _name(path: Path) -> str:
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in path.resolve().name)
-    return kept.strip("_-")[:60] or "imported"
-
-
-def filled(
-    plan: Plan,
-    known: Format,
-    sites: Mapping[str, list[Site]],
-    modules: Mapping[str, Mapping[str, str]],
-    whole: Mapping[str, Mapping[str, str]],
-    folder: Folder,
-) -> dict[str, Array]:
+def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Array]:
     """The plan's tensors, from the modules that its sites are.
 
     Raises:
         PeltError: E433 a module that the plan does not have, or tensors that do not fit it; E404 values that are no
             numbers.
     """
-    owner = {site.key: name for name, found in sites.items() for site in found}
-    parts = {**modules, **whole}
+    owner = {(site.key, here.entry.method): here for here in found for site in here.sites}
     tensors: dict[str, Array] = {}
     for claim in plan.claims:
-        name = owner.pop(claim.site.key, None)
-        if name is None:
+        here = owner.pop((claim.site.key, claim.method.name), None)
+        if here is None:
+            if claim.mirrors is not None or claim.follows:  # it has the tensors of another
+                continue
             raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
                        Place(str(folder.path)), hint="please report this")  # fmt: skip
-        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in parts[name].items()}
-        found = replaced(claim.site, stored) if name in whole else dict(known.parameters(stored, claim.site))
+        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in here.part.tensors.items()}
+        values = dict(here.values(stored, claim.site))
         for parameter, tensor in claim.tensors.items():
-            value = found.pop(parameter, None)
+            value = values.pop(parameter, None)
             if value is None or value.shape != tensor.shape:
                 what = "is missing" if value is None else f"has the shape {list(value.shape)}"
-                raise fail("E433", f"'{parameter}' of '{name}' {what}", Place(str(folder.path)),
+                raise fail("E433", f"'{parameter}' of '{here.part.module}' {what}", Place(str(folder.path)),
                            f"the shape {list(tensor.shape)}")  # fmt: skip
             tensors[tensor.name] = np.ascontiguousarray(value)
-        if found:
-            raise fail("E433", f"'{next(iter(found))}' of '{name}' has no counterpart at {claim.site.name}",
-                       Place(str(folder.path)))  # fmt: skip
+        if values:
+            raise fail("E433", f"'{next(iter(values))}' of '{here.part.module}' has no counterpart at"
+                               f" {claim.site.name}", Place(str(folder.path)))  # fmt: skip
     if owner:
-        raise fail("E433", f"the spec that was made of it leaves out {names(sorted(owner))}",
+        left = sorted(here.part.module for here in owner.values())
+        raise fail("E433", f"the spec that was made of it leaves out {names(left)}",
                    Place(str(folder.path)), hint="please report this")  # fmt: skip
     return finite(tensors, Place(str(folder.path)))
-
-
-def replaced(site: Site, stored: Mapping[str, Array]) -> dict[str, Array]:
-    """A map's own weight [O, I] and bias [O]; of a fused map, a site's own rows."""
-    turned = {n: array.T if n == "weight" and site.transposed else array for n, array in stored.items()}
-    return {name: own_rows(array, site) for name, array in turned.items()}

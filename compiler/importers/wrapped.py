@@ -10,7 +10,6 @@ has them, and stores what belongs to the first under the most `.base_layer`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from peltc.compiler.adapter.mismatch import names
@@ -43,25 +42,16 @@ def owners(config: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, li
     return found
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a part of an adapter is about.
-
-    Attributes:
-        weight: the model's parameter.
-        key: what the config's patterns are held against, in the adapter's own names.
-        named: whether `target_parameters` means it.
-    """
-
-    weight: str
-    key: str
-    named: bool
+def key_of(module: str, weight: str) -> str:
+    """What a config's patterns are held against where `target_parameters` means a parameter, in the adapter's names."""
+    return f"{unwrapped(module)}.{weight.rpartition('.')[2]}"
 
 
-def parts_of(
+def named_weights(
     folder: Folder, parameters: Iterable[str], modules: Iterable[str], read: Callable[[str], str]
-) -> dict[str, Part]:
-    """What each module of an adapter is about, by its name in the adapter.
+) -> dict[str, str]:
+    """The parameter that an adapter's tensors are about, by the name of their module in the file, where
+    `target_parameters` means it; elsewhere it is the module's weight.
 
     Args:
         parameters: the model's, in its order.
@@ -76,21 +66,16 @@ def parts_of(
     if nothing := [n for n in folder.config.get("target_parameters") or () if not any(means([n], p) for p in known)]:
         raise fail("E432", f"the adapter's config means parameters that the model does not have: {names(nothing)}",
                    folder.place, "`target_parameters` that the model has")  # fmt: skip
-    wrapped = owners(folder.config, known)
-    found, parts = {}, dict[str, list[str]]()
+    held: dict[str, list[str]] = {}
     for name in modules:
-        own = read(unwrapped(name))
-        if own in wrapped:
-            parts.setdefault(own, []).append(name)
-        else:
-            found[name] = Part(f"{read(name)}.weight", name, False)
-    for own, wanted in wrapped.items():
-        held = sorted(parts.get(own, ()), key=len, reverse=True)
-        depths = [(len(name) - len(unwrapped(name))) // len(LAYER) for name in held]
+        held.setdefault(read(unwrapped(name)), []).append(name)
+    found: dict[str, str] = {}
+    for own, wanted in owners(folder.config, known).items():
+        parts = sorted(held.get(own, ()), key=len, reverse=True)
+        depths = [(len(name) - len(unwrapped(name))) // len(LAYER) for name in parts]
         if depths != list(range(len(wanted)))[::-1]:
-            raise fail("E432", f"the adapter has {len(held)} parts for the {len(wanted)} parameters of '{own}' that its"
-                               f" config means: {names(wanted)}", folder.place,
+            raise fail("E432", f"the adapter has {len(parts)} parts for the {len(wanted)} parameters of '{own}' that"
+                               f" its config means: {names(wanted)}", folder.place,
                        "a part for each of `target_parameters`")  # fmt: skip
-        for name, weight in zip(held, wanted, strict=True):
-            found[name] = Part(weight, f"{unwrapped(name)}.{weight.rpartition('.')[2]}", True)
+        found |= dict(zip(parts, wanted, strict=True))
     return found

@@ -23,6 +23,7 @@ from peltc.spec.interpreters.shape import Shape
 from peltc.spec.interpreters.shape import tensor as as_tensor
 from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import NAMES, RUNTIME_NAMES, Method
+from peltc.spec.modes import EXCHANGED
 from peltc.spec.specification import Spec
 
 LEVELS = {"table": -1, "linear": 0, "experts": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
@@ -213,6 +214,11 @@ class Plan:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the weights file by name."""
         return {tensor.name: tensor for claim in self.claims for tensor in claim.tensors.values()}
+
+    @property
+    def exchange(self) -> str:
+        """The mode in which profiles bring tensors of some attachments; "" where none do."""
+        return next((claim.mode for claim in self.claims if claim.mode in EXCHANGED), "")
 
     @property
     def prepends(self) -> bool:

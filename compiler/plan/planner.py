@@ -15,15 +15,15 @@ from peltc.compiler.plan.order import order_findings
 from peltc.compiler.plan.selection import Selection
 from peltc.compiler.plan.tables import depends_on_id_alone
 from peltc.compiler.survey.anatomy import Anatomy, Site
-from peltc.spec.diagnostics import PeltError
+from peltc.spec.diagnostics import PeltError, one_of
 from peltc.spec.formula.dims import Dim, shape_text, simplify
 from peltc.spec.formula.interpreter import EvaluationError
 from peltc.spec.formula.syntax import Expr, Name
 from peltc.spec.interpreters.shapes import ShapeInterpreter
-from peltc.spec.method import Parameter
+from peltc.spec.method import IDENTITY, Parameter
+from peltc.spec.modes import BANK, MODES
 from peltc.spec.specification import Attachment, Spec
 
-IDENTITY = {"input": "x", "output": "y", "weight": "W", "bias": "b", "keys": "k", "values": "v"}
 """What each definition says when it changes nothing."""
 
 MAX_ELEMENTS = 2**31
@@ -86,8 +86,12 @@ class _Planner:
             if options is None:
                 return []
             mode = entry.mode or self.mode or self.spec.mode
-            if mode not in ("fold", "static"):
-                self.find("E207", f"there is no mode '{mode}'", entry.place, "fold or static")
+            if mode not in MODES:
+                self.find("E207", f"there is no mode '{mode}'", entry.place, one_of(MODES))
+                return []
+            if mode == BANK and site.kind == "experts":
+                self.find("E208", f"a module at {site.name} cannot have a profile for each row of a batch, whose tokens"
+                          " are sorted by expert together", entry.place, "fold, static or swappable")  # fmt: skip
                 return []
             constants = {**options, **constants_of(site), "index": index, "count": len(sites)}
             constants |= {"role": roles.index(site.role), "roles": len(roles), "d_model": self.anatomy.width}

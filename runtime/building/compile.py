@@ -21,7 +21,7 @@ from peltc.compiler.base.source import check_order, find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
-from peltc.compiler.files.manifest import MANIFEST, read_manifest, write_manifest
+from peltc.compiler.files.manifest import MANIFEST, PROFILES, read_manifest, write_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
 from peltc.compiler.pipeline import build
@@ -106,7 +106,7 @@ def compile(
             share; both are of any size in the artifact, and at least 2 here. Verification draws inputs of the same
             kinds and ranges of values, none longer than these.
         architecture: a class of `transformers` in place of the config's.
-        mode: `fold` or `static`, in place of the spec's.
+        mode: `fold`, `static` or `swappable`, in place of the spec's.
         generation: add the graphs that `Session.generate` runs, in place of what the spec says.
         verify: hold the artifact against PyTorch before it takes its place. In half precision that is two steps;
             `function` or `arithmetic` is one of them alone.
@@ -183,6 +183,8 @@ def _compile(
         manifest["frozen_gates"] = gates
         write_manifest(folder, manifest)
         save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))
+        if manifest["profiles"]:
+            first_profile(folder, plan, tensors)
         for entry in manifest["folded"]:
             if entry["warning"]:
                 talk(
@@ -200,6 +202,16 @@ def _compile(
         for each in (base, *((embeds,) if embeds else ()), *staged_bases.values()):
             check_unchanged(each.checkpoint.stamps)
     return manifest
+
+
+def first_profile(folder: Path, plan: Plan, tensors: Mapping[str, Array]) -> None:
+    """Write what a compilation was given as the artifact's first profile, named like the spec."""
+    from peltc.compiler.linking.linker import Linker
+    from peltc.runtime.running.profiles import SUFFIX, write_profile
+
+    linker = Linker(folder)
+    file = folder / PROFILES / f"{plan.spec.name}{SUFFIX}"
+    write_profile(file, linker.link(tensors), linker.record["fingerprint"])
 
 
 def tell_open(verification: Mapping[str, Any], talk: Talk) -> None:

@@ -23,6 +23,7 @@ from peltc.runtime.commands.shell import (
     talking,
     text_only_option,
 )
+from peltc.spec.modes import MODES
 
 
 @cli.command("compile", context_settings=CONTEXT, epilog=CACHE)
@@ -31,7 +32,7 @@ from peltc.runtime.commands.shell import (
 @click.argument("model", required=False)
 @click.option("-o", "--out", required=True, type=click.Path(), help="The artifact's folder.")
 @click.option("--weights", type=click.Path(), help="The adapter's tensors, safetensors; in place of the spec's.")
-@click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
+@click.option("--mode", type=click.Choice(MODES), help="In place of the spec's deploy.mode.")
 @click.option("--verify/--no-verify", default=True, help="Hold the artifact against PyTorch.", show_default=True)
 @click.option("--verify-step", type=STEP, help="One step of the verification alone; half precision has two.")
 @click.option("--generation/--no-generation", default=None, help="Add graphs with a cache, for `generate`.")
@@ -144,7 +145,7 @@ def run_command(out: str, texts: tuple[str, ...], as_json: bool) -> None:
     from peltc.runtime.running.session import Session
 
     session = Session(out)
-    results = session(**session.tokenize(texts))
+    results = session(**dict[str, Any](session.tokenize(texts)))
     if as_json:
         click.echo(json.dumps({name: array.tolist() for name, array in results.items()}))
         return

@@ -1,4 +1,4 @@
-"""The command that reads what other libraries trained."""
+"""The commands that take up what was trained: an adapter of another library, and a profile of an artifact."""
 
 from __future__ import annotations
 
@@ -39,3 +39,23 @@ def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> 
     values = sum(array.size for array in found.tensors.values())
     click.echo(f"{out / SPEC}: {len(found.spec.attach)} attachments; {out / TENSORS}: {values:,} values")
     click.echo(f"  pelt-compile {out / SPEC} {found.base} -o {out}-artifact")
+
+
+@cli.command("link")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--weights",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A safetensors file, or a folder that Hugging Face PEFT saved.",
+)
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The profile.")
+def link_command(artifact: Path, weights: Path, out: Path) -> None:
+    """Make a profile for ARTIFACT, which was compiled with `mode: swappable`; its model is not touched."""
+    from peltc.compiler.linking.linker import Linker
+    from peltc.runtime.running.profiles import write_profile
+
+    linker = Linker(artifact)
+    tensors = linker.link(weights)
+    write_profile(out, tensors, linker.record["fingerprint"])
+    click.echo(f"{out}: {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()):,} bytes")

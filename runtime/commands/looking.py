@@ -19,6 +19,7 @@ from peltc.runtime.commands.shell import (
     talking,
     text_only_option,
 )
+from peltc.spec.modes import MODES
 
 
 @cli.command()
@@ -72,7 +73,7 @@ def sites(
 @spec_argument
 @model_argument
 @click.option("--weights", type=click.Path(), help="The adapter's tensors, to be held against the plan too.")
-@click.option("--mode", type=click.Choice(["fold", "static"]), help="In place of the spec's deploy.mode.")
+@click.option("--mode", type=click.Choice(MODES), help="In place of the spec's deploy.mode.")
 @click.option("--generation/--no-generation", default=None, help="In place of the spec's deploy.generation.")
 @architecture_option
 @text_only_option

@@ -169,6 +169,7 @@ class _Generator:
         batch, length = tokens.shape
         past = cache.get_seq_length() if cache is not None else 0
         runner, known = self._runners["decode"], self._leaves["decode"]
+        runner.session.rows = batch
         kept = given.pop("logits_to_keep", 0)
         if isinstance(kept, int):
             kept = torch.arange(length - kept if kept else 0, length)
@@ -291,6 +292,7 @@ class Encoder:
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        self.runner.session.rows = len(input_ids)
         with translating(shown(given)):
             found = self.runner(**given)
         states = BaseModelOutput(last_hidden_state=found.pop("last_hidden_state"))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.files.integrity import check_record
-from peltc.compiler.files.manifest import MANIFEST, read_manifest
+from peltc.compiler.files.manifest import MANIFEST, PROFILE, read_manifest
 from peltc.compiler.files.talk import logged
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
@@ -23,6 +23,7 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
+from peltc.runtime.running.profiles import Bound, Chosen, profiles_of
 from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 from peltc.spec.packages import needing
 
@@ -73,6 +74,8 @@ class Session:
 
     Attributes:
         providers: the execution providers of the graph that was opened last; before any is opened, those wanted.
+        profile: the name of the profile that is taken where a call names none; None for the start values of the
+            modules, with which most methods leave the base as it is.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class Session:
             self.options.intra_op_num_threads = threads
         if not spinning:
             self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.kept = profiles_of(self.manifest, self.folder)
+        self.profile: Chosen = None
         self.asked = providers is not None
         self.wanted = self.providers = globals()["providers"](providers)
         if "decode" not in self.manifest.get("graphs", ()):
@@ -113,6 +118,30 @@ class Session:
         """Give the memory back; what is called afterwards opens it again."""
         for held in ("inference", "inputs", "outputs", "labels", "generator"):
             self.__dict__.pop(held, None)
+
+    @property
+    def profiles(self) -> list[str]:
+        """The names of the profiles that were added."""
+        return list(self.kept.held)
+
+    def add_profile(self, name: str, source: str | Path | Mapping[str, Array]) -> None:
+        """Add a profile, or replace the one of that name; nothing is compiled.
+
+        Args:
+            source: a file that `pelt link` wrote, or what `peltc.link` gave.
+
+        Raises:
+            PeltError: E216 no name; E624 the artifact's modules are fixed; E625 a profile of another artifact.
+        """
+        self.kept.add(name, source)
+
+    def remove_profile(self, name: str) -> None:
+        """Forget a profile.
+
+        Raises:
+            PeltError: E626 there is none of that name.
+        """
+        self.kept.remove(name)
 
     def open(self, file: str) -> Any:
         """ONNX Runtime's session of one of the artifact's graphs.
@@ -169,7 +198,7 @@ class Session:
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """What the model takes, by name."""
-        return {i.name: i for i in self.inference.get_inputs()}
+        return {i.name: i for i in self.inference.get_inputs() if not (self.kept.record and i.name == PROFILE)}
 
     @property
     def limits(self) -> Mapping[str, Any]:
@@ -192,14 +221,24 @@ class Session:
         with needing("generation"):
             from peltc.runtime.running.generation import open_generator
 
-            return open_generator(self.folder, self.open)
+            return open_generator(self.folder, lambda file: Bound(self.open(file), self.tensors))
 
-    def generate(self, inputs: Any = None, **options: Any) -> Any:
+    def tensors(self, rows: int) -> dict[str, Any]:
+        """ONNX Runtime's values of the session's own profile, by input name; of several profiles, each has its part of
+        the rows, as the beams of a text stand together."""
+        chosen = self.profile
+        if isinstance(chosen, Sequence) and not isinstance(chosen, str) and chosen:
+            chosen = [name for name in chosen for _ in range(max(rows // len(chosen), 1))]
+        with self.kept.values(chosen, rows) as found:
+            return found
+
+    def generate(self, inputs: Any = None, *, profile: Chosen = None, **options: Any) -> Any:
         """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
 
         Args:
             inputs: token ids [B, S], padded on the left for a decoder alone, as a torch tensor, array or lists; they
                 may be given as `input_ids` too.
+            profile: the name of the profile to generate with, in an artifact whose modules are exchanged.
             options: `attention_mask` [B, S], and whatever `generate` takes.
 
         Returns:
@@ -211,13 +250,19 @@ class Session:
         """
         if inputs is not None:
             options["inputs"] = inputs
-        return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
+        before, self.profile = self.profile, profile if profile is not None else self.profile
+        try:
+            return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
+        finally:
+            self.profile = before
 
-    def __call__(self, *texts: Any, **inputs: Any) -> dict[str, Array]:
+    def __call__(self, *texts: Any, profile: Chosen = None, **inputs: Any) -> dict[str, Array]:
         """Run the model.
 
         Args:
             texts: none: inputs are given by their names, and texts become inputs by `tokenize`.
+            profile: the name of the profile to run with, in an artifact whose modules are exchanged; in one of
+                `mode: bank` also a list, with a name or None for each row.
             inputs: arrays [B, S] by input name, torch tensors, or nested lists. A mask that is left out is all ones,
                 token types that are left out are all zeros. Whole numbers of any type become the graph's own; floats
                 are none, whatever their values. A text that the mask hides throughout changes no other text, and what
@@ -239,8 +284,20 @@ class Session:
                               for name, value in inputs.items() if value is not None})  # fmt: skip
         check(feeds, {name: self.inputs[name].shape for name in feeds}, self.limits)
         with translating(shown(feeds), str(self.folder)):
-            results = self.inference.run(None, feeds)
+            results = self.answer(feeds, profile if profile is not None else self.profile)
         return dict(zip(self.outputs, results, strict=True))
+
+    def answer(self, feeds: Mapping[str, Array], chosen: Chosen) -> list[Array]:
+        """The outputs, in their order. A profile's tensors stay where they are; ONNX Runtime's own `LoraAdapter` is not
+        used, for it is ignored where inputs are bound."""
+        rows = len(next(iter(feeds.values())))
+        with self.kept.values(chosen, rows) as tensors:
+            if not tensors:
+                return list(self.inference.run(None, dict(feeds)))
+            import onnxruntime as ort
+
+            values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+            return [value.numpy() for value in self.inference.run_with_ort_values(None, {**values, **tensors})]
 
     def _filled(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """Every input in the graph's order, a mask and token types too where they are left out."""

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.manifest import PROFILES
+from peltc.runtime.running.profiles import SUFFIX
 from peltc.runtime.running.session import Session
 from peltc.runtime.verification.samples import GENERATED, cases, example
 from peltc.spec.diagnostics import PeltError, Place, fail
@@ -102,8 +104,12 @@ def of_torch(model: Any, base: Base, generation: bool = False) -> Answers:
 
 
 def of_session(session: Session, base: Base, generation: bool = False) -> Answers:
-    """What an artifact answers."""
-    return _answers(lambda inputs: session(**inputs), session.generate if generation else None, base)
+    """What an artifact answers; with the profile that it was compiled with, where profiles bring its tensors."""
+    if session.manifest.get("profiles"):
+        name = session.manifest["name"]
+        session.add_profile(name, session.folder / PROFILES / f"{name}{SUFFIX}")
+        session.profile = name
+    return _answers(lambda inputs: session(**dict[str, Any](inputs)), session.generate if generation else None, base)
 
 
 def _answers(

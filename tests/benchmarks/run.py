@@ -75,6 +75,15 @@ exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True, dynamic
 exported.save_pretrained(sys.argv[2])
 """
 
+PEFT_FOLDER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float16)
+config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+get_peft_model(model, config).save_pretrained(sys.argv[2])
+"""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -127,6 +136,9 @@ class Bench:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.env = {**os.environ, "PELTC_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        self.env.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # what is installed has its bytecode; a checkout must keep its own
         self.spec = folder / "lora.yaml"
         self.spec.write_text(LORA)
 
@@ -184,6 +196,20 @@ class Bench:
             Row(f"{what}, static ({manifest['bytes_written']:,} bytes written)", str(static), other,
                 f"{theirs.seconds / static.seconds:.0f} × faster", "≤ 1.2 s, ≤ 200 MB, > 20 ×"),
         ]  # fmt: skip
+
+    def imported(self) -> list[Row]:
+        """A folder that Hugging Face PEFT saved, read alone, and compiled with its base."""
+        model, adapter, spec, out = self.llama(), *(self.folder / name for name in ("adapter", "imported", "out"))
+        if not adapter.is_dir():
+            measure(self.python(PEFT_FOLDER, model, adapter), self.env)
+        pelt = [sys.executable, "-m", "peltc"]
+        compiling = [*pelt, "compile", str(adapter), str(model), "-o", str(out), "-q", "--no-verify"]
+        measure(compiling, self.env)
+        read = best([*pelt, "import", str(adapter), str(model), "-o", str(spec), "-q"], self.env)
+        both = best(compiling, self.env)
+        what = "1.1 B Llama, an adapter of Hugging Face PEFT, known base"
+        return [Row(f"{what}: imported", str(read), "", "", "≤ 0.5 s"),
+                Row(f"{what}: imported and compiled", str(both), "", "", "≤ 4 s")]  # fmt: skip
 
     def verify_llama(self) -> list[Row]:
         """Memory of verification, whole and of its second step alone, against what the model takes in float32."""
@@ -317,7 +343,7 @@ def write_page(text: str) -> None:
 
 
 def main() -> None:
-    names = ("warm_minilm", "cold_llama", "warm_llama", "verify_llama", "latency", "unipelt")
+    names = ("warm_minilm", "cold_llama", "warm_llama", "imported", "verify_llama", "latency", "unipelt")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")

@@ -78,6 +78,20 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "experts of one layer": ("gpt_oss", {"target_modules": [], "target_parameters": [
         "layers.1.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"]}, 2),
     "a router": ("mixtral", {"target_modules": ["v_proj"], "target_parameters": ["mlp.gate.weight"]}, 1),
+    "a bias of B": ("bert", {"target_modules": [*QV, "output.dense"], "lora_bias": True, "r": 4}, 1),
+    "a fused map with a bias of B": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True}, 1),
+    "all biases": ("bert", {"target_modules": QV, "bias": "all", "task_type": SEQ}, 5),
+    "biases of its modules": ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only", "task_type": CAUSAL}, 2),
+    "vectors and norms": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, 2),
+    "a table": ("llama", {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "task_type": CAUSAL}, 1),
+    "a table that is a head as well": ("gpt2", {"target_modules": ["wte", "c_fc"], "task_type": CAUSAL}, 1),
+    "a table and a head as wholes": (
+        "llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"],
+                  "task_type": CAUSAL}, 2),
+    "a table as a whole": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "task_type": CAUSAL}, 2),
+    "rows of a table": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 7]}, 2),
+    "rows of a table that is a head as well": (
+        "gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [4, 6]}, "task_type": CAUSAL}, 2),
     "both stacks": ("t5", {"target_modules": ["q", "wo"], "task_type": PAIR, "layers_to_transform": 1}, 1),
 }  # fmt: skip
 
@@ -153,7 +167,7 @@ def test_every_tensor_is_in_the_spec_bit_by_bit(adapter: Path, model_folder: Fol
 
 
 KEYS = {
-    "lora_bias": True, "bias": "all", "init_lora_weights": "pissa",
+    "init_lora_weights": "pissa",
     "layer_replication": [[0, 1]], "alora_invocation_tokens": [1], "kasa_config": {"a": 1}, "a_key_of_tomorrow": 3,
 }  # fmt: skip
 
@@ -171,7 +185,7 @@ def test_keys_that_change_the_function_are_refused_by_name(key: str, adapter: Pa
     [
         ({"target_modules": [*QV, "dense"]}, "E432 the adapter has no tensors of 7 modules"),
         ({"target_modules": ["query"]}, "E432 the adapter has tensors of, and its config does not mean, 2 modules"),
-        ({"modules_to_save": None}, "E433 2 of the 10 tensors are no part of LORA: 'classifier.bias'"),
+        ({"modules_to_save": ["classifier", "pooler"]}, "E432 the adapter has no tensors of 'pooler'"),
         ({"r": 2}, r"E433 'A' of '.*' has the shape \[8, 32\]"),
         ({"target_parameters": ["experts.up"]}, "E432 the adapter's config means parameters that the model does not"),
         ({"target_parameters": ["value.bias"]}, "E432 the adapter has 1 parts for the 1 parameters|E432 .*no linear"),
@@ -183,6 +197,41 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str, adapte
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(PeltError, match=words):
         import_adapter(adapter, model_folder("bert"))
+
+
+@pytest.mark.parametrize("saved", [None, ["embed_tokens", "lm_head"]])
+def test_a_vocabulary_that_has_grown(saved: list[str] | None, model_folder: Folder, tmp_path: Path) -> None:
+    """Tokens were added before training: the file holds table and head, with more rows than the base has."""
+    base = model_folder("llama")
+
+    def grown() -> Any:
+        model = transformers.LlamaForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(107, mean_resizing=False)
+        return model
+
+    settings = {"target_modules": ["q_proj"], "modules_to_save": saved, "task_type": CAUSAL}
+    live = peft.get_peft_model(grown(), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    live.save_pretrained(tmp_path / "adapter")
+    given = {"input_ids": torch.arange(97, 106)[None]}
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(grown(), tmp_path / "adapter").eval()(**given).logits.numpy()
+    found = import_adapter(tmp_path / "adapter", base)
+    assert found.content["model"]["vocabulary"] == 107
+    for mode in ("fold", "static"):
+        peltc.compile(tmp_path / "adapter", base, tmp_path / mode, mode=mode)
+        ours = peltc.Session(tmp_path / mode, ["CPUExecutionProvider"])(input_ids=given["input_ids"].numpy())["logits"]
+        assert np.abs(ours - expected).max() < TOLERANCE["float32"] * np.abs(expected).max()
+
+
+def test_a_head_that_follows_in_training_alone_is_refused(model_folder: Folder, tmp_path: Path) -> None:
+    settings = {"target_modules": ["wte"], "task_type": CAUSAL, "ensure_weight_tying": True}
+    written("gpt2", settings, model_folder("gpt2"), tmp_path / "tied")
+    with pytest.raises(PeltError, match="E431 'ensure_weight_tying' is True"):
+        import_adapter(tmp_path / "tied", model_folder("gpt2"))
 
 
 def test_another_model_is_refused(adapter: Path, model_folder: Folder) -> None:

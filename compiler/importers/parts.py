@@ -1,0 +1,234 @@
+"""What a file holds of each module of the model, and how a spec says it: the adapter's own tensors there, rows of its
+table, and parameters of the model itself that were trained beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peltc.compiler.adapter.mismatch import names
+from peltc.compiler.base.base import Base
+from peltc.compiler.importers.folder import Folder
+from peltc.compiler.importers.formats import Array, Entry, Format, own_rows
+from peltc.compiler.importers.wrapped import key_of
+from peltc.compiler.survey.anatomy import Site
+from peltc.spec.diagnostics import Place, fail
+
+ADAPTER, OWN, TOKENS = "adapter", "own", "tokens"
+"""What a part is: tensors of the method, parameters of the model itself, or single rows of a table."""
+WRAPPED = ".base_layer"
+"""What PEFT puts after the name of a module that it has wrapped."""
+COPY, ORIGINAL = ".modules_to_save", ".original_module"
+"""What PEFT calls a module's trained copy, and what it was before; it saves them again beside the module at times."""
+ROWS = ".token_adapter.trainable_tokens_delta"
+"""What follows the name of a table of which single rows are trained. The rows are values, whatever their name says."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """How the parameters of a kind of site are replaced.
+
+    Attributes:
+        method: the method that does.
+        called: the model's name of a parameter → the method's.
+        without: the option that leaves one out.
+    """
+
+    method: str
+    called: Mapping[str, str]
+    without: Mapping[str, tuple[str, Any]]
+
+
+MAP = Whole("replace", {"weight": "weight", "bias": "bias"}, {"weight": ("only", "bias"), "bias": ("only", "weight")})
+NORM = Whole("norm_tuning", {"weight": "gain", "bias": "shift"}, {"weight": ("weight", False), "bias": ("bias", False)})
+WHOLE = {"linear": MAP, "table": MAP, "norm": NORM}
+"""By the kind of site, how its parameters are replaced."""
+Values = Callable[[Mapping[str, Array], Site], dict[str, Array]]
+"""Our parameters at a site, by the tensors of a part."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a file holds of one module.
+
+    Attributes:
+        module: the module's name in the file.
+        role: ADAPTER, OWN or TOKENS.
+        tensors: what each tensor is there → its name in the file.
+    """
+
+    module: str
+    role: str
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A part at its sites in the model.
+
+    Attributes:
+        part: the part.
+        sites: the sites that its module is, several of a fused map.
+        entry: how a spec says it.
+        values: the sites' parameters by its tensors.
+    """
+
+    part: Part
+    sites: list[Site]
+    entry: Entry
+    values: Values
+
+
+def parts_of(folder: Folder, known: Format) -> list[Part]:
+    """A file's tensors by module.
+
+    Raises:
+        PeltError: E433 tensors that are neither the method's nor parameters.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    left = []
+    for name in folder.tensors:
+        suffix = next((s for s in known.tensors if name.endswith(f".{s}")), "")
+        module, _, leaf = name.rpartition(".")
+        if suffix:
+            found.setdefault((name.removesuffix(f".{suffix}"), ADAPTER), {})[known.tensors[suffix]] = name
+        elif name.endswith(ROWS):
+            found.setdefault((name.removesuffix(ROWS), TOKENS), {})["values"] = name
+        elif module and leaf in ("weight", "bias"):
+            own = module.removesuffix(WRAPPED).removesuffix(COPY)
+            if module.endswith(ORIGINAL) or (module.endswith(COPY) and f"{own}.{leaf}" in folder.tensors):
+                continue
+            found.setdefault((own, OWN), {})[leaf] = name
+        else:
+            left.append(name)
+    if left:
+        message = f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {names(left)}"
+        raise fail("E433", message, Place(str(folder.path)), "a file each of whose tensors is used once")
+    return [Part(module, role, tensors) for (module, role), tensors in found.items()]
+
+
+def placed(part: Part, module: str, folder: Folder, known: Format, base: Base, weight: str = "") -> Placed | None:
+    """A part at its sites; None where it holds what the base holds already.
+
+    Args:
+        module: the module's name in the model.
+        weight: the parameter that a part of the method is about, where the config means it by its own name.
+
+    Raises:
+        PeltError: E431 a part whose config does not say what it is; E432 a module that is no site; E433 parameters
+            that cannot be replaced.
+    """
+    if part.role == ADAPTER:
+        sites = sites_of(base, weight or f"{module}.weight")
+        check_tied(folder, sites)
+        called = key_of(part.module, weight) if weight else part.module
+        return Placed(part, sites, known.entry(folder.config, called), known.parameters)
+    if part.role == TOKENS:
+        sites = sites_of(base, f"{module}.weight")
+        rows = rows_of(folder, part.module)
+        return Placed(part, sites, Entry("trainable_tokens", (("rows", rows), *together(sites))), _as_they_are)
+    return _own(part, module, folder, base)
+
+
+def _own(part: Part, module: str, folder: Folder, base: Base) -> Placed | None:
+    """Parameters of the model itself in place of the base's. A tied head keeps the base's weight where the table was
+    named as a module to save, for PEFT trains a copy of it then."""
+    parameters = {leaf: f"{module}.{leaf}" for leaf in part.tensors}
+    sites = [
+        site
+        for site in base.anatomy
+        if site.kind in WHOLE and any(site.parameters.get(leaf) == name for leaf, name in parameters.items())
+    ]
+    saved = is_saved(part.module, folder)
+    if not saved and all(
+        name in base.parameters and not base.lacks(name) and _same(folder, part.tensors[leaf], base.whole(name))
+        for leaf, name in parameters.items()
+    ):
+        return None
+    if not sites:
+        raise fail("E433", f"the file holds {names(sorted(part.tensors.values()))}, with other values than the base,"
+                           " and nothing here replaces them", Place(str(folder.path)),
+                   "weights and biases of linear maps, tables and norms")  # fmt: skip
+    whole = WHOLE[sites[0].kind]
+    left = tuple(whole.without[leaf] for leaf in sites[0].parameters if leaf in whole.called and leaf not in parameters)
+    check_tied(folder, sites)
+    tied = () if saved else together(sites)
+
+    def values(stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
+        return {whole.called[leaf]: array for leaf, array in replaced(site, stored).items()}
+
+    return Placed(part, sites, Entry(whole.method, (*left, *tied)), values)
+
+
+def _as_they_are(stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
+    return dict(stored)
+
+
+def _same(folder: Folder, name: str, held: Array) -> bool:
+    tensor = folder.tensors[name]
+    return tuple(tensor.shape) == held.shape and np.array_equal(
+        np.asarray(tensor.array(), np.float32), np.asarray(held, np.float32)
+    )
+
+
+def is_saved(module: str, folder: Folder) -> bool:
+    """Whether a module is one of `modules_to_save`, or lies in one."""
+    return any(name in module.split(".") or module.endswith(f".{name}") or module == name
+               for name in folder.config.get("modules_to_save") or ())  # fmt: skip
+
+
+def together(sites: list[Site]) -> tuple[tuple[str, Any], ...]:
+    """What says that a head which is the same tensor as a table follows it."""
+    return (("tied", "together"),) if any(site.kind == "table" and site.ties for site in sites) else ()
+
+
+def check_tied(folder: Folder, sites: list[Site]) -> None:
+    """Whether it is plain what a head does that is the same tensor as a table.
+
+    Raises:
+        PeltError: E431 it is not.
+    """
+    if folder.config.get("ensure_weight_tying") and together(sites):
+        raise fail("E431", "'ensure_weight_tying' is True, and the head is the same tensor as the table that was"
+                           " trained: PEFT lets it follow in training, and not when the folder is loaded again",
+                   Place(folder.place.path, key="ensure_weight_tying"), "the key left out",
+                   "leave it out for what a reload computes, or write a spec with `tied: together`")  # fmt: skip
+
+
+def rows_of(folder: Folder, module: str) -> list[int]:
+    """Which rows of a table are trained, as `trainable_token_indices` says: a list, or lists by the table's name.
+
+    Raises:
+        PeltError: E431 it says nothing of this table.
+    """
+    given = folder.config.get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        given = next((rows for name, rows in given.items() if module == name or module.endswith(f".{name}")), None)
+    if not given:
+        raise fail("E431", f"the file holds rows of '{module}', and the config does not say which", folder.place,
+                   "`trainable_token_indices` with the numbers of the rows")  # fmt: skip
+    return list(given)
+
+
+def sites_of(base: Base, weight: str) -> list[Site]:
+    """The sites of a weight; of a fused map, all.
+
+    Raises:
+        PeltError: E432 it is that of no linear map or table.
+    """
+    found = [site for site in base.anatomy if site.takes("linear") and site.parameters.get("weight") == weight]
+    if not found:
+        name = weight.removesuffix(".weight")
+        raise fail("E432", f"'{name}' is no linear map that modules attach to", expected="a linear map of the model")
+    return found
+
+
+def replaced(site: Site, stored: Mapping[str, Array]) -> dict[str, Array]:
+    """A site's own weight [O, I] and bias [O] of a module's; of a fused map, its own rows. A table, whose ids pick
+    rows, is stored the other way round."""
+    turn = site.transposed or site.kind == "table"
+    turned = {n: array.T if n == "weight" and turn else array for n, array in stored.items()}
+    return {name: own_rows(array, site) for name, array in turned.items()}

@@ -1,0 +1,113 @@
+"""What a profile is: the constants of a graph that an adapter's own tensors decide, and what they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from safetensors.numpy import save_file
+
+from peltc.compiler.adapter.mathematics import whole_digest
+from peltc.compiler.adapter.weights import start_tensors
+from peltc.compiler.base.base import Base
+from peltc.compiler.files.manifest import LINK, STARTS
+from peltc.compiler.linking.bare import disturbance
+from peltc.compiler.passes.offer import STAMP, constants, decided
+from peltc.compiler.plan.claims import Claim, Plan
+from peltc.spec.diagnostics import Place, fail
+from peltc.spec.modes import EXCHANGED
+
+Array = np.ndarray[Any, Any]
+KEPT = ("graph.onnx", "anatomy.json", "base.json")
+DIGITS = 8
+"""Of the fingerprint, in the names of inputs."""
+Write = Callable[..., tuple[ir.Model, Any]]
+"""The graph with a plan's modules in it, by the adapter's `tensors`."""
+
+
+def changing(plan: Plan) -> list[Claim]:
+    """The claims whose tensors profiles bring."""
+    return [claim for claim in plan.claims if claim.mode in EXCHANGED]
+
+
+def exchanged(plan: Plan) -> set[str]:
+    """The names of the tensors that profiles bring: all that are trained, of such claims."""
+    return {tensor.name for claim in changing(plan) for tensor in claim.tensors.values() if not tensor.frozen}
+
+
+def check_exchange(plan: Plan) -> None:
+    """Whether profiles can bring what a plan lets them bring.
+
+    Raises:
+        PeltError: E207 two modes of profiles; E208 tokens before the sequence, whose number the graph's positions are
+            made for; keys or values that lie in the cache before the first token.
+    """
+    if len({claim.mode for claim in changing(plan)}) > 1:
+        raise fail("E207", "profiles are brought one at a time and by rows", Place(plan.spec.path),
+                   f"one of the modes {' and '.join(EXCHANGED)} for all attachments that profiles bring")  # fmt: skip
+    for claim in changing(plan):
+        at = f"'{claim.attachment}' at {claim.site.name}"
+        if "prepend" in claim.effects:
+            raise fail("E208", f"{at} puts tokens before the sequence, which profiles cannot bring yet",
+                       expected="mode: static for this attachment")  # fmt: skip
+        if plan.spec.generation and {"keys", "values"} & set(claim.effects):
+            raise fail("E208", f"{at} puts keys into the cache before the first token, which profiles cannot bring yet",
+                       expected="mode: static for this attachment")  # fmt: skip
+
+
+def without(plan: Plan, tensors: Mapping[str, Array], read: Callable[[str], Array]) -> dict[str, Array]:
+    """An adapter's tensors, with start values for those that profiles bring.
+
+    Args:
+        read: base parameters by name.
+    """
+    mine, starts = exchanged(plan), start_tensors(plan, read)
+    return {name: starts[name] if name in mine else array for name, array in tensors.items()}
+
+
+def brought(plan: Plan, tensors: Mapping[str, Array], model: ir.Model, write: Write) -> dict[str, Array]:
+    """The constants of a graph that profiles bring, as they are in it.
+
+    Args:
+        tensors: the adapter's tensors that it was written with.
+        model: the graph.
+        write: writes it with others.
+    """
+    draw = np.random.default_rng(0)
+    other = {name: draw.normal(0, 0.1, plan.tensors[name].shape).astype(np.float32) for name in sorted(exchanged(plan))}
+    return decided(constants(model), constants(write(tensors={**tensors, **other})[0]))
+
+
+def record(plan: Plan, base: Base, tensors: Mapping[str, Array], inputs: Mapping[str, Array]) -> dict[str, Any]:
+    """What the manifest says of profiles.
+
+    Args:
+        tensors: the adapter's tensors, at start values where profiles bring them.
+        inputs: the constants that profiles bring, by name.
+    """
+    shapes = sorted((name, array.shape) for name, array in inputs.items())
+    known = hashlib.sha256(json.dumps([base.fingerprint, whole_digest(plan), shapes]).encode()).hexdigest()
+    return {
+        "mode": plan.exchange,
+        "fingerprint": known,
+        "inputs": {f"{name}{STAMP}{known[:DIGITS]}": list(array.shape) for name, array in inputs.items()},
+        "no_bare_base": disturbance(changing(plan), tensors, base.array) or None,
+    }
+
+
+def keep(base: Base, starts: Mapping[str, Array], folder: Path) -> None:
+    """Put what linking reads into an artifact's folder, and what stands where no profile brings anything.
+
+    Args:
+        starts: the inputs' default values by name.
+    """
+    (folder / LINK).mkdir()
+    save_file({name: np.ascontiguousarray(array) for name, array in starts.items()}, folder / LINK / STARTS)
+    for name in KEPT:
+        shutil.copyfile(base.graph_file.with_name(name), folder / LINK / name)

@@ -1,0 +1,38 @@
+"""All that puts the modules of a plan into a graph, in order: insert, prepend, stack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from peltc.compiler.base.base import Base
+from peltc.compiler.passes.insert import insert
+from peltc.compiler.passes.insertion import Array
+from peltc.compiler.passes.prepend import prepend
+from peltc.compiler.passes.stack import stack
+from peltc.compiler.plan.claims import Plan
+from peltc.compiler.survey.anatomy import Site
+
+
+def rewritten(
+    source: Base, plan: Plan, sites: Mapping[str, Site], tensors: Mapping[str, Array], base: Base
+) -> tuple[ir.Model, dict[str, Array]]:
+    """A base's graph with the claims of a plan that stay; those whose sites the graph does not have are left out.
+
+    Args:
+        source: whose graph it is.
+        sites: the graph's own sites by key.
+        tensors: the adapter's tensors by name.
+        base: the base on token ids, whose table embeds the text where tokens are put before it.
+
+    Returns:
+        The graph, and what its caches of keys and values begin with; see `insert`.
+    """
+    model = source.load_graph()
+    staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.key in sites]
+    starts = insert(model, [claim for claim in staying if "prepend" not in claim.effects], sites, tensors)
+    if plan.prepends:
+        prepend(model, [claim for claim in staying if "prepend" in claim.effects], tensors, sites, base)
+    stack(model)
+    return model, starts
