@@ -173,6 +173,28 @@ def test_experts_that_were_swapped_are_seen(model_folder: Folder) -> None:
     assert np.abs(logits(wrong, ids) - expected).max() > 100 * TOLERANCE["float32"] * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "replace", "vera", "ia3, input"])
+def test_start_values_leave_the_base_as_it_is(name: str, model_folder: Folder) -> None:
+    """Each expert's are of its own weight, and random ones are its own."""
+    base = model_folder("gpt_oss")
+    spec = peltc.load_spec({"pelt": 1, "name": "x", "attach": [{**FORMS[name][0], "at": EVERY}]})
+    ids = np.arange(3, 21).reshape(2, 9)
+    live = peltc.attach(loaded(base), spec).eval()
+    bare = logits(loaded(base), ids)
+    assert np.abs(logits(live, ids) - bare).max() < TOLERANCE["float32"] * np.abs(bare).max()
+    for parameter_name, stack in live.named_parameters():
+        if parameter_name.startswith("pelt.") and parameter_name.endswith("/A") and name != "vera":
+            assert not torch.equal(stack[0], stack[1])
+
+
+def test_profiles_bring_experts_modules(model_folder: Folder, tmp_path: Path) -> None:
+    base = model_folder("mixtral")
+    spec = peltc.load_spec({"pelt": 1, "name": "x", "attach": [{**FORMS["lora"][0], "at": EVERY}]})
+    manifest = peltc.compile(spec, base, tmp_path / "out", random_tensors(spec, base), mode="swappable")
+    assert manifest["verification"]["worst"] < TOLERANCE["float32"]
+    assert len(manifest["profiles"]["inputs"]) >= 2 * 4 * 2  # at least two for each expert of each layer
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_gradients_are_pefts(family: str, implementation: str, model_folder: Folder) -> None:
@@ -263,6 +285,7 @@ REFUSED = {
     "dropout": ({"method": "lora", "dropout": 0.1}, r"E205 'lora' cannot change .*'dropout' of the input"),
     "a bias": ({"method": "bitfit"}, "E205 'bitfit' cannot change .*it needs a bias, and there is none"),
     "a constant": ({"method": "linear_adapter"}, "E205 'linear_adapter' cannot change .*it needs a bias"),
+    "a profile for each row": ({"method": "lora", "mode": "bank"}, "E208 .*cannot have a profile for each row"),
     "another kind": ({"method": "bottleneck"}, "E203 .*experts.*is a site of kind experts"),
 }
 
