@@ -29,6 +29,7 @@ from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.offer import offer
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.passes.rows import by_rows
+from peltc.compiler.passes.stand_in import ids_of
 from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.compiler.survey.anatomy import Site
@@ -193,4 +194,10 @@ def artifact_limits(model: ir.Model, base: Base, plan: Plan, embeds: Base | None
     if embeds is not None and claims and claims[0].site.role != "embedding":
         tokens = sum(int(str(claim.shape("prepend").dims[0])) for claim in claims)
         lengths = {axis: {**limit, "most": limit["most"] - tokens} for axis, limit in embeds.limits["lengths"].items()}
-    return {"values": values_below(model.graph), "lengths": lengths}
+    values = values_below(model.graph)
+    for claim in [claim for claim in plan.claims if claim.takes][:1]:
+        axis = ids_of(claim, [v.name or "" for v in model.graph.inputs])[1]
+        if axis in lengths:
+            lengths = {**lengths, axis: {**lengths[axis], "most": lengths[axis]["most"] - claim.takes}}
+        values = {**base.limits["values"], **values}  # ids are joined before they are looked up
+    return {"values": values, "lengths": lengths}

@@ -30,12 +30,24 @@ OURS = {
     "LOKR": "lokr",
     "OFT": "oft",
     "VERA": "vera",
+    "FOURIERFT": "fourierft",
+    "VBLORA": "vblora",
+    "RANDLORA": "randlora",
+    "SHIRA": "shira",
+    "ROAD": "road",
+    "C3A": "c3a",
+    "DELORA": "delora",
+    "GRALORA": "gralora",
+    "GLORA": "glora",
+    "WAVEFT": "waveft",
 }
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
-IMPORTED = ("LORA", "DORA", "IA3", "LOHA", "OFT")
+IMPORTED = (
+    "LORA", "DORA", "IA3", "LOHA", "OFT", "FOURIERFT", "SHIRA", "ROAD", "C3A", "DELORA", "GRALORA", "VBLORA",
+    "RANDLORA", "PVERA", "GLORA", "WAVEFT",
+    "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING",
+)  # fmt: skip
 """Those that `pelt import` reads."""
-UNMERGED = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
-"""Those that do not."""
 NAMES = re.compile(r"^base_model\.model\.|\.lora_[AB]\.(\w+\.)?weight$")
 """Tensors as PEFT calls them; what it has beside modules of a model, as prompts, goes by its config."""
 
@@ -80,8 +92,6 @@ class Foreign:
         merge = "merge it in PEFT, `model.merge_and_unload().save_pretrained(folder)`, and give that folder as MODEL"
         if self.kind in OURS:
             return f"{cannot}{merge}; or write it as a spec of `{OURS[self.kind]}` and train that"
-        if self.kind in UNMERGED:
-            return f"{cannot}write it as a spec of `{UNMERGED[self.kind]}` and train that"
         return f"{cannot}where PEFT can, {merge}"
 
 

@@ -83,8 +83,9 @@ IDENTITY = {"input": "x", "output": "y", "weight": "W", "bias": "b", "keys": "k"
 """What each definition stands for, so that a definition of that name alone changes nothing."""
 
 START = "start value"
-INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform")
-"""Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis."""
+INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform", "places")
+"""Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis;
+`places(rows, columns)` are different places of a matrix, a row and a column for each."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ class Method:
         gated_by: the name that a gate on this method reads; empty: what the site reads.
         cut: of a method that puts tokens before the sequence, where they leave it again: a formula over the options
             that gives `head`, before the first map after the last layer, or `outputs`.
+        takes: of a method that adds keys and values, how many positions before the text these take: a formula over the
+            options. Without it they take none.
     """
 
     name: str
@@ -159,6 +162,7 @@ class Method:
     place: Place = NOWHERE
     gated_by: str = ""
     cut: Expr | None = None
+    takes: Expr | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -183,8 +187,8 @@ class Method:
         """Every name in any of its formulas."""
         shapes = (axis for p in self.parameters for axis in (*p.shape, p.init))
         conditions = (p.condition for p in self.parameters if p.condition is not None)
-        cut = () if self.cut is None else (self.cut,)
-        formulas = (*shapes, *conditions, *cut, *(e for _, e in self.let), *(e for _, e in self.effects))
+        places = (expr for expr in (self.cut, self.takes) if expr is not None)
+        formulas = (*shapes, *conditions, *places, *(e for _, e in self.let), *(e for _, e in self.effects))
         return {name for expr in formulas for name in names(expr)}
 
     def reads(self) -> set[str]:
@@ -299,9 +303,9 @@ def build(document: Document, name: str = "", keys: tuple[str | int, ...] = ()) 
         scope.add(key)
     for key, expr in effects:
         check(expr, scope, key)
-    cut = formula(tree["cut"], "cut") if "cut" in tree else None
-    if cut is not None:
-        check(cut, sizes, "cut")
+    places = {key: formula(tree[key], key) for key in ("cut", "takes") if key in tree}
+    for key, expr in places.items():
+        check(expr, sizes, key)
     if (gated_by := str(tree.get("gated_by", ""))) and gated_by not in scope:
         message, where = f"unknown name '{gated_by}'", document.place(*keys, "gated_by")
         findings.append(Diagnostic("E305", message, where, one_of(sorted(scope)), nearest(gated_by, scope)))
@@ -320,7 +324,8 @@ def build(document: Document, name: str = "", keys: tuple[str | int, ...] = ()) 
         str(tree.get("notes", "")).strip(),
         document.place(*keys),
         gated_by,
-        cut,
+        places.get("cut"),
+        places.get("takes"),
     )
 
 

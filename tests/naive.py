@@ -156,6 +156,21 @@ def _skew(x: Tensor, n: int) -> Tensor:
     return full
 
 
+def _scatter(values: Tensor, places: Tensor, shape: list[int]) -> Tensor:
+    full = torch.zeros(shape)
+    for value, (row, column) in zip(values, places, strict=True):
+        full[int(row), int(column)] = value
+    return full
+
+
+def _inverse_fourier(x: Tensor) -> Tensor:
+    """By the definition: sums of cosines and sines."""
+    angle = [2 * math.pi * torch.outer(torch.arange(n), torch.arange(n)).double() / n for n in x.shape[-2:]]
+    (c, s), (p, q) = ((a.cos(), a.sin()) for a in angle)
+    wide = x.double()
+    return ((c @ wide @ p - s @ wide @ q) / (x.shape[-2] * x.shape[-1])).to(x.dtype)
+
+
 def _top_k(z: Tensor, k: int) -> Tensor:
     order = z.argsort(dim=-1, descending=True, stable=True)[..., :k]
     return torch.zeros_like(z).scatter(-1, order, 1.0)
@@ -172,7 +187,9 @@ FUNCTIONS: dict[str, Any] = {
     "linear": lambda x, weight, bias=None: torch.einsum("...i,oi->...o", x, weight) + (0 if bias is None else bias),
     "einsum": lambda equation, *operands: torch.einsum(equation, *operands),
     "kron": torch.kron, "inverse": torch.linalg.inv, "eye": torch.eye, "skew": _skew,
-    "block_diagonal": lambda x: torch.block_diag(*x),
+    "block_diagonal": lambda x: torch.block_diag(*x), "scatter": _scatter, "inverse_fourier": _inverse_fourier,
+    "circulant": lambda x: torch.stack([x.roll(i, -1) for i in range(x.shape[-1])], -2), "cos": torch.cos,
+    "sin": torch.sin,
     "norm2": lambda x, axis=-1: (x * x).sum(axis, keepdim=True).sqrt(),
     "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "abs": torch.abs,
     "softmax": lambda x, axis=-1: x.softmax(axis), "detach": lambda x: x, "dropout": lambda x, p: x,

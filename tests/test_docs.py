@@ -44,7 +44,7 @@ def test_every_name_and_every_function_is_described() -> None:
         assert found in rows.replace("\\|", "|")
 
 
-ARGUMENTS = {"n": 3, "equation": "ij,jk->ik", "axes": [1, 0]}
+ARGUMENTS = {"n": 3, "equation": "ij,jk->ik", "axes": [1, 0], "shape": [2, 3]}
 SIZES = {"M": 2, "N": 3, "K": 2, "I": 3, "O": 2, "A": 2, "B": 2, "C": 3, "D": 4, "S": 3, "T": 5, "E": 4, "F": 6, "n": 3}
 
 

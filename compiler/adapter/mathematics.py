@@ -156,6 +156,9 @@ def _formulas(claim: Claim, read: set[str]) -> dict[str, str]:
     if "prepend" in claim.effects:
         found["cut"] = Text(claim.cut)
         read |= names(claim.method.cut) if claim.method.cut is not None else set()
+    if claim.takes:
+        found["takes"] = Text(str(claim.takes))
+        read |= names(claim.method.takes) if claim.method.takes is not None else set()
     bindings = dict(claim.method.let)
     pending = list(found.values())
     while pending:

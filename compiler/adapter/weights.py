@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.adapter.mismatch import mismatches, names
+from peltc.compiler.adapter.places import misplaced
 from peltc.compiler.adapter.profile import is_profile, unpack
 from peltc.compiler.files.checkpoint import read_header
 from peltc.compiler.interpreters.numeric import start_value
@@ -37,11 +38,11 @@ def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
     stored = read_header(file)
     if is_profile(file):
         apart = sourced(plan)
-        return finite(unpack(plan, file, apart) | apart, place)
+        return sound(plan, unpack(plan, file, apart) | apart, place)
     apart = sourced(plan, stored)
     check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, place)
     own = {name: np.array(stored[name].array(), np.float32) for name in stored}
-    return finite({name: own[name] if name in own else apart[name] for name in plan.tensors}, place)
+    return sound(plan, {name: own[name] if name in own else apart[name] for name in plan.tensors}, place)
 
 
 def overridden(plan: Plan, given: Iterable[str]) -> frozenset[str]:
@@ -91,7 +92,20 @@ def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
     check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
     apart = sourced(plan, arrays)
     full = {name: arrays[name] if name in arrays else apart[name] for name in plan.tensors}
-    return finite({name: np.asarray(array, np.float32) for name, array in full.items()}, Place("<arrays>"))
+    return sound(plan, {name: np.asarray(array, np.float32) for name, array in full.items()}, Place("<arrays>"))
+
+
+def sound(plan: Plan, tensors: dict[str, Array], place: Place) -> dict[str, Array]:
+    """The tensors, all of whose values are numbers, and places of a matrix where they should be.
+
+    Raises:
+        PeltError: E404.
+    """
+    finite(tensors, place)
+    if bad := misplaced(plan, tensors):
+        raise fail("E404", f"the tensor {names(bad[:1])} holds what are not different places of its matrix", place,
+                   "a row and a column each, counted from 0, and none twice")  # fmt: skip
+    return tensors
 
 
 def finite(tensors: dict[str, Array], place: Place) -> dict[str, Array]:

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peltc.compiler.files.checkpoint import StoredTensor, is_float, read_header
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.foreign import CONFIG, MAX_CONFIG
 
+Array = np.ndarray[Any, Any]
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the model's own names; some writers leave it out, and some put it twice."""
+PREFIX_OF_THE_WHOLE = "base_model."
+"""The same before what no module of the model has."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Folder:
         """Where its config stands."""
         return Place(str(self.path / CONFIG))
 
+    def values(self, name: str) -> Array:
+        """A tensor's values: whole numbers as they are, others in float32."""
+        tensor = self.tensors[name]
+        return np.asarray(tensor.array(), np.float32 if is_float(tensor.dtype) else np.int64)
+
 
 def read_folder(path: Path) -> Folder:
     """Read an adapter's folder; no tensor's values are read.
@@ -75,9 +85,7 @@ def read_folder(path: Path) -> Folder:
         own = name
         while own.startswith(PREFIX):
             own = own.removeprefix(PREFIX)
-        if not is_float(tensor.dtype):
-            raise fail("E430", f"the tensor '{own[:120]}' is of the type {tensor.dtype}", Place(str(path / TENSORS)),
-                       "floating-point values")  # fmt: skip
+        own = own.removeprefix(PREFIX_OF_THE_WHOLE)
         if own in tensors:
             raise fail("E430", f"the file holds '{own}' twice, with and without '{PREFIX}'", Place(str(path / TENSORS)))
         tensors[own] = tensor

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.anatomy import Anatomy, Site
+from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
 Config = Mapping[str, Any]
@@ -27,19 +28,36 @@ class Entry:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+def unchanged(found: dict[str, Array], config: Config, site: Site, outputs: int) -> dict[str, Array]:
+    """The parameters as they are."""
+    return found
+
+
 @dataclass(frozen=True)
 class Format:
     """One method as its library stores it.
 
     Attributes:
         kind: the library's name of it.
-        tensors: what follows a module's name in the names of its tensors → what `parameters` calls it.
+        tensors: what follows a module's name in the names of its tensors → what `parameters` calls it; the whole name,
+            where the method has `sites` of its own.
         read: keys of the config that are understood, with the JSON Schema of their values.
         inert: keys that change nothing in what the adapter computes once it is trained.
         refused: keys that must be off, with the reason.
         only: keys of which some values alone are understood, with these and the reason.
         entry: the method and options of a module, by the config and the module's name.
-        parameters: our parameters at a site, by the tensors of the module that owns its weight.
+        parameters: our parameters at a site, by the tensors of the module that owns its weight and those that all
+            modules share.
+        shared: names of tensors that all modules share → what `parameters` calls them; of larger ones than a spec's
+            sites need, the leading part counts.
+        integers: what follows a module's name in the names of tensors that may be of whole numbers.
+        completed: what becomes of these parameters by the config, the site and the outputs of the map that the site is
+            or is part of: what the file has a seed of, say.
+        spans: whether what a module has is of all outputs of a fused map and cannot be told apart by rows, so that the
+            method at a site says by its options `whole` and `rows` which of them are its own.
+        sites: for a method that is of the whole model rather than of modules: the sites that it attaches to, by the
+            config and the model's sites.
+        evaluated: for such a method: what the config makes of the tensors, before each site takes its parameters.
     """
 
     kind: str
@@ -50,6 +68,12 @@ class Format:
     only: Mapping[str, tuple[tuple[Any, ...], str]]
     entry: Callable[[Config, str], Entry]
     parameters: Callable[[Mapping[str, Array], Site], dict[str, Array]]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    integers: frozenset[str] = frozenset()
+    completed: Callable[[dict[str, Array], Config, Site, int], dict[str, Array]] = unchanged
+    spans: bool = False
+    sites: Callable[[Config, Anatomy], Sequence[Site]] | None = None
+    evaluated: Callable[[Config, Mapping[str, Array]], Mapping[str, Array]] | None = None
 
 
 COMMON = frozenset({
@@ -73,6 +97,7 @@ PARAMETERS = {"type": ["array", "null"], "items": {"type": "string", "maxLength"
 NUMBER = {"type": "number"}
 RANK = {"type": "integer", "minimum": 1, "maximum": 2**20}
 SWITCH = {"type": ["boolean", "null"]}
+SEED = {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}
 
 
 BIASES = {"type": "string", "pattern": "^(none|all|[a-z0-9]+_only)$"}
@@ -116,6 +141,21 @@ def each_experts(array: Array, site: Site, axis: int) -> Array:
     if axis == 0:
         return array.reshape(count, -1, array.shape[1])
     return array.reshape(len(array), -1, count).transpose(2, 0, 1)
+
+
+def own_groups(array: Array, site: Site, size: int) -> Array:
+    """Of an array with an entry for each group of features of a fused map, those of a site.
+
+    Raises:
+        PeltError: E431 the site has parts of groups.
+    """
+    if site.rows is None:
+        return array
+    if any(a % size or b % size for a, b in site.rows):
+        raise fail("E431", f"{site.name} has parts of the groups of {size} outputs that the adapter has in a fused map",
+                   expected="sites that have whole groups")  # fmt: skip
+    index = np.concatenate([np.arange(a // size, b // size) for a, b in site.rows])
+    return array[index] if array.ndim and index.max() < len(array) else array
 
 
 def is_off(value: Any) -> bool:

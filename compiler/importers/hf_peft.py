@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from peltc.compiler.importers.hf_c3a import C3A
+from peltc.compiler.importers.hf_delora import DELORA
+from peltc.compiler.importers.hf_fourierft import FOURIERFT
+from peltc.compiler.importers.hf_glora import GLORA
+from peltc.compiler.importers.hf_gralora import GRALORA
 from peltc.compiler.importers.hf_ia3 import IA3
 from peltc.compiler.importers.hf_loha import LOHA
 from peltc.compiler.importers.hf_lora import LORA
 from peltc.compiler.importers.hf_oft import OFT
+from peltc.compiler.importers.hf_prefix import PREFIX
+from peltc.compiler.importers.hf_prompt import CPT, MULTITASK, P_TUNING, PROMPT
+from peltc.compiler.importers.hf_pvera import PVERA
+from peltc.compiler.importers.hf_randlora import RANDLORA
+from peltc.compiler.importers.hf_road import ROAD
+from peltc.compiler.importers.hf_shira import SHIRA
+from peltc.compiler.importers.hf_vblora import VBLORA
+from peltc.compiler.importers.hf_waveft import WAVEFT
 
-FORMATS = {found.kind: found for found in (LORA, IA3, LOHA, OFT)}
+_ALL = (
+    LORA, IA3, LOHA, OFT, FOURIERFT, SHIRA, ROAD, C3A, DELORA, GRALORA, VBLORA, RANDLORA, PVERA, GLORA, WAVEFT,
+    PREFIX, PROMPT, P_TUNING, CPT, MULTITASK,
+)  # fmt: skip
+FORMATS = {found.kind: found for found in _ALL}

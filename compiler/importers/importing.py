@@ -21,7 +21,7 @@ from peltc.compiler.adapter.identity import BaseRecord, public_name
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import provenance
-from peltc.compiler.adapter.weights import finite
+from peltc.compiler.adapter.weights import sound
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
@@ -111,13 +111,12 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     base = base or base_of(folder, named, parts, talk)
     check_saved(folder, parts, base)
     read = shift(folder, parts, base)
-    adapted = [part.module for part in parts if part.role == ADAPTER]
+    adapted = [part.module for part in parts if part.role == ADAPTER and part.module]
     weights = named_weights(folder, base.parameters, adapted, read)
-    found = []
-    for part in parts:
-        here = placed(part, read(part.module), folder, known, base, weights.get(part.module, ""))
-        found += [here] if here is not None else []
-    check_targets(folder, base, {read(module) for module in adapted if module not in weights})
+    found = [here for part in parts
+             for here in placed(part, read(part.module), folder, known, base, weights.get(part.module, ""))]  # fmt: skip
+    if known.sites is None:
+        check_targets(folder, base, {read(module) for module in adapted if module not in weights})
     content = spec_content(folder, base, found)
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
@@ -226,7 +225,7 @@ def shift(folder: Folder, parts: Sequence[Part], base: Base) -> Reading:
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
-    modules = [unwrapped(part.module) for part in parts]
+    modules = [unwrapped(part.module) for part in parts if part.module]
     held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))}
     held |= {*owners(folder.config, base.parameters)}
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
@@ -276,15 +275,21 @@ def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Arr
                 continue
             raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have",
                        Place(str(folder.path)), hint="please report this")  # fmt: skip
-        stored = {p: np.asarray(folder.tensors[t].array(), np.float32) for p, t in here.part.tensors.items()}
+        stored = {p: folder.values(t) for p, t in here.part.tensors.items()}
         values = dict(here.values(stored, claim.site))
         for parameter, tensor in claim.tensors.items():
             value = values.pop(parameter, None)
+            if value is not None and parameter in here.shared and value.ndim == len(tensor.shape):
+                value = value[tuple(map(slice, tensor.shape))]
             if value is None or value.shape != tensor.shape:
                 what = "is missing" if value is None else f"has the shape {list(value.shape)}"
-                raise fail("E433", f"'{parameter}' of '{here.part.module}' {what}", Place(str(folder.path)),
+                of = here.part.module or folder.kind
+                raise fail("E433", f"'{parameter}' of '{of}' {what}", Place(str(folder.path)),
                            f"the shape {list(tensor.shape)}")  # fmt: skip
-            tensors[tensor.name] = np.ascontiguousarray(value)
+            value = np.ascontiguousarray(value, np.float32)
+            if not np.array_equal(tensors.setdefault(tensor.name, value), value):
+                raise fail("E433", f"'{parameter}' of '{here.part.module}' differs from that of other modules, which"
+                                   " share it", Place(str(folder.path)), "the same values")  # fmt: skip
         if values:
             raise fail("E433", f"'{next(iter(values))}' of '{here.part.module}' has no counterpart at"
                                f" {claim.site.name}", Place(str(folder.path)))  # fmt: skip
@@ -292,4 +297,4 @@ def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Arr
         left = sorted(here.part.module for here in owner.values())
         raise fail("E433", f"the spec that was made of it leaves out {names(left)}",
                    Place(str(folder.path)), hint="please report this")  # fmt: skip
-    return finite(tensors, Place(str(folder.path)))
+    return sound(plan, tensors, Place(str(folder.path)))

@@ -4,17 +4,19 @@ table, and parameters of the model itself that were trained beside."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.checkpoint import is_float
 from peltc.compiler.importers.folder import Folder
 from peltc.compiler.importers.formats import Array, Entry, Format, own_rows
 from peltc.compiler.importers.wrapped import key_of
-from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Place, fail
 
 ADAPTER, OWN, TOKENS = "adapter", "own", "tokens"
@@ -74,26 +76,38 @@ class Placed:
         sites: the sites that its module is, several of a fused map.
         entry: how a spec says it.
         values: the sites' parameters by its tensors.
+        shared: parameters that all modules share, of which the leading part counts that the sites need.
     """
 
     part: Part
     sites: list[Site]
     entry: Entry
     values: Values
+    shared: frozenset[str] = frozenset()
 
 
 def parts_of(folder: Folder, known: Format) -> list[Part]:
     """A file's tensors by module.
 
+    A method of the whole model is carried by a part whose module has no name.
+
     Raises:
-        PeltError: E433 tensors that are neither the method's nor parameters.
+        PeltError: E430 a tensor of another type; E433 tensors that are neither the method's nor parameters, or that the
+            method lacks.
     """
     found: dict[tuple[str, str], dict[str, str]] = {}
     left = []
-    for name in folder.tensors:
+    for name, tensor in folder.tensors.items():
         suffix = next((s for s in known.tensors if name.endswith(f".{s}")), "")
         module, _, leaf = name.rpartition(".")
-        if suffix:
+        if not is_float(tensor.dtype) and (suffix not in known.integers or tensor.dtype.kind not in "iu"):
+            raise fail("E430", f"the tensor '{name[:120]}' is of the type {tensor.dtype}", Place(str(folder.path)),
+                       "floating-point values")  # fmt: skip
+        if name in known.shared:
+            continue
+        if known.sites is not None and name in known.tensors:
+            found.setdefault(("", ADAPTER), {})[known.tensors[name]] = name
+        elif suffix and known.sites is None:
             found.setdefault((name.removesuffix(f".{suffix}"), ADAPTER), {})[known.tensors[suffix]] = name
         elif name.endswith(ROWS):
             found.setdefault((name.removesuffix(ROWS), TOKENS), {})["values"] = name
@@ -107,11 +121,15 @@ def parts_of(folder: Folder, known: Format) -> list[Part]:
     if left:
         message = f"{len(left)} of the {len(folder.tensors)} tensors are no part of {folder.kind}: {names(left)}"
         raise fail("E433", message, Place(str(folder.path)), "a file each of whose tensors is used once")
+    lacking = [name for name in known.tensors if known.sites is not None and name not in folder.tensors]
+    if lacking:
+        raise fail("E433", f"the file has no tensor '{lacking[0]}', which {folder.kind} is made of",
+                   Place(str(folder.path)))  # fmt: skip
     return [Part(module, role, tensors) for (module, role), tensors in found.items()]
 
 
-def placed(part: Part, module: str, folder: Folder, known: Format, base: Base, weight: str = "") -> Placed | None:
-    """A part at its sites; None where it holds what the base holds already.
+def placed(part: Part, module: str, folder: Folder, known: Format, base: Base, weight: str = "") -> list[Placed]:
+    """A part at its sites, by what a spec says of them; nothing where it holds what the base holds already.
 
     Args:
         module: the module's name in the model.
@@ -121,16 +139,53 @@ def placed(part: Part, module: str, folder: Folder, known: Format, base: Base, w
         PeltError: E431 a part whose config does not say what it is; E432 a module that is no site; E433 parameters
             that cannot be replaced.
     """
+    if part.role == ADAPTER and known.sites is not None:
+        sites = list(known.sites(folder.config, base.anatomy))
+        return [Placed(part, sites, known.entry(folder.config, ""), partial(_evaluated, known, folder))]
     if part.role == ADAPTER:
         sites = sites_of(base, weight or f"{module}.weight")
         check_tied(folder, sites)
-        called = key_of(part.module, weight) if weight else part.module
-        return Placed(part, sites, known.entry(folder.config, called), known.parameters)
+        return _adapter(part, sites, folder, known, base, key_of(part.module, weight) if weight else part.module)
     if part.role == TOKENS:
         sites = sites_of(base, f"{module}.weight")
         rows = rows_of(folder, part.module)
-        return Placed(part, sites, Entry("trainable_tokens", (("rows", rows), *together(sites))), _as_they_are)
-    return _own(part, module, folder, base)
+        return [Placed(part, sites, Entry("trainable_tokens", (("rows", rows), *together(sites))), _as_they_are)]
+    own = _own(part, module, folder, base)
+    return [own] if own is not None else []
+
+
+def _adapter(part: Part, sites: list[Site], folder: Folder, known: Format, base: Base, called: str) -> list[Placed]:
+    """Tensors of the method at the sites of a module, which the config's patterns know as it is `called`."""
+    shared = frozenset(known.shared.values())
+
+    def values(stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
+        common = {ours: folder.values(theirs) for theirs, ours in known.shared.items() if theirs in folder.tensors}
+        found = known.parameters({**common, **stored}, site)
+        return known.completed(found, folder.config, site, outputs(base, site))
+
+    entry = known.entry(folder.config, called)
+    groups: dict[Rows | None, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.rows if known.spans or shared else None, []).append(site)
+    return [
+        Placed(part, some, spanning(base, entry, some[0]) if known.spans else entry, values, shared)
+        for some in groups.values()
+    ]
+
+
+def spanning(base: Base, entry: Entry, site: Site) -> Entry:
+    """How a module is said at a site that has some rows of its map."""
+    if site.rows is None:
+        return entry
+    rows = [f"{a}-{b - 1}" if b - a > 1 else a for a, b in site.rows]
+    return replace(entry, options=(*entry.options, ("whole", outputs(base, site)), ("rows", rows)))
+
+
+def outputs(base: Base, site: Site) -> int:
+    """How many outputs the map has that a site is or is part of."""
+    if site.kind == "table":
+        return site.sizes["out"]
+    return int(base.parameters[site.parameters["weight"]].shape[-1 if site.transposed else -2])
 
 
 def _own(part: Part, module: str, folder: Folder, base: Base) -> Placed | None:
@@ -161,6 +216,12 @@ def _own(part: Part, module: str, folder: Folder, base: Base) -> Placed | None:
         return {whole.called[leaf]: array for leaf, array in replaced(site, stored).items()}
 
     return Placed(part, sites, Entry(whole.method, (*left, *tied)), values)
+
+
+def _evaluated(known: Format, folder: Folder, stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
+    """A site's parameters of what the config makes of the tensors."""
+    whole = stored if known.evaluated is None else known.evaluated(folder.config, stored)
+    return known.parameters(whole, site)
 
 
 def _as_they_are(stored: Mapping[str, Array], site: Site) -> dict[str, Array]:

@@ -22,6 +22,9 @@ def selections(sites: Sequence[Site], anatomy: Anatomy) -> list[dict[str, Any]]:
         if len(own) == len(every):
             groups.setdefault(("", None), []).append(role)
             continue
+        if any(site.layer is None for site in own):
+            groups.setdefault(("", None), []).extend(site.path for site in own)
+            continue
         chosen = {stack: _numbers(own, stack) for stack in dict.fromkeys(site.stack for site in every)}
         if len(set(chosen.values())) == 1:  # the same layers of each stack
             groups.setdefault(("", next(iter(chosen.values()))), []).append(role)

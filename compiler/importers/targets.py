@@ -69,6 +69,14 @@ def patterned(patterns: Any, module: str, otherwise: Any) -> Any:
     return otherwise
 
 
+def dotted(patterns: Any, module: str, otherwise: Any) -> Any:
+    """As `patterned`, by PEFT's older rule: what stands after a dot fits, and a name fits itself."""
+    for pattern in sorted(patterns or {}):
+        if compiled(rf".*\.{pattern}$").match(module):
+            return patterns[pattern]
+    return (patterns or {}).get(module, otherwise)
+
+
 def rank_and_alpha(config: Mapping[str, Any], module: str, alpha: str) -> dict[str, Any]:
     """Rank and alpha at a module, which are 8 where a config says nothing.
 

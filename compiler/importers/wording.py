@@ -31,16 +31,19 @@ def spec_content(folder: Folder, base: Base, found: Sequence[Placed]) -> dict[st
 
 def attachments(base: Base, found: Sequence[Placed]) -> list[dict[str, Any]]:
     """The attachments. Where a parameter of the model's own was trained beside a method on the same map, the method
-    follows it: what it adds, it adds to the map as it was trained."""
+    follows it: what it adds, it adds to the map as it was trained. Parts of a fused map are apart where modules share
+    tensors, of which each part has its own rows."""
     carrying = {site.key for here in found if here.part.role != OWN for site in here.sites}
     met = {here.part.module for here in found if here.part.role == OWN for site in here.sites if site.key in carrying}
     groups: dict[tuple[Any, ...], tuple[Entry, list[Site]]] = {}
     for here in sorted(found, key=lambda here: here.part.module not in met or here.part.role != OWN):
-        key = here.entry.method, repr(here.entry.options), here.part.role == OWN and here.part.module in met
+        first = here.part.role == OWN and here.part.module in met
+        rows = here.sites[0].rows if here.shared else None
+        key = here.entry.method, repr(here.entry.options), rows, first
         groups.setdefault(key, (here.entry, []))[1].extend(here.sites)
     attach: list[dict[str, Any]] = []
     named: dict[str, list[str]] = {}
-    for (_, _, first), (entry, sites) in groups.items():
+    for (*_, first), (entry, sites) in groups.items():
         for selection in selections(sites, base.anatomy):
             count = sum(other["method"] == entry.method for other in attach)
             name = f"{entry.method}_{count + 1}" if count else entry.method

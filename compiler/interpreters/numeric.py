@@ -130,6 +130,24 @@ def block_diagonal(x: Array) -> Array:
     return matrix.reshape(count * a, count * b)
 
 
+def circulant(x: Array) -> Array:
+    index = np.arange(x.shape[-1])
+    return np.asarray(x[..., (index[None, :] - index[:, None]) % len(index)])
+
+
+def scatter(values: Array, places: Array, shape: list[int]) -> Array:
+    whole = places.astype(np.int64)
+    if (whole != places).any() or (whole < 0).any() or (whole >= shape).any():
+        raise FormulaError(f"the places are not all rows and columns of a matrix {shape}")
+    matrix = np.zeros(shape, values.dtype)
+    matrix[whole[:, 0], whole[:, 1]] = values
+    return matrix
+
+
+def inverse_fourier(x: Array) -> Array:
+    return np.asarray(np.fft.ifft2(x).real, x.dtype)
+
+
 def softmax(x: Array, axis: int) -> Array:
     e = np.exp(x - x.max(axis=axis, keepdims=True))
     return np.asarray(e / e.sum(axis=axis, keepdims=True))
@@ -195,10 +213,11 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "kron": lambda a, b: np.kron(a, b), "inverse": lambda x: np.linalg.inv(x),
     "eye": lambda n: np.eye(n, dtype=np.float32),
     "skew": skew, "block_diagonal": block_diagonal, "norm2": norm2,
+    "circulant": circulant, "scatter": scatter, "inverse_fourier": inverse_fourier,
     **{name: partial(_apply, f) for name, f in ACTIVATION.items()},
     "activation": lambda x, name: ACTIVATION[name](x),
     "exp": lambda x: np.exp(x), "log": lambda x: np.log(x), "sqrt": lambda x: np.sqrt(x),
-    "abs": lambda x: np.abs(x),
+    "abs": lambda x: np.abs(x), "cos": lambda x: np.cos(x), "sin": lambda x: np.sin(x),
     "softmax": softmax, "layer_norm": layer_norm, "attend": attend, "detach": lambda x: x, "dropout": lambda x, p: x,
     "mean": lambda x, axis: x.mean(axis=axis, keepdims=True), "sum": lambda x, axis: x.sum(axis=axis, keepdims=True),
     "mean_seq": mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.swapaxes(-1, -2),
@@ -209,6 +228,14 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "zeros": lambda shape: np.zeros(shape, np.float32), "ones": lambda shape: np.ones(shape, np.float32),
     "choose": lambda stack, draw: stack.mean(axis=0), "top_k_mask": top_k_mask,
 }  # fmt: skip
+
+
+def places(random: np.random.Generator, shape: tuple[int, ...], matrix: list[int]) -> Array:
+    """Different places of a matrix, drawn at random: a row and a column for each."""
+    if len(matrix) != 2 or len(shape) != 2 or shape[1] != 2 or shape[0] > matrix[0] * matrix[1]:
+        raise FormulaError(f"{list(shape)} are no different places of a matrix {matrix}")
+    drawn = random.choice(matrix[0] * matrix[1], shape[0], replace=False)
+    return np.stack(np.divmod(drawn, matrix[1]), -1).astype(np.float32)
 
 
 def start_value(name: str, shape: tuple[int, ...], init: Expr, scope: Mapping[str, Any], seed: int) -> Array:
@@ -235,6 +262,8 @@ def start_value(name: str, shape: tuple[int, ...], init: Expr, scope: Mapping[st
             return np.ones(shape, np.float32)
         if kind == "normal":
             return random.normal(0.0, values[0] if values else 1.0, shape).astype(np.float32)
+        if kind == "places":
+            return places(random, shape, [int(value) for value in values])
         bound = values[0] if values else 1.0 / math.sqrt(shape[-1] if shape else 1)
         return random.uniform(-bound, bound, shape).astype(np.float32)
     value = init.value if isinstance(init, Number) else interpreter.evaluate(init, scope)

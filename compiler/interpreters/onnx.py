@@ -292,4 +292,5 @@ def _features(item: Any, size: int) -> bool:
 
 _UNARY: dict[str, str] = {
     "negate": "Neg", "tanh": "Tanh", "sigmoid": "Sigmoid", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "abs": "Abs",
+    "cos": "Cos", "sin": "Sin",
 }  # fmt: skip

@@ -51,7 +51,12 @@ def check_exchange(plan: Plan) -> None:
     if len({claim.mode for claim in changing(plan)}) > 1:
         raise fail("E207", "profiles are brought one at a time and by rows", Place(plan.spec.path),
                    f"one of the modes {' and '.join(EXCHANGED)} for all attachments that profiles bring")  # fmt: skip
+    beginning = [claim for claim in plan.claims if "prepend" in claim.effects and plan.spec.generation]
     for claim in changing(plan):
+        if beginning:
+            raise fail("E208", f"the cache begins with the tokens of '{beginning[0].attachment}' as the modules of one"
+                               f" profile read them, and profiles bring '{claim.attachment}'",
+                       expected="mode: static for all attachments, or a graph without generation")  # fmt: skip
         at = f"'{claim.attachment}' at {claim.site.name}"
         if "prepend" in claim.effects:
             raise fail("E208", f"{at} puts tokens before the sequence, which profiles cannot bring yet",

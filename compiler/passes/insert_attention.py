@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from peltc.compiler.passes.insert_experts import Experts
 from peltc.compiler.passes.insertion import Around, swap_input
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
+from peltc.spec.diagnostics import fail
 from peltc.spec.formula.syntax import Call, Expr, Name, names
 from peltc.spec.method import RUNTIME_NAMES
 
@@ -36,7 +38,7 @@ class Inserter(Experts):
                 if any(around) and self.begins(claim, effect, role, read):
                     new, emitter = read, self.emitter(claim, read)
                 else:
-                    value, interpreter = self.evaluate(claim, effect, read, **now)
+                    value, interpreter = self.evaluate(claim, effect, read, **self.text_of(claim, now, made))
                     emitter = interpreter.emitter
                     new = interpreter.value(value)
                 repeats = site.sizes["heads"] // site.sizes["kv_heads"]
@@ -55,15 +57,40 @@ class Inserter(Experts):
                     new.type = read.type
                     new.shape = ir.Shape([None, site.sizes["kv_heads"], None, site.sizes["head_dim"]])
                     self.replaced[read] = new
-            if any(around):
+            if any(around) and not claim.takes:
                 self.widen_mask(site, claim, around)
+
+    def text_of(self, claim: Claim, now: dict[str, ir.Value], made: set[ir.Node]) -> dict[str, ir.Value]:
+        """Keys and values without those of the tokens whose places the claim's own take."""
+        if not claim.takes:
+            return now
+        if self.caches_of(now):
+            raise fail("E208", f"'{claim.attachment}' at {claim.site.name} takes positions before the text, and what it"
+                               " puts there cannot lie in a cache before the first token",
+                       expected="keys and values that depend on nothing in the text, joined to the text's own",
+                       hint="compile without `generation`")  # fmt: skip
+        emitter = self.emitter(claim, now["k"])
+        bounds = [emitter.integers([n]) for n in (claim.takes, 2**62, 2)]
+        text = {role: emitter.node("Slice", [value, *bounds]) for role, value in now.items()}
+        for role, value in text.items():
+            sizes = now[role].shape
+            value.shape = None if sizes is None else ir.Shape([sizes[0], sizes[1], None, sizes[3]])
+        made |= emitter.added
+        return text
+
+    @staticmethod
+    def caches_of(now: Mapping[str, ir.Value]) -> list[ir.Value]:
+        """The caches that keys and values are joined to."""
+        nodes = [value.producer() for value in now.values()]
+        first = [node.inputs[0] for node in nodes if node is not None and node.op_type == "Concat"]
+        inputs = [value for value in first if value is not None and value.is_graph_input()]
+        return [value for value in inputs if value.shape is not None and len(value.shape) == 4]
 
     def begins(self, claim: Claim, effect: str, role: str, read: ir.Value) -> bool:
         """Write what a claim puts before keys or values into the start of the cache. This is possible where the cache
         holds just these keys and values, and where the claim depends on nothing that is computed at run time."""
-        node = read.producer()
-        cache = node.inputs[0] if node is not None and node.op_type == "Concat" else None
-        if cache is None or not cache.is_graph_input() or cache.shape is None or cache.name is None:
+        cache = next(iter(self.caches_of({role: read})), None)
+        if cache is None or cache.shape is None or cache.name is None:
             return False
         if (
             claim.reads & set(RUNTIME_NAMES) - {"k", "v"}
@@ -79,7 +106,8 @@ class Inserter(Experts):
         numeric = NumericInterpreter()
         found = numeric.evaluate(claim.effects[effect], claim.scope({**values, role: start}, numeric))
         self.starts[cache.name] = np.asarray(found, np.float32)
-        self.caches[cache], self.caches[read] = cache, cache
+        if not claim.takes:
+            self.caches[cache], self.caches[read] = cache, cache
         return True
 
     def count_text(self) -> None:

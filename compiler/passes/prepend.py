@@ -10,7 +10,7 @@ embedded before the tokens join is taken from the graph that reads token ids, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,7 @@ def prepend(
     embedded = next(v for v in graph.inputs if v.name == "inputs_embeds")
     claim = claims[0]
     emitter = Emitter(graph, embedded.dtype or ir.DataType.FLOAT, f"pelt.{claim.attachment}", claim.marks)
-    numeric = NumericInterpreter()
-    parts = []
-    for c in claims:
-        scope = c.scope({name: tensors[t.name] for name, t in c.tensors.items()}, numeric)
-        parts.append(np.asarray(numeric.evaluate(c.effects["prepend"], scope), np.float32))
-    tokens = np.concatenate(parts)
+    tokens = tokens_of(claims, tensors)
     length = len(tokens)
 
     shapes = [output.shape for output in graph.outputs]
@@ -58,7 +53,7 @@ def prepend(
     whole = next(s for s in sites.values() if s.role == "embedding" and s.stack == claim.site.stack)
     text = _embedded(graph, base, claim.site, ids, emitter) if role == "embedding" else _looked_up(
         graph, claim.site, ids, emitter)  # fmt: skip
-    longer = _before(text, emitter.constant(tokens[None], "tokens"), ids, [1, length, tokens.shape[1]], emitter)
+    longer = in_front(text, emitter.constant(tokens[None], "tokens"), ids, [1, length, tokens.shape[1]], emitter)
     own = set(emitter.added)
     if role == "embedding":
         start = next(v for v in _values(graph) if v.name == whole.values["y"])
@@ -68,24 +63,38 @@ def prepend(
     for value in list(graph.inputs):
         if value.name in ("attention_mask", "token_type_ids"):
             fill = np.full((1, length), int(value.name == "attention_mask"), np.int64)
-            wide = _before(value, emitter.constant(fill, value.name), ids, [1, length], emitter)
+            wide = in_front(value, emitter.constant(fill, value.name), ids, [1, length], emitter)
             replace_uses(value, wide, own | emitter.added, graph)
     graph.inputs[graph.inputs.index(embedded)] = ids
     graph.sort()
-    if claim.cut == "head":
-        end = next(v for v in _values(graph) if v.name == whole.values["end"])
-        replace_uses(end, _without(end, length, emitter), emitter.added, graph)
+    leave(graph, length, "sequence", whole.values["end"] if claim.cut == "head" else "", shapes, emitter)
+    graph.sort()
+    RemoveUnusedNodesPass()(model)
+
+
+def leave(
+    graph: ir.Graph, length: int, axis: str, end: str, shapes: Sequence[ir.Shape | None], emitter: Emitter
+) -> None:
+    """Let the tokens before the text leave a graph, in place.
+
+    Args:
+        length: how many there are.
+        axis: what the outputs' axis of positions is called.
+        end: the value behind the last layer, where they leave before the head; "" where they leave from the outputs.
+        shapes: of the outputs, as they are without the tokens.
+    """
+    if end:
+        last = next(v for v in _values(graph) if v.name == end)
+        replace_uses(last, _without(last, length, emitter), emitter.added, graph)
     for i, (output, before) in enumerate(zip(list(graph.outputs), shapes, strict=True)):
-        if before is not None and len(before) > 1 and str(before[1]) == "sequence":
-            if claim.cut == "head":  # cut already
+        if before is not None and len(before) > 1 and str(before[1]) == axis:
+            if end:  # cut already
                 output.shape = before
                 continue
             cut = _without(output, length, emitter)
             cut.name, output.name = output.name, f"{output.name}.whole"
             cut.shape, cut.type = before, output.type
             graph.outputs[i] = cut  # only what leaves the graph is cut; inside, everybody sees all positions
-    graph.sort()
-    RemoveUnusedNodesPass()(model)
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
@@ -145,7 +154,17 @@ def _without(value: ir.Value, length: int, emitter: Emitter) -> ir.Value:
     return cut
 
 
-def _before(value: ir.Value, constant: ir.Value, ids: ir.Value, shape: list[int], emitter: Emitter) -> ir.Value:
+def tokens_of(claims: Iterable[Claim], tensors: Mapping[str, Array]) -> Array:
+    """The tokens that claims put before the sequence [P, D], the first claim's first."""
+    numeric = NumericInterpreter()
+    parts = []
+    for claim in claims:
+        scope = claim.scope({name: tensors[t.name] for name, t in claim.tensors.items()}, numeric)
+        parts.append(np.asarray(numeric.evaluate(claim.effects["prepend"], scope), np.float32))
+    return np.concatenate(parts)
+
+
+def in_front(value: ir.Value, constant: ir.Value, ids: ir.Value, shape: list[int], emitter: Emitter) -> ir.Value:
     """A constant [1, P, ...], once per sequence of the batch, joined before a value [B, S, ...]."""
     batch = emitter.node("Shape", [ids], {"start": 0, "end": 1})
     target = emitter.node("Concat", [batch, emitter.integers(shape[1:])], {"axis": 0})

@@ -1,4 +1,4 @@
-"""All that puts the modules of a plan into a graph, in order: insert, prepend, stack."""
+"""All that puts the modules of a plan into a graph, in order: insert, what stands before the text, stack."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
+from peltc.compiler.export.exported import GRAPHS
+from peltc.compiler.passes.begin import begin, follow
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.insertion import Array
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
+from peltc.compiler.passes.stand_in import stand_in
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.survey.anatomy import Site
 
@@ -32,7 +35,16 @@ def rewritten(
     model = source.load_graph()
     staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.key in sites]
     starts = insert(model, [claim for claim in staying if "prepend" not in claim.effects], sites, tensors)
-    if plan.prepends:
-        prepend(model, [claim for claim in staying if "prepend" in claim.effects], tensors, sites, base)
+    generates = source.variant in GRAPHS
+    if prepended := [claim for claim in plan.claims if "prepend" in claim.effects]:
+        if generates:
+            begin(model, source.variant, prepended, tensors, sites, base.config)
+        else:
+            prepend(model, prepended, tensors, sites, base)
+    if taking := next((claim for claim in staying if claim.takes), None):
+        if generates:
+            follow(model, taking.takes, taking)
+        else:
+            stand_in(model, taking, sites, base.config)
     stack(model)
     return model, starts

@@ -18,6 +18,8 @@ import onnx_ir as ir
 from peltc.compiler.files.manifest import PROFILE
 from peltc.spec.diagnostics import fail
 
+ROWS = "rows"
+"""The axis of what each row has of a profile: the batch's length, or 1 where all rows have the same profile."""
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Greater", "Less", "Equal"}
 UNARY = {"Cast", "Identity", "Neg", "Exp", "Log", "Sqrt", "Abs", "Relu", "Gelu", "Sigmoid", "Tanh", "Erf", "Reciprocal"}
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceMax"}
@@ -55,10 +57,10 @@ class Rows:
         self.dynamic: set[ir.Value] = {v for v in graph.inputs if v.const_value is None}
 
     def run(self) -> None:
-        profile = ir.Value(name=PROFILE, shape=ir.Shape([self.batch]), type=ir.TensorType(ir.DataType.INT64))
+        profile = ir.Value(name=PROFILE, shape=ir.Shape([ROWS]), type=ir.TensorType(ir.DataType.INT64))
         self.graph.inputs.append(profile)
         place = self.emit("Add", [profile, self.integers([1])], "row")
-        place.type, place.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([self.batch])
+        place.type, place.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([ROWS])
         self.index = place
         for name, called in self.names.items():
             if (value := self.graph.initializers.get(name)) is not None:
@@ -87,7 +89,7 @@ class Rows:
         self.graph.register_initializer(every)
         self.graph.inputs.append(every)
         own = self.emit("Gather", [every, self.index], f"{called}.rows", {"axis": 0})
-        own.type, own.shape = ir.TensorType(tensor.dtype), ir.Shape([self.batch, *array.shape])
+        own.type, own.shape = ir.TensorType(tensor.dtype), ir.Shape([ROWS, *array.shape])
         self.lifted[value] = own
         self.every[value] = every
 
@@ -140,7 +142,7 @@ class Rows:
         else:
             result.type = old.type
             if old.shape is not None:
-                result.shape = ir.Shape([self.batch, *old.shape])
+                result.shape = ir.Shape([ROWS, *old.shape])
             self.lifted[old] = result
         self.done.append(node)
 

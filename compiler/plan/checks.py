@@ -25,9 +25,9 @@ from peltc.spec.specification import Attachment, Spec
 def not_generated(claim: Claim) -> tuple[str, str] | None:
     """Why a claim cannot be in graphs that generate a token at a time, and what to do; None where it can."""
     where = f"'{claim.attachment}' at {claim.site.name}"
-    if "prepend" in claim.effects:
-        return (f"{where} puts tokens before the sequence, which generation does not take yet",
-                "compile without `generation`, or use `prefix`")  # fmt: skip
+    if "prepend" in claim.effects and claim.site.role == "embedding":
+        return (f"{where} puts tokens behind the embedding, where they take no positions; a cache counts them",
+                f"attach it to '{claim.site.name}.word'")  # fmt: skip
     if by := claim.mixed:
         return (f"{where} reads the whole sequence by '{by}', and a token at a time is generated",
                 "`freeze_gates` makes gates constants")  # fmt: skip
@@ -147,6 +147,40 @@ class Checks:
                     f"the tokens of '{first.attachment}' and '{second.attachment}' join or leave at different places"
                 )
                 self.find("E208", message, at(entries[second.attachment]), "one place for all")
+
+    def takes(self, claims: list[Claim]) -> None:
+        """Keys and values that take positions are the only ones that come before the text, in each of its layers."""
+        entries = {entry.name: entry for entry in self.spec.attach}
+        taking = [claim for claim in claims if claim.takes]
+        for name in dict.fromkeys(claim.attachment for claim in taking):
+            own = [claim for claim in taking if claim.attachment == name]
+            stacks = {claim.site.stack for claim in own}
+            cores = [s for s in self.anatomy if s.kind == "attention" and s.stack in stacks and s.role == "attention"]
+            layers = {s.layer_path for s in self.anatomy if s.stack in stacks and s.layer is not None}
+            others = [claim for claim in claims if claim.attachment != name]
+            beside = [c for c in others if "prepend" in c.effects or (
+                c.site in cores and {"keys", "values"} & set(c.effects))]  # fmt: skip
+            several = len({s.stack for s in self.anatomy if s.stack}) > 1
+            expected = ""
+            if {claim.site.key for claim in own} != {site.key for site in cores} or len({c.takes for c in own}) > 1:
+                expected = "every layer's `attention`, and one length for all"
+            elif layers - {s.layer_path for s in cores}:
+                expected = "a model each of whose layers has attention, by which alone a text sees what is before it"
+            elif any(claim.shape(e).lead != claim.takes or claim.added(e)[1] for claim in own for e in claim.effects):
+                expected = "keys and values before the text, as many as they take positions"
+            elif beside:
+                expected = f"it or '{beside[0].attachment}', which puts something before the text too"
+            elif several and stacks != {"decoder"}:
+                expected = "the decoder of a model that has an encoder too, whose decoder reads all of its states"
+            elif "encoder" in stacks and not (own[0].text and own[0].text.values.get("end")):
+                expected = "a model whose last layer ends in a norm, after which tokens can leave before the head"
+            if expected:
+                self.find(
+                    "E208",
+                    f"the keys and values of '{name}' take positions before the text",
+                    at(entries[name]),
+                    expected,
+                )
 
     def mirrors(self, claims: list[Claim]) -> None:
         """What follows a table has nothing of its own."""

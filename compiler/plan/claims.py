@@ -66,6 +66,7 @@ class Claim:
         absorbed: the name of the weight that takes the claim in, or "".
         reason: why it is not absorbed; names the sub-expression.
         follows: the first of the sites that share this one's parameters, whose tensors and options it has; "" there.
+        text: where the text that the site reads is embedded, for a claim that takes positions before it.
         mirrors: the table that the site's weight is the same tensor as, and stays: the claim changes it there.
     """
 
@@ -84,6 +85,7 @@ class Claim:
     reason: str = ""
     follows: str = ""
     mirrors: Site | None = None
+    text: Site | None = None
 
     def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
         """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
@@ -156,6 +158,13 @@ class Claim:
         if self.method.cut is None:
             return "outputs"
         return str(ShapeInterpreter().evaluate(self.method.cut, self.constants))
+
+    @cached_property
+    def takes(self) -> int:
+        """How many positions before the text the keys and values take that the claim adds."""
+        if self.method.takes is None:
+            return 0
+        return int(ShapeInterpreter().evaluate(self.method.takes, self.constants))
 
     @cached_property
     def reads(self) -> set[str]:

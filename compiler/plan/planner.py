@@ -64,6 +64,7 @@ class _Planner:
         self.findings.extend(order_findings(self.spec.attach, [c for c in claims if c.mirrors is None]))
         self.checks.mirrors(claims)
         self.checks.prepends(claims)
+        self.checks.takes(claims)
         self.checks.generates(claims)
         if (total := sum(math.prod(tensor.shape) for tensor in self.shared.values())) > MAX_TOTAL:
             self.find("E205", f"the modules have {total:,} values", self.spec.attach[0].place, f"at most {MAX_TOTAL:,}")
@@ -161,6 +162,9 @@ class _Planner:
             del effects["bias"]
         claim = Claim(entry.name, method, site, options, tensors, effects, constants["index"], constants["count"],
                       constants, self.anatomy.width, mode)  # fmt: skip
+        if claim.takes:
+            embedded = [s for s in self.anatomy if s.kind == "embedding" and s.role == "embedding"]
+            claim = replace(claim, text=next((s for s in embedded if s.stack in ("", site.stack)), None))
         if "prepend" in effects and not self.checks.prepend(entry, claim):
             return None
         return claim if self.checks.shapes(entry, claim, shapes) else None

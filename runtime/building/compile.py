@@ -28,6 +28,7 @@ from peltc.compiler.pipeline import build
 from peltc.compiler.plan.choice import choice_of
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.provided import plan_on
+from peltc.runtime.building.begun import begin
 from peltc.runtime.building.opened import opened
 from peltc.runtime.building.trained import (
     ADAPTER,
@@ -180,6 +181,8 @@ def _compile(
     with staged(out) as folder:
         manifest = build(plan, base, tensors, folder, embeds=embeds, stages=staged_bases, weights_from=source,
                          self_contained=self_contained)  # fmt: skip
+        if "decode" in staged_bases and plan.prepends:
+            manifest["tokens_before"] = begin(folder, plan, tensors, staged_bases["decode"], talk)
         manifest["frozen_gates"] = gates
         write_manifest(folder, manifest)
         save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))

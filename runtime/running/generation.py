@@ -44,6 +44,7 @@ def generator(
     options: Any = None,
     starts: Mapping[str, Any] = MappingProxyType({}),
     limits: Mapping[str, Any] = NO_LIMITS,
+    added: int = 0,
 ) -> Any:
     """A model of `transformers` that generates with graphs; it has no parameters of its own.
 
@@ -55,6 +56,7 @@ def generator(
         options: the model's generation config; without it that of the config.
         starts: what caches begin with [1, H, P, Dh], by the graph's inputs.
         limits: what the model's tables allow, as the artifact's manifest records it.
+        added: how many tokens of its own the encoder puts before a text.
     """
     import torch
     import transformers
@@ -67,7 +69,7 @@ def generator(
     if options is not None:
         model.generation_config = options
         options.cache_implementation = None  # how the torch model keeps its cache; a graph's grows
-    model.use(sessions, records, starts, limits)
+    model.use(sessions, records, starts, limits, added)
     return model
 
 
@@ -102,7 +104,8 @@ def open_generator(folder: Path, open_session: Callable[[str], Any]) -> Any:
         sessions = {name: open_session(f"{name}.onnx") for name in names}
         starts = load_file(folder / CACHE) if (folder / CACHE).is_file() else {}
         limits = manifest.get("limits") or NO_LIMITS
-        return generator(config, manifest["base"]["architecture"], sessions, records, options, starts, limits)
+        return generator(config, manifest["base"]["architecture"], sessions, records, options, starts, limits,
+                         manifest.get("tokens_before") or 0)  # fmt: skip
 
 
 def _as(base: Any) -> Any:
@@ -127,6 +130,7 @@ class _Generator:
         records: Mapping[str, Any],
         starts: Mapping[str, Any],
         limits: Mapping[str, Any],
+        added: int,
     ) -> None:
         """Take up the graphs."""
         import torch
@@ -142,7 +146,7 @@ class _Generator:
         self._known = {leaf.partition(".")[0] for leaf in leaves} | EXTRA
         self._starts = {leaf.removeprefix("input."): start for leaf, start in starts.items()}
         self._encoder = Encoder(self._runners["encoder"]) if "encoder" in sessions else None
-        self._limits = limits
+        self._limits, self._added = limits, added
         found = {leaf.removeprefix("input."): spec for inputs in self._inputs.values() for leaf, spec in inputs.items()}
         # tokens and masks [B, S], by name: ONNX Runtime's names of their types
         self.takes = {name: i.type for name, i in found.items() if len(i.shape) == 2 and "." not in name}
@@ -175,9 +179,7 @@ class _Generator:
             kept = torch.arange(length - kept if kept else 0, length)
         given["logits_to_keep"] = kept
         if "attention_mask" in known and "attention_mask" not in given:
-            seen = (batch, past + length)
-            if self._encoder is not None:
-                seen = given["encoder_outputs"].last_hidden_state.shape[:2]
+            seen = (batch, past + length) if self._encoder is None else self._encoded(given)
             given["attention_mask"] = torch.ones(seen, dtype=torch.long)
         self._check_text(past + length, given)
         leaves = {k: v for k, v in given.items() if k == "logits_to_keep" or k not in EXTRA}
@@ -218,8 +220,9 @@ class _Generator:
         """
         feeds = {name: given[name].numpy(force=True) for name in self.takes if name in given}
         check_values(feeds, self._limits)
-        seen = {"attention_mask": [*given["encoder_outputs"].last_hidden_state.shape[:2]]
-                if self._encoder is not None else [len(feeds["input_ids"]), length]}  # fmt: skip
+        seen: dict[str, list[int | str]] = {
+            "attention_mask": [len(feeds["input_ids"]), length] if self._encoder is None else self._encoded(given)
+        }
         hint = "prefill_chunk_size is for a decoder alone" * (self._encoder is not None)
         check_shapes({name: feeds[name] for name in seen if name in feeds}, seen, hint)
         name, axis = ("input_ids", "sequence") if self._encoder is None else ("decoder_input_ids", "target")
@@ -227,6 +230,11 @@ class _Generator:
             mask = given.get("attention_mask") if self._encoder is None else None
             counted = {} if mask is None else count_tokens({"mask": mask}, {"mask": ["batch", axis]})
             check_lengths({axis: (length, name)}, counted, {"lengths": {axis: self._limits["lengths"][axis]}})
+
+    def _encoded(self, given: Mapping[str, Any]) -> list[Any]:
+        """The batch and length of the text that the encoder has read."""
+        batch, length, _ = given["encoder_outputs"].last_hidden_state.shape
+        return [batch, length - self._added]
 
     def _joined(self, result: Any, leaves: Any, cache: Any) -> Any:
         """The graph's outputs, with the keys and values of the cross-attention that the graph was given."""
@@ -254,7 +262,8 @@ class _Generator:
             if states is not None and leaf in states:
                 found[leaf] = states[leaf]
             elif leaf in self._starts:
-                found[leaf] = self._starts[leaf].to(self.dtype).expand(batch, -1, -1, -1)
+                start = self._starts[leaf].to(self.dtype)
+                found[leaf] = start.expand(batch, *start.shape[1:])
             else:
                 sizes = [batch, *(d if isinstance(d, int) else 0 for d in spec.shape[1:])]
                 found[leaf] = torch.empty(sizes, dtype=self.dtype)

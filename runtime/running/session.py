@@ -326,8 +326,10 @@ class Session:
         return [str(name) for name in order] if len(named) in sizes and None not in order else None
 
     def tokenize(self, text: str | Sequence[str], max_length: int | None = None) -> dict[str, Array]:
-        """Inputs from text, by the tokenizer in the artifact. Nothing is cut unless it is asked for, whatever the
-        tokenizer's file says: a text that is too long for the model is refused when the model is called (E616).
+        """Inputs from text, by the tokenizer in the artifact, padded on the left where a decoder generates.
+
+        Nothing is cut unless it is asked for, whatever the tokenizer's file says: a text that is too long for the model
+        is refused when the model is called (E616).
 
         Args:
             max_length: the most tokens of a text, those included that the tokenizer puts around it; the rest is cut
@@ -345,15 +347,19 @@ class Session:
             from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
-        tokenizer.enable_padding(length=None)
+        graphs, own = self.manifest.get("graphs", ()), tokenizer.padding or {}
+        # A decoder goes on from its texts' ends, which must stand together: others are padded as their tokenizer says.
+        left = "decode" in graphs and "encoder" not in graphs
+        said = {key: own[key] for key in ("pad_id", "pad_type_id", "pad_token") if key in own}
+        tokenizer.enable_padding(direction="left" if left else own.get("direction", "right"), length=None, **said)
         side = (tokenizer.truncation or {}).get("direction", "right")
         tokenizer.no_truncation()
         if max_length is not None:
             around = tokenizer.num_special_tokens_to_add(False)
             if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length <= around:
-                own = f", since the tokenizer puts {around} around each text" if around else ""
+                because = f", since the tokenizer puts {around} around each text" if around else ""
                 raise wrong_type("the most tokens of a text, max_length,", max_length,
-                                 f"a whole number of at least {around + 1}{own}")  # fmt: skip
+                                 f"a whole number of at least {around + 1}{because}")  # fmt: skip
             tokenizer.enable_truncation(max_length, direction=side)
         texts = [text] if isinstance(text, str) else list(text)
         encoded = tokenizer.encode_batch(texts)

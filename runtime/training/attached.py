@@ -168,6 +168,8 @@ class Attached(Blocks):
         for claims in ordered:
             kind = claims[0].site.kind if claims[0].mirrors is None else "mirror"
             getattr(self, f"install_{kind}")(model, claims[0].site, claims)
+        if taking := next((claim for claim in self.plan.claims if claim.takes), None):
+            self.install_stand_ins(model, taking)
         self.restore.append(partial(forget_reruns, model))
 
 

@@ -24,6 +24,8 @@ from peltc.spec.diagnostics import fail
 from peltc.spec.method import ROLES
 
 Tensor = torch.Tensor
+LOOKING = {"scatter"}
+"""Functions that look at values, which is not possible of all experts at once."""
 
 
 class Experts(Maps):
@@ -83,7 +85,13 @@ class Experts(Maps):
         own = {r: s if index is None else s.index_select(axis, index.to(s.device)) for r, s in turned.items()}
         stacked = {t.name: self.parameter(t.name) for claim in claims for t in claim.tensors.values() if t.experts}
         one = partial(self.one, site, claims)
-        made = torch.vmap(one, randomness="same")(own, stacked) if site.kind == "experts" else one(own, stacked)
+        if site.kind != "experts":
+            made = one(own, stacked)
+        elif any(LOOKING & claim.reads for claim in claims):
+            parts = [one(_each(own, i), _each(stacked, i)) for i in range(site.sizes["experts"])]
+            made = {role: torch.stack([part[role] for part in parts]) for role in parts[0]}
+        else:
+            made = torch.vmap(one, randomness="same")(own, stacked)
         found = {}
         for role, stack in made.items():
             new = stack.to(full[role].dtype)
@@ -107,7 +115,9 @@ class Experts(Maps):
             scope = claim.scope({**tensors, "W": W, "b": none if b is None else b, **values}, interpreter)
             try:
                 result = interpreter.evaluate(claim.effects[effect], scope)
-                return result if isinstance(result, (Tensor, Basis)) else W.new_tensor(result)
+                if isinstance(result, Basis):
+                    return result if effect == "input" else result.dense(W)
+                return result if isinstance(result, Tensor) else W.new_tensor(result)
             finally:
                 scope.clear()  # it refers to itself: its tensors would stay until the garbage collector comes
 
@@ -133,6 +143,11 @@ class Experts(Maps):
                 results.append(y + made if effect == "delta" else made.expand(y.shape))
             rows, nothing, offset = results
         return {"weight": (rows - nothing).T} if b is None else {"weight": (rows - nothing).T, "bias": offset[0]}
+
+
+def _each(stacks: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Of each stack, the part of one expert."""
+    return {name: stack[number] for name, stack in stacks.items()}
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -100,6 +100,18 @@ def _block_diagonal(x: Tensor) -> Tensor:
     return result
 
 
+def _circulant(x: Tensor) -> Tensor:
+    index = torch.arange(x.shape[-1], device=x.device)
+    return x[..., (index[None, :] - index[:, None]) % len(index)]
+
+
+def _scatter(values: Tensor, places: Tensor, shape: list[int]) -> Tensor:
+    rows, columns = places.long().unbind(-1)
+    if not ((rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])).all():
+        raise FormulaError(f"the places are not all rows and columns of a matrix {shape}")
+    return values.new_zeros(shape).index_put((rows, columns), values)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
@@ -138,12 +150,14 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight, bias: F.linear(x, weight, bias),
     "einsum": lambda operands, equation: torch.einsum(equation, *operands),
     "kron": lambda a, b: torch.kron(a, b), "inverse": lambda x: torch.linalg.inv(x), "skew": _skew,
-    "block_diagonal": lambda x: _block_diagonal(x),
+    "block_diagonal": lambda x: _block_diagonal(x), "circulant": _circulant, "scatter": _scatter,
+    "inverse_fourier": lambda x: torch.fft.ifft2(x).real,
     "norm2": lambda x, axis: torch.linalg.vector_norm(x, dim=axis, keepdim=True),
     **{name: partial(_apply, f) for name, f in _ACTIVATION.items()},
     "activation": lambda x, name: _ACTIVATION[name](x),
     "exp": lambda x: torch.exp(x), "log": lambda x: torch.log(x), "sqrt": lambda x: torch.sqrt(x),
-    "abs": lambda x: torch.abs(x), "softmax": lambda x, axis: torch.softmax(x, axis), "detach": lambda x: x.detach(),
+    "abs": lambda x: torch.abs(x), "cos": lambda x: torch.cos(x), "sin": lambda x: torch.sin(x),
+    "softmax": lambda x, axis: torch.softmax(x, axis), "detach": lambda x: x.detach(),
     "mean": lambda x, axis: x.mean(axis, keepdim=True), "sum": lambda x, axis: x.sum(axis, keepdim=True),
     "layer_norm": lambda x, gain, bias: F.layer_norm(x, x.shape[-1:], gain, bias, EPSILON), "attend": _attend,
     "mean_seq": _mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.transpose(-1, -2),

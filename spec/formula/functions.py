@@ -101,12 +101,18 @@ _TABLE = [
     _function("skew", "skew-symmetric matrices: vectors [..., n(n-1)/2] above the diagonal, in row order",
               "[..., n, n]", "x", "n"),
     _function("block_diagonal", "a matrix with the K blocks of x [K, A, B] on its diagonal", "[K*A, K*B]", "x"),
+    _function("circulant", "matrices of a first row x [..., N]; each other row is the one above, turned right by one",
+              "[..., N, N]", "x"),
+    _function("scatter", "the values [n] at places [n, 2], each a row and a column, of a matrix that is 0 elsewhere",
+              "[M, N]", "values", "places", "shape"),
+    _function("inverse_fourier", "the real part of the inverse Fourier transform over the last two axes", SAME, "x"),
     _function("norm2", "Euclidean norm along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
     # elementwise
     *(_function(name, doc, SAME, "x") for name, doc in [
         ("relu", "max(x, 0)"), ("gelu", "x Φ(x), with erf"), ("gelu_tanh", "the tanh approximation of gelu"),
         ("silu", "x σ(x), also called swish"), ("tanh", "tanh"), ("sigmoid", "σ(x) = 1 / (1 + e⁻ˣ)"),
         ("exp", "eˣ"), ("log", "natural logarithm"), ("sqrt", "√x"), ("abs", "|x|"), ("identity", "x"),
+        ("cos", "cosine"), ("sin", "sine"),
     ]),
     _function("activation", "one of relu, gelu, gelu_tanh, silu, tanh, sigmoid, identity, by name", SAME, "x", "name"),
     _function("softmax", "softmax along an axis", SAME, "x", ("axis", -1)),
@@ -151,5 +157,8 @@ FUNCTIONS: dict[str, Function] = {function.name: function for function in _TABLE
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity")
 
-COMPILE_TIME = frozenset({"kron", "inverse", "skew", "block_diagonal", "reshape", "choose", "top_k_mask"})
+COMPILE_TIME = frozenset({
+    "kron", "inverse", "skew", "block_diagonal", "circulant", "scatter", "inverse_fourier", "reshape", "choose",
+    "top_k_mask",
+})  # fmt: skip
 """Functions of tensors known at compile time only: the deployed graph has no form for them."""

@@ -22,6 +22,7 @@ STATIC: dict[str, Callable[..., Any]] = {
     "greater": operator.gt, "greater_equal": operator.ge, "not": operator.not_, "sqrt": lambda x: x**0.5,
     "and": lambda a, b: a and b, "or": lambda a, b: a or b, "min": min, "max": max,
     "exp": math.exp, "log": math.log, "abs": abs, "floor": math.floor, "length": len,
+    "cos": math.cos, "sin": math.sin,
     "tanh": math.tanh, "sigmoid": lambda x: 0.5 * (1 + math.tanh(x / 2)),
 }  # fmt: skip
 """What operators and a few functions mean on values known while the formula is read: options and sizes."""

@@ -14,10 +14,10 @@ from peltc.spec.interpreters.flows import Flow, Part, Way, flow, merged, scaled_
 from peltc.spec.method import Parameter
 
 CURVES = {*ACTIVATIONS} - {"identity"}
-UNEVEN = {"exp", "log", "sqrt", "abs", "power", "norm2"}
+UNEVEN = {"exp", "log", "sqrt", "abs", "cos", "sin", "power", "norm2"}
 UNCHANGED = {"identity", "detach", "dropout", "reshape", "transpose", "permute", "take", "slice", "unsqueeze", "negate"}
 MAPS = {"linear": ("x", "weight"), "matmul": ("a", "b"), "kron": ("a", "b")}
-PARTS = {"top_k_mask": Part.MASK, "choose": Part.EXPERTS, "block_diagonal": Part.BLOCKS}
+PARTS = {"top_k_mask": Part.MASK, "choose": Part.EXPERTS, "block_diagonal": Part.BLOCKS, "circulant": Part.BLOCKS}
 
 
 class TypologyInterpreter(Interpreter[Flow]):

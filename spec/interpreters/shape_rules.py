@@ -121,6 +121,31 @@ def _block_diagonal(x: Any) -> Shape:
     return Shape((simplify(Dim.of(k) * a), simplify(Dim.of(k) * b)))
 
 
+def _circulant(x: Any) -> Shape:
+    x = as_array(x)
+    if x.rank < 1:
+        raise FormulaError(f"circulant needs vectors [..., N], found {x}")
+    return Shape((*x.dims, x.dims[-1]))
+
+
+def _scatter(values: Any, places: Any, shape: Any) -> Shape:
+    values, places, dims = as_array(values), as_array(places), sizes_of(shape)
+    if values.rank != 1 or not equal_dims(places.dims, (*values.dims, 2)) or len(dims) != 2:
+        raise FormulaError(f"scatter needs values [n], places [n, 2] and the shape of a matrix, found {values},"
+                           f" {places} and {shape_text(dims)}")  # fmt: skip
+    count, room = values.dims[0], product(dims)
+    if isinstance(count, int) and isinstance(room, int) and count > room:
+        raise FormulaError(f"a matrix {shape_text(dims)} has no {count} places")
+    return Shape(dims)
+
+
+def _inverse_fourier(x: Any) -> Shape:
+    x = as_array(x)
+    if x.rank < 2:
+        raise FormulaError(f"inverse_fourier needs at least two axes, found {x}")
+    return Shape(x.dims, x.origin)
+
+
 def _reduce(x: Any, axis: Any) -> Shape:
     x = as_array(x)
     index = axis_index(x, axis)
@@ -248,12 +273,13 @@ def _eye(n: Any) -> Shape:
 
 ELEMENTWISE_BINARY = {"add", "subtract", "multiply", "divide", "power"}
 SAME = {
-    "negate", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "exp", "log", "sqrt", "abs", "identity",
-    "activation", "softmax", "dropout", "detach",
+    "negate", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "exp", "log", "sqrt", "abs", "cos", "sin",
+    "identity",    "activation", "softmax", "dropout", "detach",
 }  # fmt: skip
 RULES: dict[str, Callable[..., Shape]] = {
     "linear": _linear, "matmul": _matmul, "einsum": _einsum, "kron": _kron, "inverse": _inverse, "eye": _eye,
-    "skew": _skew, "block_diagonal": _block_diagonal, "norm2": _reduce, "mean": _reduce, "sum": _reduce,
+    "skew": _skew, "block_diagonal": _block_diagonal, "circulant": _circulant, "scatter": _scatter,
+    "inverse_fourier": _inverse_fourier, "norm2": _reduce, "mean": _reduce, "sum": _reduce,
     "mean_seq": _mean_seq, "reshape": _reshape, "transpose": _transpose, "permute": _permute, "concat": _concat,
     "take": _take, "pick": _pick, "put": _put, "slice": _slice, "unsqueeze": _unsqueeze, "choose": _choose,
     "zeros": lambda shape: Shape(sizes_of(shape)), "ones": lambda shape: Shape(sizes_of(shape)),

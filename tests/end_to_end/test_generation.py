@@ -229,7 +229,7 @@ def test_artifact_without_generation_says_so(llama):
     ("attach", "reason"),
     [
         ({"recipe": "unipelt"}, "whole sequence"),
-        ({"method": "prompt", "at": "embedding.word", "length": 4}, "before the sequence"),
+        ({"method": "prompt", "at": "embedding", "length": 4}, "behind the embedding"),
     ],
 )
 def test_what_needs_the_whole_sequence_is_refused(llama, attach, reason, tmp_path):
@@ -259,3 +259,22 @@ def test_verification_reads_the_graphs_with_a_cache(plain, tmp_path):
     with pytest.raises(PeltError, match="E701") as error:
         peltc.verify(copy)
     assert "generated logits" in str(error.value)
+
+
+def test_texts_are_padded_where_a_decoder_goes_on(tmp_path):
+    """A text beside a longer one generates what it does alone: its end stands beside the other's."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    model = save("llama", dict(FAMILIES)["llama"], tmp_path / "model")
+    tokenizer = Tokenizer(WordLevel({"[PAD]": 0, **{f"w{i}": i for i in range(1, 90)}}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(model / "tokenizer.json"))
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query"}]}
+    peltc.compile(spec, model, tmp_path / "out", generation=True, verify=False)
+    session = peltc.Session(tmp_path / "out", ["CPUExecutionProvider"])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    inputs = session.tokenize(["w5 w6", "w7 w8 w9 w10 w11"])
+    assert inputs["attention_mask"].tolist() == [[0, 0, 0, 1, 1], [1] * 5]
+    alone = session.generate(**session.tokenize("w5 w6"), **options)
+    assert session.generate(**inputs, **options)[0, -5:].tolist() == alone[0, -5:].tolist()

@@ -83,7 +83,7 @@ def test_a_profile_is_an_artifact_of_its_own(kind: str, family: str, model_folde
     shown = np.array(given(family)["attention_mask"], bool) if bare.ndim == 3 and family != "t5" else ...
     for mode in ("swappable", "bank"):
         if (kind, family, mode) == ("weights", "gpt2", "bank"):
-            with pytest.raises(PeltError, match="E208 .* the step Gemm has no form with a profile per row"):
+            with pytest.raises(PeltError, match=r"E208 .* the step Gemm has no form with a profile per row"):
                 peltc.compile(spec, base, tmp_path / mode, own["one"], mode=mode, verify=False)
             continue
         peltc.compile(spec, base, tmp_path / mode, own["one"], mode=mode)  # verified with its first profile
@@ -197,7 +197,7 @@ def test_generation_by_rows(family: str, model_folder: Folder, tmp_path: Path) -
     peltc.compile(spec, base, tmp_path / "out", own["one"], mode="bank", generation=True)
     session = peltc.Session(tmp_path / "out", CPU)
     ids = torch.tensor([[5, 6, 7], [8, 4, 9]])
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "decoder_start_token_id": 0}
     alone = {}
     for name, tensors in own.items():
         session.add_profile(name, peltc.link(tmp_path / "out", tensors))

@@ -22,6 +22,7 @@ from peltc.compiler.base.live import survey_model
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
+from peltc.spec.method import initialiser
 from peltc.spec.specification import load_spec
 
 Array = np.ndarray[Any, Any]
@@ -115,11 +116,14 @@ class Toys:
         return {"pelt": 1, "attach": [dict(entry) for entry in entries], **own}
 
     def weights(self, name: str, plan: Plan, seed: int = 0) -> dict[str, Array]:
-        """Random values for every tensor of a plan, none of them neutral: start values and noise."""
+        """Random values for every tensor of a plan, none of them neutral: start values and noise; places are random and
+        stay whole numbers."""
         random = np.random.default_rng(seed)
         parameters = dict(self.model(name).named_parameters(remove_duplicate=False))
         start = start_tensors(plan, lambda key: parameters[key].detach().numpy())
-        return {key: (a + random.normal(0, 0.25, a.shape)).astype(np.float32) for key, a in start.items()}
+        whole = {key for key, tensor in plan.tensors.items() if (initialiser(tensor.init) or [""])[0] == "places"}
+        noise = {key: random.normal(0, 0.25, a.shape) for key, a in start.items()}
+        return {key: (a if key in whole else a + noise[key]).astype(np.float32) for key, a in start.items()}
 
     @staticmethod
     def inputs(name: str, seed: int = 0, width: int = 3, length: int = 9, padding: int = 3) -> dict[str, torch.Tensor]:

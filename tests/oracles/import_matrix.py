@@ -44,10 +44,35 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "(IA)³": (peft.IA3Config, {}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 7}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+    "FourierFT": (peft.FourierFTConfig, {"n_frequency": 60, "scaling": 20.0}),
+    "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 5}),
+    "RoAd": (peft.RoadConfig, {"variant": "road_2", "group_size": 8}),
+    "C³A": (peft.C3AConfig, {"block_size": 8}),
+    "DeLoRA": (peft.DeloraConfig, {"r": 4, "delora_lambda": 9.0}),
+    "GraLoRA": (peft.GraloraConfig, {"r": 4, "gralora_k": 2, "alpha": 8, "hybrid_r": 2}),
+    "VB-LoRA": (peft.VBLoRAConfig, {"r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3}),
+    "RandLoRA": (peft.RandLoraConfig, {"r": 5, "randlora_alpha": 3}),
+    "PVeRA": (peft.PveraConfig, {"r": 6}),
+    "GLoRA": (peft.GloraConfig, {"r": 3, "config_D_E": "vector"}),
+    "WaveFT": (peft.WaveFTConfig, {"n_frequency": 60}),
+    "prefix tuning": (peft.PrefixTuningConfig, {"num_virtual_tokens": 4}),
+    "projected prefixes": (
+        peft.PrefixTuningConfig,
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
+    ),
+    "prompt tuning": (peft.PromptTuningConfig, {"num_virtual_tokens": 4}),
+    "P-tuning": (peft.PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
+    "CPT": (peft.CPTConfig, {"cpt_token_ids": [5, 6, 7], "cpt_tokens_type_mask": [1, 2, 3]}),
+    "multitask prompt tuning": (peft.MultitaskPromptTuningConfig, {"num_virtual_tokens": 4, "num_ranks": 2}),
 }
+AROUND = ("magnitude", "ia3", "delora_lambda")
+"""Parameters whose random values lie around their start values rather than around zero."""
 WITHOUT: dict[tuple[str, str], str] = {
     ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
-    ("OFT", "gpt2"): "PEFT has none for `Conv1D`",
+    **{(name, "gpt2"): "PEFT has none for `Conv1D`" for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA", "GLoRA")},
+    ("CPT", "bert"): "PEFT has it for causal models alone",
+    ("CPT", "t5"): "PEFT has it for causal models alone",
+    ("multitask prompt tuning", "t5"): "PEFT gives its decoder no tokens but labels",
 }
 """What PEFT itself has not, with the reason."""
 
@@ -60,6 +85,7 @@ def written(
     Args:
         settings: the config's, and its class as `kind`; LoRA's where absent.
     """
+    kind = settings.get("kind", peft.LoraConfig)
     architecture = json.loads((base / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, architecture).from_pretrained(base).eval()
     given = {"input_ids": torch.arange(3, 12)[None]}
@@ -67,16 +93,19 @@ def written(
         given["decoder_input_ids"] = torch.arange(3, 8)[None]
     with torch.no_grad():
         bare = model(**given).logits.numpy()
-        kind = settings.get("kind", peft.LoraConfig)
         live: Any = peft.get_peft_model(model, kind(**{n: v for n, v in settings.items() if n != "kind"})).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in live.named_parameters():
             if parameter.requires_grad:
                 change = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter + change if "magnitude" in name or "ia3" in name else change)
+                kept = any(part in name for part in AROUND)
+                parameter.copy_(parameter + change if kept else change)
         live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
         again = getattr(transformers, architecture).from_pretrained(base)
-        answer = peft.PeftModel.from_pretrained(again, out).eval()(**given).logits.numpy()
+        tasks = {"task_ids": torch.zeros(1, dtype=torch.long)} if kind is peft.MultitaskPromptTuningConfig else {}
+        answer = peft.PeftModel.from_pretrained(again, out).eval()(**given, **tasks).logits.numpy()
+        if answer.ndim > 2:  # what PEFT answers at the tokens that it puts before the text
+            answer = answer[:, -bare.shape[1] :]
     assert np.abs(answer - bare).max() > EFFECT * np.abs(answer).max()
     return answer, {name: value.numpy() for name, value in given.items()}
 
@@ -87,7 +116,8 @@ def cell(method: str, family: str, base: Path, folder: Path) -> dict[str, float]
 
     kind, settings = METHODS[method]
     inside = {"feedforward_modules": INSIDE[family]} if kind is peft.IA3Config else {}
-    settings = {"kind": kind, "target_modules": MAPS[family], "task_type": TASKS[family], **inside, **settings}
+    carried = {"target_modules": MAPS[family]} if "target_modules" in kind.__dataclass_fields__ else {}
+    settings = {"kind": kind, **carried, "task_type": TASKS[family], **inside, **settings}
     expected, given = written(family, settings, base, folder / "adapter")
     errors = {}
     for mode in ("fold", "static"):

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import peltc
+from peltc.compiler.adapter.weights import start_tensors
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.plan.planner import make_plan
 from peltc.compiler.survey.anatomy import Anatomy, Site
@@ -55,6 +56,12 @@ def vera(p: Mapping[str, Array], W: Array, b: Array) -> tuple[Array, Array]:
     return W + p["b_scale"][:, None] * (B @ (p["d"][:, None] * A)), b
 
 
+def sparse(p: Mapping[str, Array], W: Array, b: Array) -> tuple[Array, Array]:
+    W = W.copy()
+    W[tuple(p["places"].astype(int).T)] += p["changes"]
+    return W, b
+
+
 def rows(p: Mapping[str, Array], W: Array, b: Array) -> tuple[Array, Array]:
     return p["l"][:, None] * W, p["l"] * b
 
@@ -77,6 +84,7 @@ FORMS: dict[str, tuple[dict[str, Any], Form]] = {
     "dora": ({"method": "dora", "r": 2, "alpha": 3}, dora),
     "loha": ({"method": "loha", "r": 2, "alpha": 8}, loha),
     "vera": ({"method": "vera", "r": 3}, vera),
+    "shira": ({"method": "shira", "r": 1}, sparse),
     "ia3, output": ({"method": "ia3"}, rows),
     "ia3, input": ({"method": "ia3", "position": "input"}, columns),
     "replace": ({"method": "replace"}, whole),
@@ -92,7 +100,8 @@ CASES = [(n, "gpt_oss") for n in FORMS | BIASED] + [(n, f) for n in ("lora", "do
 def random_tensors(spec: Any, base: Path) -> dict[str, Array]:
     plan = make_plan(spec, sites(base), "")
     draw = np.random.default_rng(0)
-    return {name: draw.normal(0, 0.3, t.shape).astype(np.float32) for name, t in plan.tensors.items()}
+    places = {n: array for n, array in start_tensors(plan, lambda name: np.zeros(0)).items() if n.endswith(".places")}
+    return {n: draw.normal(0, 0.3, t.shape).astype(np.float32) for n, t in plan.tensors.items()} | places
 
 
 def changed(model: Any, anatomy: Anatomy, form: Form, tensors: Mapping[str, Array]) -> None:

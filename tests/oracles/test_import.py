@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
-from import_matrix import MAPS, METHODS, WITHOUT, cell, written
+from import_matrix import MAPS, METHODS, TASKS, WITHOUT, cell, written
 from safetensors.numpy import load_file, save_file
 
 import peltc
@@ -78,6 +78,38 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "experts of one layer": ("gpt_oss", {"target_modules": [], "target_parameters": [
         "layers.1.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"]}, 2),
     "a router": ("mixtral", {"target_modules": ["v_proj"], "target_parameters": ["mlp.gate.weight"]}, 1),
+    "frequencies by a pattern": (
+        "llama", {"kind": peft.FourierFTConfig, "target_modules": ["q_proj", "up_proj"], "n_frequency": 30,
+                  "n_frequency_pattern": {"up_proj": 50}, "random_loc_seed": 2**33 + 1, "scaling": 20.0}, 2),
+    "frequencies of a fused map": ("gpt2", {"kind": peft.FourierFTConfig, "target_modules": ["c_attn"],
+                                            "n_frequency": 90, "fan_in_fan_out": True}, 3),
+    "an angle for each pair": ("bert", {"kind": peft.RoadConfig, "target_modules": QV, "group_size": 4}, 1),
+    "four angles for each pair": ("llama", {"kind": peft.RoadConfig, "target_modules": ["v_proj", "up_proj"],
+                                            "variant": "road_4", "group_size": 16}, 1),
+    "circulant blocks by a pattern": ("bert", {"kind": peft.C3AConfig, "target_modules": ["query", "output.dense"],
+                                               "block_size": 16, "block_size_pattern": {"query": 4}}, 2),
+    "strengths by a pattern": ("llama", {"kind": peft.DeloraConfig, "target_modules": ["q_proj", "up_proj"], "r": 3,
+                                         "lambda_pattern": {"up_proj": 4}, "rank_pattern": {"q_proj": 2}}, 2),
+    "a fine grid": ("t5", {"kind": peft.GraloraConfig, "target_modules": ["q", "wi"], "r": 8, "gralora_k": 4,
+                           "task_type": PAIR}, 1),
+    "a grid on a fused map": ("gpt2", {"kind": peft.GraloraConfig, "target_modules": ["c_attn", "c_fc"], "r": 4,
+                                       "gralora_k": 4, "fan_in_fan_out": True}, 4),
+    "the largest few of a bank": (
+        "bert", {"kind": peft.VBLoRAConfig, "target_modules": QV, "num_vectors": 20, "vector_length": 8, "topk": 3,
+                 "save_only_topk_weights": True}, 1),
+    "sparse bases": ("bert", {"kind": peft.RandLoraConfig, "target_modules": ["query", "intermediate.dense"],
+                              "r": 7, "sparse": True, "randlora_alpha": 3}, 1),
+    "very sparse bases": ("llama", {"kind": peft.RandLoraConfig, "target_modules": ["k_proj", "down_proj"], "r": 4,
+                                    "very_sparse": True, "randlora_alpha": 3}, 1),
+    "paths that are vectors": ("bert", {"kind": peft.GloraConfig, "target_modules": QV, "config_A_B": "vector",
+                                        "config_C": "vector", "config_D_E": "vector"}, 1),
+    "paths that are constants": ("bert", {"kind": peft.GloraConfig, "target_modules": QV, "config_A_B": "constant",
+                                          "config_C": "none", "config_D_E": "constant"}, 1),
+    "paths of the bias alone": ("bert", {"kind": peft.GloraConfig, "target_modules": QV, "config_A_B": "none",
+                                         "config_D_E": "none"}, 1),
+    "coefficients without a wavelet": (
+        "llama", {"kind": peft.WaveFTConfig, "target_modules": ["q_proj", "up_proj"], "n_frequency": 40,
+                  "n_frequency_pattern": {"q_proj": 9}, "use_idwt": False, "random_loc_seed": 0}, 2),
     "a bias of B": ("bert", {"target_modules": [*QV, "output.dense"], "lora_bias": True, "r": 4}, 1),
     "a fused map with a bias of B": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True}, 1),
     "all biases": ("bert", {"target_modules": QV, "bias": "all", "task_type": SEQ}, 5),
@@ -122,6 +154,71 @@ def test_what_is_compiled_is_what_peft_computes(case: str, model_folder: Folder,
 def test_the_matrix(method: str, family: str, model_folder: Folder, tmp_path: Path) -> None:
     """Every imported method on every architecture; what PEFT itself has not is listed with the reason."""
     assert max(cell(method, family, model_folder(family), tmp_path).values()) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe", "t5"])
+@pytest.mark.parametrize("method", ["prefix tuning", "prompt tuning"])
+def test_what_is_generated_is_what_peft_generates(
+    method: str, family: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """Greedily, behind texts without padding: PEFT counts padding as positions when it generates behind a prompt."""
+    kind, settings = METHODS[method]
+    written(family, {"kind": kind, "task_type": TASKS[family], **settings}, model_folder(family), tmp_path / "adapter")
+    peltc.compile(tmp_path / "adapter", model_folder(family), tmp_path / "out", generation=True)
+    base = peft.AutoPeftModelForSeq2SeqLM if family == "t5" else peft.AutoPeftModelForCausalLM
+    live: Any = base.from_pretrained(tmp_path / "adapter").eval()
+    live.generation_config.eos_token_id = live.base_model.generation_config.eos_token_id = None
+    texts = torch.randint(3, 90, (3, 6), generator=torch.Generator().manual_seed(1))
+    given = {"input_ids": texts, "attention_mask": torch.ones_like(texts), "max_new_tokens": 10, "do_sample": False,
+             "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+    given |= {"decoder_start_token_id": 1} if family == "t5" else {}
+    expected = live.generate(**given)
+    found = peltc.Session(tmp_path / "out", ["CPUExecutionProvider"]).generate(**given, eos_token_id=None)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert (ours - theirs).abs().max() < TOLERANCE["float32"] * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "words"),
+    [
+        ("multitask prompt tuning", {"num_tasks": 2}, "E431 'num_tasks' is 2: which of its tasks"),
+        (
+            "multitask prompt tuning",
+            {"num_transformer_submodules": 2},
+            "E431 'num_transformer_submodules' is 2: PEFT puts",
+        ),
+        ("multitask prompt tuning", {"peft_type": "PROMPT_TUNING"}, "E4.. "),
+        ("prompt tuning", {"num_virtual_tokens": 5}, r"E433 'P' of 'PROMPT_TUNING' has the shape \[4, 32\]"),
+        ("prompt tuning", {"num_virtual_tokens": 0}, "E430 'num_virtual_tokens' is 0"),
+        ("prompt tuning", {"peft_type": "MULTITASK_PROMPT_TUNING"}, "E433 the file has no tensor 'prefix_task_"),
+        ("prefix tuning", {"num_layers": 1}, "E433 'K' of 'PREFIX_TUNING' "),
+        ("prefix tuning", {"num_layers": 3}, "E433 'K' of 'PREFIX_TUNING' is missing"),
+        ("prefix tuning", {"num_virtual_tokens": 3}, r"E433 'K' of 'PREFIX_TUNING' has the shape \[2, 4, 8\]"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(
+    method: str, change: dict[str, Any], words: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    kind, settings = METHODS[method]
+    written("llama", {"kind": kind, "task_type": CAUSAL, **settings}, model_folder("llama"), tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(PeltError, match=words):
+        import_adapter(tmp_path / "adapter", model_folder("llama"))
+
+
+@pytest.mark.parametrize("method", ["prefix tuning", "multitask prompt tuning"])
+def test_prompts_that_are_broken_raise_nothing_else(method: str, model_folder: Folder, tmp_path: Path) -> None:
+    kind, settings = METHODS[method]
+    base, refused = model_folder("llama"), 0
+    written("llama", {"kind": kind, "task_type": CAUSAL, **settings}, base, tmp_path / "adapter")
+    for folder in mutations(tmp_path / "adapter", tmp_path / "mutant", 150):
+        try:
+            import_adapter(folder, base)
+        except PeltError:
+            refused += 1
+    assert refused > 30
 
 
 def test_one_command_from_the_folder_to_the_artifact(adapter: Path, model_folder: Folder, tmp_path: Path) -> None:

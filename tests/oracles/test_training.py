@@ -25,7 +25,10 @@ AT = {"linear": ["attention.query", "attention.value", "feed_forward.down"], "no
       "block": ["attention.block", "feed_forward.block"], "embedding": "embedding.word"}  # fmt: skip
 """Where a method of each site kind is put; a method that is shipped later is tested here without being named."""
 SMALLER: dict[str, Entry] = {"prefix": {"length": 3, "hidden": 8}, "prompt": {"length": 3}, "oft": {"block": 8},
-                             "vera": {"r": 8}, "compacter": {"reduction": 4}}  # fmt: skip
+                             "vera": {"r": 8}, "compacter": {"reduction": 4}, "c3a": {"block": 8},
+                             "road": {"group": 8}, "shira": {"r": 2}, "fourierft": {"n": 60, "scale": 20},
+                             "gralora": {"r": 4}, "vblora": {"vectors": 12, "length": 8}, "waveft": {"n": 60},
+                             "randlora": {"r": 5, "alpha": 3}}  # fmt: skip
 VARIANTS: dict[str, Entry] = {
     "lora": {"rank_stabilised": True, "r": 3},
     "ia3": {"position": "input"},

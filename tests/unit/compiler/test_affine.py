@@ -122,6 +122,8 @@ NOT_AFFINE = [
     "slice({0}, 0, 1)", "take({0}, 0)", "unsqueeze({0})", "transpose({0})", "permute({0}, [0])", "{0} @ {1}",
     "linear(v7, {0})", "linear({0}, {1})", "einsum('i,ji->j', {0}, w77)", "reshape({0}, [7])", "kron({0}, {1})",
     "{0} * m34", "{0} + m34", "inverse({0})", "block_diagonal({0})", "skew({0}, 7)", "choose({0})",
+    "circulant({0})", "inverse_fourier({0})",
+    "scatter({0}, v7, [1, 7])", "cos({0})", "sin({0})",
     "pick({0}, [0])", "put({0}, {1}, [0])", "put(v7, {0}, [0])", "top_k_mask({0}, 1)",
     "layer_norm({0})", "attend({0}, {0}, {0})",
 ]  # fmt: skip

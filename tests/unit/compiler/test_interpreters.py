@@ -63,6 +63,20 @@ def block_diagonal(x: Array) -> Array:
     return np.block([[x[i] if i == j else np.zeros((a, b)) for j in range(k)] for i in range(k)])
 
 
+def scatter(values: Array, places: Array) -> Array:
+    result = np.zeros((5, 7))
+    for value, (row, column) in zip(values, places, strict=True):
+        result[int(row), int(column)] = value
+    return result
+
+
+def inverse_fourier(x: Array) -> Array:
+    """By the definition: a sum over all frequencies at each place."""
+    m, n = x.shape[-2:]
+    angles = [[np.add.outer(i * np.arange(m) / m, j * np.arange(n) / n) for j in range(n)] for i in range(m)]
+    return np.einsum("...uv,ijuv->...ij", x, np.cos(2 * np.pi * np.array(angles))) / (m * n)
+
+
 def softmax(x: Array, axis: int) -> Array:
     e = np.exp(x)
     return e / e.sum(axis, keepdims=True)
@@ -137,6 +151,9 @@ CASES: list[tuple[str, dict[str, tuple[int, ...]], Callable[..., Array]]] = [
     ("x * 0 + eye(4)", {"x": (4, 4)}, lambda x: np.identity(4)),
     ("skew(a, 4)", {"a": (2, 6)}, lambda a: skew(a, 4)),
     ("block_diagonal(a)", {"a": (3, 2, 4)}, block_diagonal),
+    ("circulant(a)", {"a": (2, 3, 5)}, lambda a: np.stack([np.roll(a, i, -1) for i in range(5)], -2)),
+    ("scatter(v, places, [5, 7])", {"v": (6,), "places": (6, 2)}, scatter),
+    ("inverse_fourier(a)", {"a": (2, 5, 4)}, inverse_fourier),
     ("norm2(x)", {"x": X}, lambda x: np.sqrt((x * x).sum(-1, keepdims=True))),
     ("norm2(x, axis=0)", {"x": X}, lambda x: np.sqrt((x * x).sum(0, keepdims=True))),
     *((f"{name}(x)", {"x": X}, ACTIVATION[name]) for name in ACTIVATION),
@@ -145,6 +162,8 @@ CASES: list[tuple[str, dict[str, tuple[int, ...]], Callable[..., Array]]] = [
     ("log(p)", {"p": X}, np.log),
     ("sqrt(p)", {"p": X}, np.sqrt),
     ("abs(x)", {"x": X}, np.abs),
+    ("cos(x)", {"x": X}, np.cos),
+    ("sin(x)", {"x": X}, np.sin),
     ("softmax(x)", {"x": X}, lambda x: softmax(x, -1)),
     ("softmax(x, axis=1)", {"x": X}, lambda x: softmax(x, 1)),
     ("detach(x)", {"x": X}, lambda x: x),
@@ -195,7 +214,7 @@ IDS = [text for text, _, _ in CASES]
 
 def values(text: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
     """Random arguments, the same in every run. `p` is positive, `mask` of ones and zeros, `q` has an inverse, `ties`
-    has equal values."""
+    has equal values, `places` are different rows and columns."""
     random = np.random.default_rng(zlib.crc32(text.encode()))
     made = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     for name, array in made.items():
@@ -203,6 +222,8 @@ def values(text: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
             made[name] = np.abs(array) + np.float32(0.5)
         if name == "mask":
             made[name] = (np.arange(array.shape[1]) < [[5], [2]]).astype(np.float32)
+        if name == "places":
+            made[name] = np.array([[i % 5, 3 * i % 7] for i in range(len(array))], np.float32)
         if name == "q":
             made[name] = array + 4 * np.eye(array.shape[-1], dtype=np.float32)
         if name == "ties":

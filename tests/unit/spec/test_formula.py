@@ -256,7 +256,7 @@ def test_a_binding_is_no_function() -> None:
         Known().evaluate(parse("norm(1)"), {"norm": Deferred(lambda: 1)})
 
 
-SINGLE = {"length", "not", "negate", "sqrt", "exp", "log", "abs", "floor", "tanh", "sigmoid"}
+SINGLE = {"length", "not", "negate", "sqrt", "exp", "log", "abs", "floor", "tanh", "sigmoid", "cos", "sin"}
 
 
 @given(st.integers(-9, 9), st.integers(-9, 9), st.sampled_from(sorted(set(STATIC) - SINGLE)))

@@ -60,6 +60,9 @@ RIGHT = {
     "eye": [("eye(3)", (3, 3)), ("eye(d)", (D, D))],
     "skew": [("skew(v, 4)", (4, 4)), ("skew(take(A, 0), 4)", (4, 4)), ("skew(Q, 3)", (5, 3, 3, 3))],
     "block_diagonal": [("block_diagonal(T)", (8, 12))],
+    "circulant": [("circulant(A)", (4, 6, 6)), ("circulant(M)", (D, 2 * D, 2 * D))],
+    "scatter": [("scatter(w, ones([4, 2]), [3, 5])", (3, 5)), ("scatter(w, ones([4, 2]), [d, 1])", (D, 1))],
+    "inverse_fourier": [("inverse_fourier(T)", (2, 4, 6)), ("inverse_fourier(M)", (D, 2 * D))],
     "norm2": [("norm2(A)", (4, 1)), ("norm2(x, axis=1)", (B, 1, 6))],
     "mean": [("mean(x)", (B, S, 1)), ("mean(A, axis=0)", (1, 6))],
     "sum": [("sum(x, axis=-2)", (B, 1, 6))],
@@ -101,6 +104,8 @@ RIGHT = {
             "log",
             "sqrt",
             "abs",
+            "cos",
+            "sin",
             "identity",
             "detach",
         )
@@ -151,6 +156,15 @@ WRONG = {
         ("skew(s, 2)", "skew needs"),
     ],
     "block_diagonal": [("block_diagonal(A)", "needs [K, A, B]")],
+    "circulant": [("circulant(s)", "circulant needs vectors"), ("circulant(x)", "known at compile time")],
+    "scatter": [
+        ("scatter(w, A, [3, 5])", "scatter needs values [n], places [n, 2]"),
+        ("scatter(A, ones([4, 2]), [3, 5])", "scatter needs values [n], places [n, 2]"),
+        ("scatter(w, ones([4, 2]), [3])", "the shape of a matrix"),
+        ("scatter(w, ones([4, 2]), [3, 1])", "a matrix [3, 1] has no 4 places"),
+        ("scatter(w, ones([4, 2]), v)", "expected a list of sizes"),
+    ],
+    "inverse_fourier": [("inverse_fourier(v)", "at least two axes"), ("inverse_fourier(x)", "known at compile time")],
     "norm2": [("norm2(A, axis=2)", "has no axis 2"), ("norm2(s)", "has no axis -1")],
     "mean": [("mean(A, axis=-3)", "has no axis -3"), ("mean(A, axis=True)", "has no axis True")],
     "sum": [("sum(A, axis=1.0)", "has no axis 1.0"), ("sum('a')", "expected a tensor")],
@@ -254,7 +268,7 @@ WRONG = {
     },
     **{
         name: [(f"{name}('a')", "expected a number, found 'a'"), (f"{name}([A])", "expected a tensor")]
-        for name in ("tanh", "sigmoid", "exp", "log", "abs", "sqrt")
+        for name in ("tanh", "sigmoid", "exp", "log", "abs", "sqrt", "cos", "sin")
     },
     **{
         name: [(text, f"'{name}' works on options and sizes, not on tensors")]
