@@ -113,8 +113,9 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     read = shift(folder, parts, base)
     adapted = [part.module for part in parts if part.role == ADAPTER and part.module]
     weights = named_weights(folder, base.parameters, adapted, read)
-    found = [here for part in parts
-             for here in placed(part, read(part.module), folder, known, base, weights.get(part.module, ""))]  # fmt: skip
+    found: list[Placed] = []
+    for part in parts:
+        found += placed(part, read(part.module), folder, known, base, weights.get(part.module, ""))
     if known.sites is None:
         check_targets(folder, base, {read(module) for module in adapted if module not in weights})
     content = spec_content(folder, base, found)

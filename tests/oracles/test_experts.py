@@ -14,7 +14,6 @@ import torch
 import transformers
 
 import peltc
-from peltc.compiler.adapter.weights import start_tensors
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.plan.planner import make_plan
 from peltc.compiler.survey.anatomy import Anatomy, Site
@@ -100,8 +99,13 @@ CASES = [(n, "gpt_oss") for n in FORMS | BIASED] + [(n, f) for n in ("lora", "do
 def random_tensors(spec: Any, base: Path) -> dict[str, Array]:
     plan = make_plan(spec, sites(base), "")
     draw = np.random.default_rng(0)
-    places = {n: array for n, array in start_tensors(plan, lambda name: np.zeros(0)).items() if n.endswith(".places")}
-    return {n: draw.normal(0, 0.3, t.shape).astype(np.float32) for n, t in plan.tensors.items()} | places
+    tensors = {name: draw.normal(0, 0.3, t.shape).astype(np.float32) for name, t in plan.tensors.items()}
+    for claim in plan.claims:
+        if (places := claim.tensors.get("places")) is not None:
+            rows, columns = claim.site.sizes["out"], claim.site.sizes["in"]
+            flat = [draw.choice(rows * columns, places.inner[0], replace=False) for _ in range(places.experts)]
+            tensors[places.name] = np.stack(np.divmod(flat, columns), -1).astype(np.float32)
+    return tensors
 
 
 def changed(model: Any, anatomy: Anatomy, form: Form, tensors: Mapping[str, Array]) -> None:
