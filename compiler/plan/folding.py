@@ -13,7 +13,7 @@ from peltc.compiler.plan.claims import LEVELS, Claim
 from peltc.compiler.plan.tables import depends_on_id_alone
 from peltc.compiler.survey.anatomy import Anatomy, Site
 from peltc.spec.formula.interpreter import Deferred, EvaluationError, is_static
-from peltc.spec.method import ROLES
+from peltc.spec.method import ROLES, initialiser
 
 
 class Folding:
@@ -145,8 +145,11 @@ def tried(claim: Claim, interpreter: AffineInterpreter) -> list[Any]:
     Raises:
         EvaluationError: it is not affine; names the sub-expression.
     """
-    some = np.float32(0.37)  # zeros would divide by zero; broadcast, a bank of any size takes no memory
-    values: dict[str, Any] = {n: np.broadcast_to(some, t.inner) for n, t in claim.tensors.items()}
+    some, first = np.float32(0.37), np.float32(0)  # zeros would divide by zero; a place is a number of a row or column
+    values: dict[str, Any] = {  # broadcast, a bank of any size takes no memory
+        n: np.broadcast_to(first if (initialiser(t.init) or ("",))[0] == "places" else some, t.inner)
+        for n, t in claim.tensors.items()
+    }
     values |= {role: Affine.identity(role) for role in ("x", "y", "r", "h", "mask")}
     values["norm"] = _no_norm
     out, inputs = claim.site.sizes.get("out", 0), claim.site.sizes.get("in", 0)
