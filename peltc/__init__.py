@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from peltc.runtime.api import link as link
     from peltc.runtime.api import plan as plan
     from peltc.runtime.api import survey as survey
+    from peltc.runtime.building.adapters import combine as combine
+    from peltc.runtime.building.adapters import export_peft as export_peft
     from peltc.runtime.building.compile import compile as compile
     from peltc.runtime.building.compile import verify as verify
     from peltc.runtime.running.session import Session as Session
@@ -45,6 +47,8 @@ _WHERE = {
     "plan": "peltc.runtime.api",
     "link": "peltc.runtime.api",
     "compile": "peltc.runtime.building.compile",
+    "combine": "peltc.runtime.building.adapters",
+    "export_peft": "peltc.runtime.building.adapters",
     "verify": "peltc.runtime.building.compile",
     "attach": "peltc.runtime.training.attach",
     "Session": "peltc.runtime.running.session",
@@ -53,8 +57,8 @@ _WHERE = {
 }
 
 __all__ = [
-    "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "compile", "consistency_loss",
-    "link", "load_spec", "parameter_groups", "plan", "survey", "verify",
+    "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "combine", "compile",
+    "consistency_loss", "export_peft", "link", "load_spec", "parameter_groups", "plan", "survey", "verify",
 ]  # fmt: skip
 
 

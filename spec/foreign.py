@@ -12,15 +12,18 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from peltc.spec.diagnostics import PeltError, Place, fail
 
 PEFT, ADAPTERS = "Hugging Face PEFT", "the adapters library"
-CONFIG = "adapter_config.json"
+CONFIG, SETUP = "adapter_config.json", "adapter_setup.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_adapter.bin", "adapter.safetensors")
-MAX_CONFIG, MAX_HEADER = 2**20, 2**24
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin")
+"""By which a folder with a config is a whole model's."""
+MAX_CONFIG, MAX_HEADER, MAX_BELOW = 2**20, 2**24, 1000
 OURS = {
     "LORA": "lora",
     "DORA": "dora",
@@ -30,6 +33,10 @@ OURS = {
     "LOKR": "lokr",
     "OFT": "oft",
     "VERA": "vera",
+    "BOFT": "boft",
+    "HRA": "hra",
+    "MISS": "miss",
+    "HIRA": "hira",
     "FOURIERFT": "fourierft",
     "VBLORA": "vblora",
     "RANDLORA": "randlora",
@@ -44,7 +51,8 @@ OURS = {
 """Of PEFT's kinds, those that merge into the weights, and the method that is the same here; DoRA is an option there."""
 IMPORTED = (
     "LORA", "DORA", "IA3", "LOHA", "OFT", "FOURIERFT", "SHIRA", "ROAD", "C3A", "DELORA", "GRALORA", "VBLORA",
-    "RANDLORA", "PVERA", "GLORA", "WAVEFT",
+    "RANDLORA", "PVERA", "GLORA", "WAVEFT", "ADALORA", "LOKR", "VERA", "BOFT", "HRA", "MISS", "HIRA", "BEFT",
+    "LN_TUNING", "TRAINABLE_TOKENS",
     "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING",
 )  # fmt: skip
 """Those that `pelt import` reads."""
@@ -73,6 +81,11 @@ class Foreign:
     kind: str = ""
     base: str = ""
 
+    @property
+    def imported(self) -> bool:
+        """Whether `pelt import` reads it; of the `adapters` library's, each says itself what of it is not read."""
+        return self.library == ADAPTERS or self.kind in IMPORTED
+
     def refused(self, role: str, place: Place) -> PeltError:
         """The one finding about it.
 
@@ -85,10 +98,8 @@ class Foreign:
 
     def _hint(self) -> str:
         cannot = "it cannot be imported; "
-        if self.library == PEFT and self.kind in IMPORTED:
+        if self.imported:
             return "`pelt import FOLDER MODEL -o spec/` makes a spec of it, and `pelt-compile FOLDER MODEL` an artifact"
-        if self.library != PEFT:
-            return f"{cannot}write its modules as a spec (`pelt methods` lists methods and recipes) and train that"
         merge = "merge it in PEFT, `model.merge_and_unload().save_pretrained(folder)`, and give that folder as MODEL"
         if self.kind in OURS:
             return f"{cannot}{merge}; or write it as a spec of `{OURS[self.kind]}` and train that"
@@ -135,8 +146,10 @@ def refuse(given: Any, role: str, place: Place | None = None) -> None:
 def _on_disk(path: Path) -> Foreign | None:
     """A folder with an adapter and no model, or one of an adapter's files."""
     if path.is_dir():
-        whole = (path / "config.json").is_file()
-        return None if whole else _of_file(path / CONFIG)
+        if (path / SETUP).is_file() and not (path / "config.json").is_file():  # its adapters lie below
+            return _of_file(path / CONFIG) or _of_file(path / SETUP)
+        held = holders(path)
+        return _of_file(held[0] / CONFIG) if held else None
     if not path.is_file():
         return None
     if path.name == CONFIG or path.suffix == ".json":
@@ -144,6 +157,21 @@ def _on_disk(path: Path) -> Foreign | None:
     names = _of_names(_tensor_names(path))
     beside = _of_file(path.parent / CONFIG) if names or path.name in FILES else None
     return beside or names
+
+
+def holders(folder: Path) -> list[Path]:
+    """The folder with an adapter in it that is given, or else those right below it. PEFT leaves adapters that are not
+    called `default` there, a Trainer its checkpoints, and sentence-transformers its modules.
+
+    A model's folder, which has its weights beside its config, has none.
+    """
+    model = (folder / "config.json").is_file()
+    if model and any((folder / name).is_file() for name in WEIGHTS):
+        return []
+    if (folder / CONFIG).is_file():
+        return [folder]
+    below = [] if model else sorted(islice((path for path in folder.iterdir() if path.is_dir()), MAX_BELOW))
+    return [path for path in below if (path / CONFIG).is_file() and path.resolve().parent == folder.resolve()]
 
 
 def _of_file(file: Path) -> Foreign | None:
@@ -164,6 +192,8 @@ def _of_config(said: Mapping[Any, Any]) -> Foreign | None:
         return Foreign(PEFT, _word(kind), _word(base))
     if isinstance(said.get("config"), Mapping) and {"model_name", "model_type", "hidden_size"} & set(said):
         return Foreign(ADAPTERS, _word(said["config"].get("architecture")), _word(said.get("model_name")))
+    if isinstance(said.get("adapter_setup"), Mapping) and "version" in said:
+        return Foreign(ADAPTERS, _word(said["adapter_setup"].get("type")))
     return None
 
 

@@ -83,9 +83,10 @@ IDENTITY = {"input": "x", "output": "y", "weight": "W", "bias": "b", "keys": "k"
 """What each definition stands for, so that a definition of that name alone changes nothing."""
 
 START = "start value"
-INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform", "places")
+INITIALISERS = ("zeros", "ones", "normal", "uniform", "kaiming_uniform", "paired", "places")
 """Start values by name: `normal(std)`, `uniform(bound)`; `kaiming_uniform` is uniform in ±1/√I, I the last axis;
-`places(rows, columns)` are different places of a matrix, a row and a column for each."""
+`paired` as well, but each column is as the one beside it; `places(rows, columns)` are different places of a matrix, a
+row and a column for each."""
 
 
 @dataclass(frozen=True)

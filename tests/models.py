@@ -40,6 +40,15 @@ def families() -> dict[str, tuple[str, str, dict[str, Any]]]:
 FAMILIES = [*families(), "minilm"]
 
 MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "phi3": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        {**SMALL, **TEXT, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "llama-tied": (
+        "LlamaForCausalLM", "LlamaConfig", {**SMALL, **TEXT, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "bert-lm": ("BertForMaskedLM", "BertConfig", {**SMALL, **TEXT}),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",

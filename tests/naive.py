@@ -156,6 +156,26 @@ def _skew(x: Tensor, n: int) -> Tensor:
     return full
 
 
+def _butterfly(x: Tensor) -> Tensor:
+    product = torch.eye(x.shape[1] * x.shape[2])
+    for level, blocks in enumerate(x):
+        order = torch.arange(len(product))
+        if level:
+            order = torch.cat([torch.cat([half for part in (0, 1) for half in run.split(x.shape[2] // 2)[part::2]])
+                               for run in order.split(x.shape[2] * 2**level)])  # fmt: skip
+        product = torch.block_diag(*blocks)[order][:, order] @ product
+    return product
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    columns: list[Tensor] = []
+    for column in x.unbind(-1):
+        for other in columns:
+            column = column - (other * column).sum(-1, keepdim=True) * other
+        columns.append(column / (column * column).sum(-1, keepdim=True).sqrt())
+    return torch.stack(columns, -1)
+
+
 def _scatter(values: Tensor, places: Tensor, shape: list[int]) -> Tensor:
     full = torch.zeros(shape)
     for value, (row, column) in zip(values, places, strict=True):
@@ -189,11 +209,15 @@ FUNCTIONS: dict[str, Any] = {
     "kron": torch.kron, "inverse": torch.linalg.inv, "eye": torch.eye, "skew": _skew,
     "block_diagonal": lambda x: torch.block_diag(*x), "scatter": _scatter, "inverse_fourier": _inverse_fourier,
     "circulant": lambda x: torch.stack([x.roll(i, -1) for i in range(x.shape[-1])], -2), "cos": torch.cos,
+    "upper": lambda x: x * torch.ones_like(x).triu(1), "butterfly": _butterfly, "orthonormal": _orthonormal,
     "sin": torch.sin,
     "norm2": lambda x, axis=-1: (x * x).sum(axis, keepdim=True).sqrt(),
     "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "abs": torch.abs,
     "softmax": lambda x, axis=-1: x.softmax(axis), "detach": lambda x: x, "dropout": lambda x, p: x,
     "layer_norm": _layer_norm, "attend": _attend, "mean_seq": _mean_seq,
+    "running_sum": lambda x, axis=-1: torch.stack(
+        [x.narrow(axis, 0, i + 1).sum(axis) for i in range(x.shape[axis])], axis
+    ),
     "mean": lambda x, axis=-1: x.mean(axis, keepdim=True), "sum": lambda x, axis=-1: x.sum(axis, keepdim=True),
     "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.transpose(-1, -2),
     "permute": lambda x, axes: x.permute(axes), "concat": _concat,

@@ -30,7 +30,8 @@ def misplaced(plan: Plan, tensors: Mapping[str, Array]) -> list[str]:
 
 def are_places(array: Array, rows: int, columns: int) -> bool:
     """Whether an array [n, 2] holds different places of a matrix."""
-    whole = array.astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        whole = array.astype(np.int64)
     if (whole != array).any() or (whole < 0).any() or (whole >= (rows, columns)).any():
         return False
     return len(np.unique(whole[:, 0] * columns + whole[:, 1])) == len(whole)

@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.files.checkpoint import StoredTensor, is_float, read_header
+from peltc.compiler.importers.pickled import HeldTensor, read_pickle
 from peltc.spec.diagnostics import Place, fail
-from peltc.spec.foreign import CONFIG, MAX_CONFIG
+from peltc.spec.foreign import CONFIG, MAX_CONFIG, holders
 
 Array = np.ndarray[Any, Any]
-TENSORS = "adapter_model.safetensors"
+TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+APART = ("new_embeddings.safetensors", "new_embeddings.bin")
+"""Rows of added tokens, as servers of adapters read them from a file of their own."""
 PREFIX = "base_model.model."
 """What PEFT puts before the model's own names; some writers leave it out, and some put it twice."""
 PREFIX_OF_THE_WHOLE = "base_model."
@@ -33,7 +37,7 @@ class Folder:
 
     path: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | HeldTensor]
 
     @property
     def kind(self) -> str:
@@ -52,17 +56,23 @@ class Folder:
         return Place(str(self.path / CONFIG))
 
     def values(self, name: str) -> Array:
-        """A tensor's values: whole numbers as they are, others in float32."""
+        """A tensor's values: whole numbers as they are, others in float32. A number has one axis of size 1."""
         tensor = self.tensors[name]
-        return np.asarray(tensor.array(), np.float32 if is_float(tensor.dtype) else np.int64)
+        return np.atleast_1d(np.asarray(tensor.array(), np.float32 if is_float(tensor.dtype) else np.int64))
 
 
 def read_folder(path: Path) -> Folder:
-    """Read an adapter's folder; no tensor's values are read.
+    """Read an adapter's folder; of a safetensors file, no tensor's values are read. What else lies there, a Trainer's
+    state or a tokenizer, is left alone.
+
+    Args:
+        path: the folder, or one around it.
 
     Raises:
-        PeltError: E430 the config cannot be read, or names no method; E401 the tensors' file is no safetensors file.
+        PeltError: E430 the config cannot be read, or names no method; several folders below hold adapters; E401 the
+            tensors' file is no safetensors file; E431 rows of added tokens in a file of their own.
     """
+    path = only(path)
     file = path / CONFIG
     place = Place(str(file))
     try:
@@ -77,16 +87,38 @@ def read_folder(path: Path) -> Folder:
         raise fail("E430", "the adapter's config is not JSON", place, "JSON, as PEFT writes it") from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise fail("E430", "the adapter's config names no method", place, "a key 'peft_type'")
-    if not (path / TENSORS).is_file() and (path / "adapter_model.bin").is_file():
-        raise fail("E430", "the adapter's tensors are a pickle, which is not opened", Place(str(path)), TENSORS,
-                   "save it again with `safe_serialization=True`")  # fmt: skip
-    tensors: dict[str, StoredTensor] = {}
-    for name, tensor in read_header(path / TENSORS).items():
+    for name in APART:
+        if (path / name).is_file():
+            raise fail("E431", f"the adapter has rows of added tokens in a file of their own, '{name}'",
+                       Place(str(path / name)), "all tensors in one file",
+                       "save it again with PEFT, `save_embedding_layers=True`")  # fmt: skip
+    held = path / TENSORS
+    stored: Mapping[str, StoredTensor | HeldTensor]
+    if not held.is_file() and (path / PICKLE).is_file():
+        held = path / PICKLE
+        stored = read_pickle(held)
+    else:
+        stored = read_header(held)
+    tensors: dict[str, StoredTensor | HeldTensor] = {}
+    for name, tensor in stored.items():
         own = name
         while own.startswith(PREFIX):
             own = own.removeprefix(PREFIX)
         own = own.removeprefix(PREFIX_OF_THE_WHOLE)
         if own in tensors:
-            raise fail("E430", f"the file holds '{own}' twice, with and without '{PREFIX}'", Place(str(path / TENSORS)))
+            raise fail("E430", f"the file holds '{own}' twice, with and without '{PREFIX}'", Place(str(held)))
         tensors[own] = tensor
     return Folder(path, config, tensors)
+
+
+def only(path: Path) -> Path:
+    """The one folder that holds an adapter: the given one, or one right below it.
+
+    Raises:
+        PeltError: E430 several below do.
+    """
+    found = holders(path) if path.is_dir() else []
+    if len(found) > 1:
+        raise fail("E430", f"{len(found)} folders below hold adapters: {names([folder.name for folder in found])}",
+                   Place(str(path)), "one of them")  # fmt: skip
+    return found[0] if found else path

@@ -13,6 +13,8 @@ from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
 Config = Mapping[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of a module's tensors, by what `parameters` calls them."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Entry:
 
     method: str
     options: tuple[tuple[str, Any], ...] = ()
+
+
+def unmeasured(shapes: Shapes, site: Site) -> dict[str, Any]:
+    """No options: the config tells them all."""
+    return {}
 
 
 def unchanged(found: dict[str, Array], config: Config, site: Site, outputs: int) -> dict[str, Array]:
@@ -55,6 +62,9 @@ class Format:
             or is part of: what the file has a seed of, say.
         spans: whether what a module has is of all outputs of a fused map and cannot be told apart by rows, so that the
             method at a site says by its options `whole` and `rows` which of them are its own.
+        kinds: the kinds of site whose modules can carry it.
+        measured: options that the shapes of a module's tensors tell, and not the config, by these shapes and the site.
+        tied: whether what is the same tensor as a table in the model changes with it; the file may hold copies then.
         sites: for a method that is of the whole model rather than of modules: the sites that it attaches to, by the
             config and the model's sites.
         evaluated: for such a method: what the config makes of the tensors, before each site takes its parameters.
@@ -72,6 +82,9 @@ class Format:
     integers: frozenset[str] = frozenset()
     completed: Callable[[dict[str, Array], Config, Site, int], dict[str, Array]] = unchanged
     spans: bool = False
+    kinds: tuple[str, ...] = ("linear",)
+    measured: Callable[[Shapes, Site], dict[str, Any]] = unmeasured
+    tied: bool = False
     sites: Callable[[Config, Anatomy], Sequence[Site]] | None = None
     evaluated: Callable[[Config, Mapping[str, Array]], Mapping[str, Array]] | None = None
 
@@ -100,7 +113,7 @@ SWITCH = {"type": ["boolean", "null"]}
 SEED = {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}
 
 
-BIASES = {"type": "string", "pattern": "^(none|all|[a-z0-9]+_only)$"}
+BIASES = {"type": "string", "pattern": "^(none|all|[A-Za-z0-9]+_only)$"}
 """Which biases of the model were trained beside. They are in the file."""
 _ROWS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 2**20}
 TOKEN_ROWS = {"anyOf": [_ROWS, {"type": "null"}, {"type": "object", "additionalProperties": _ROWS}]}
@@ -141,6 +154,19 @@ def each_experts(array: Array, site: Site, axis: int) -> Array:
     if axis == 0:
         return array.reshape(count, -1, array.shape[1])
     return array.reshape(len(array), -1, count).transpose(2, 0, 1)
+
+
+def whole_blocks(site: Site, size: int) -> list[int] | None:
+    """Of a fused map whose features lie in blocks, the numbers of the blocks that a site owns; None where it owns parts
+    of blocks.
+
+    Args:
+        size: features in a block.
+    """
+    ranges = site.rows or ((0, site.sizes["out"]),)
+    if any(a % size or b % size for a, b in ranges):
+        return None
+    return [block for a, b in ranges for block in range(a // size, b // size)]
 
 
 def own_groups(array: Array, site: Site, size: int) -> Array:

@@ -81,4 +81,5 @@ LORA = Format(
     },
     entry=entry,
     parameters=parameters,
+    kinds=("linear", "table"),
 )  # fmt: skip

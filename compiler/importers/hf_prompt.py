@@ -9,7 +9,7 @@ with an encoder and a decoder has rows for both in the file, and reads the encod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peltc.compiler.importers.formats import COMMON, Array, Config, Entry, Format
@@ -69,23 +69,23 @@ def of_task(config: Config, tensors: Mapping[str, Array]) -> Mapping[str, Array]
     return {"P": prompt * (cols[0] @ rows[0])}
 
 
-def _format(kind: str, inert: frozenset[str], read: Mapping[str, Any], **other: Any) -> Format:
-    """What the formats share."""
-    evaluated: Callable[[Config, Mapping[str, Array]], Mapping[str, Array]] = encoders
-    known: dict[str, Any] = {"tensors": {"prompt_embeddings": "P"}, "refused": {}, "only": {}, "evaluated": evaluated}
-    return Format(kind=kind, inert=COMMON | SIZES | inert, read={**SHARED, **read}, entry=entry, parameters=parameters,
-                  sites=sites, **{**known, **other})  # fmt: skip
+def _format(kind: str, inert: frozenset[str], **other: Any) -> Format:
+    """What the formats share; a key of which some values alone are understood is in `only`."""
+    known: dict[str, Any] = {"tensors": {"prompt_embeddings": "P"}, "refused": {}, "only": {}, "evaluated": encoders}
+    known |= other
+    return Format(kind=kind, inert=COMMON | SIZES | inert, entry=entry, parameters=parameters, sites=sites,
+                  read={key: schema for key, schema in SHARED.items() if key not in known["only"]},
+                  **known)  # fmt: skip
 
 
-PROMPT = _format("PROMPT_TUNING", START, {})
+PROMPT = _format("PROMPT_TUNING", START)
 P_TUNING = _format("P_TUNING", frozenset({"encoder_reparameterization_type", "encoder_hidden_size",
-                                          "encoder_num_layers", "encoder_dropout"}), {})  # fmt: skip
+                                          "encoder_num_layers", "encoder_dropout"}))  # fmt: skip
 CPT = _format("CPT", frozenset({
     "cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor",
-    "opt_projection_epsilon", "opt_projection_format_epsilon", "tokenizer_name_or_path"}), {})  # fmt: skip
+    "opt_projection_epsilon", "opt_projection_format_epsilon", "tokenizer_name_or_path"}))  # fmt: skip
 MULTITASK = _format(
     "MULTITASK_PROMPT_TUNING", START | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task", "num_ranks"},
-    {},
     tensors={"prompt_embeddings": "P", "prefix_task_cols": "cols", "prefix_task_rows": "rows"},
     only={"num_tasks": ((1,), "which of its tasks is meant is told when it runs; train it on the one task, from these"),
           "num_transformer_submodules": ((1, None), "PEFT puts tokens before the decoder's text too then, which no"

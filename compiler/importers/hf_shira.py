@@ -15,7 +15,7 @@ def entry(config: Config, module: str) -> Entry:
 
 def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
     """The values [n] and their places [n, 2], from [2, n]."""
-    return {"changes": tensors["changes"], **({"places": tensors["places"].T} if "places" in tensors else {})}
+    return {name: array.T if name == "places" else array for name, array in tensors.items()}
 
 
 SHIRA = Format(

@@ -54,10 +54,12 @@ def logits(weights: Array, index: Array, vectors: int) -> Array:
         index: which vectors are mixed [..., k].
         vectors: how many there are.
     """
+    with np.errstate(invalid="ignore"):
+        numbers = index.astype(np.int64)
     last = 1 - weights.sum(-1, keepdims=True)
     given = np.concatenate([weights, last], -1)
-    ordered = np.sort(index, -1)
-    different = (ordered[..., 1:] != ordered[..., :-1]).all()
+    ordered = np.sort(numbers, -1)
+    different = (numbers == index).all() and (ordered[..., 1:] != ordered[..., :-1]).all()
     if given.shape != index.shape or not different or ordered.min(initial=0) < 0 or ordered.max(initial=0) >= vectors:
         raise fail("E433", f"weights {list(weights.shape)} and numbers of vectors {list(index.shape)} make no mixtures",
                    expected=f"different numbers below {vectors}, one more than there are weights")  # fmt: skip
@@ -66,7 +68,7 @@ def logits(weights: Array, index: Array, vectors: int) -> Array:
     with np.errstate(divide="ignore"):
         chosen = np.where(given > 0, np.log(given), NOTHING)
     found = np.full((*index.shape[:-1], vectors), ABSENT, np.float32)
-    np.put_along_axis(found, index, chosen.astype(np.float32), -1)
+    np.put_along_axis(found, numbers, chosen.astype(np.float32), -1)
     return found
 
 

@@ -8,14 +8,13 @@ is filled from the module that its site is. So an import that is wrong anywhere 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonschema import Draft202012Validator
 
 from peltc.compiler.adapter.identity import BaseRecord, public_name
 from peltc.compiler.adapter.mathematics import mathematics
@@ -26,18 +25,23 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.files.talk import Talk, logged
+from peltc.compiler.importers.adapters_library import read_adapter
 from peltc.compiler.importers.folder import Folder, read_folder
-from peltc.compiler.importers.formats import CLASSIFIERS, Array, Format, is_off
+from peltc.compiler.importers.formats import CLASSIFIERS, Array, Format
 from peltc.compiler.importers.hf_peft import FORMATS
+from peltc.compiler.importers.keys import check_config
+from peltc.compiler.importers.modules import Read, attachments, fill
 from peltc.compiler.importers.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
 from peltc.compiler.importers.targets import targeted
-from peltc.compiler.importers.wording import spec_content
-from peltc.compiler.importers.wrapped import named_weights, owners, unwrapped
+from peltc.compiler.importers.ties import kept, owner, owners
+from peltc.compiler.importers.tokens import other_tokens
+from peltc.compiler.importers.wording import name_of, spec_content
+from peltc.compiler.importers.wrapped import named_owners, named_weights, unwrapped
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail, one_of, wrong_type
+from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 from peltc.spec.document import dump
-from peltc.spec.foreign import IMPORTED, PEFT, recognised
+from peltc.spec.foreign import ADAPTERS, recognised
 from peltc.spec.specification import ModelChoice, Spec, load_spec
 
 TASKS = {
@@ -98,6 +102,9 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     """
     if model is not None and not isinstance(model, (str, Path)):
         raise wrong_type("the base of an adapter's folder", model, "the folder or hub id that it was loaded from")
+    given = recognised(path) if path.is_dir() else None
+    if given is not None and given.library == ADAPTERS:
+        return imported(read_adapter(path, model, base, talk))
     folder = read_folder(path)
     known = FORMATS.get(folder.kind)
     if known is None:
@@ -110,14 +117,20 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     parts = parts_of(folder, known)
     base = base or base_of(folder, named, parts, talk)
     check_saved(folder, parts, base)
-    read = shift(folder, parts, base)
+    if note := other_tokens(folder.path, base):
+        talk(f"warning: {note}")
+    others = owners(base) if known.tied else {*named_owners(folder.config, base.parameters)}
+    read = shift(folder, parts, base, others)
     adapted = [part.module for part in parts if part.role == ADAPTER and part.module]
     weights = named_weights(folder, base.parameters, adapted, read)
+    if known.sites is None:
+        check_targets(folder, known, base, {read(module) for module in adapted if module not in weights})
+    if known.tied:
+        once = kept({part.module: part.tensors for part in parts if part.role == ADAPTER}, read, base, folder)
+        parts = [part for part in parts if part.role != ADAPTER or part.module in once]
     found: list[Placed] = []
     for part in parts:
         found += placed(part, read(part.module), folder, known, base, weights.get(part.module, ""))
-    if known.sites is None:
-        check_targets(folder, base, {read(module) for module in adapted if module not in weights})
     content = spec_content(folder, base, found)
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
@@ -132,7 +145,22 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
 def imports(given: str | Path) -> bool:
     """Whether what is given is an adapter's folder of a method that is imported."""
     found = recognised(given) if Path(given).is_dir() else None
-    return found is not None and found.library == PEFT and found.kind in IMPORTED
+    return found is not None and found.imported
+
+
+def imported(read: Read) -> Imported:
+    """An adapter whose modules are known, as a spec and its tensors.
+
+    Raises:
+        PeltError: E433 modules that the spec does not say, or values that do not fit it.
+    """
+    attach, owners = attachments(read.modules, read.base)
+    content = {"pelt": 1, "name": name_of(Path(read.place.path)), **read.model, "attach": attach}
+    spec = load_spec(content)
+    plan = make_plan(spec, read.base.anatomy, read.base.fingerprint)
+    tensors = fill(plan, owners, read.modules, read.place)
+    said = provenance(mathematics(plan), BaseRecord(read.base.architecture, public_name(read.named)))
+    return Imported(spec, content, tensors, said.metadata(), read.given, f"{ORIGIN} {read.origin}", plan)
 
 
 def check_keys(folder: Folder, known: Format) -> None:
@@ -141,26 +169,7 @@ def check_keys(folder: Folder, known: Format) -> None:
     Raises:
         PeltError: E430 a value that is none of the key; E431, a finding for each key that is not understood.
     """
-    findings = []
-    for key, value in folder.config.items():
-        place = Place(folder.place.path, key=key)
-        if key in known.read:
-            if error := next(Draft202012Validator(known.read[key]).iter_errors(value), None):
-                findings.append(Diagnostic("E430", f"'{key}' is {value!r:.60}, as PEFT never writes it", place,
-                                           f"by its schema, {error.message[:120]}"))  # fmt: skip
-            continue
-        if key in known.inert:
-            continue
-        if key in known.only:
-            allowed, why = known.only[key]
-            if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
-                findings.append(Diagnostic("E431", f"'{key}' is {value!r:.60}: {why}", place,
-                                           one_of([repr(one) for one in allowed])))  # fmt: skip
-        elif not is_off(value):
-            why = known.refused.get(key, "the key is not known here")
-            findings.append(Diagnostic("E431", f"'{key}' is {value!r:.60}: {why}", place, "the key left out"))
-    if findings:
-        raise PeltError(findings)
+    check_config(folder.config, known, folder.place, "PEFT")
 
 
 def check_saved(folder: Folder, parts: Sequence[Part], base: Base) -> None:
@@ -219,16 +228,18 @@ def _without(stem: str, name: str) -> str:
     return name.removeprefix(stem)
 
 
-def shift(folder: Folder, parts: Sequence[Part], base: Base) -> Reading:
+def shift(folder: Folder, parts: Sequence[Part], base: Base, others: Set[str] = frozenset()) -> Reading:
     """How the adapter's names become the model's: as they are, or with the base model's own name put before or taken
     off, where the adapter was saved on an inner or an outer model.
+
+    Args:
+        others: modules that the model has beside those in its graph.
 
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
     modules = [unwrapped(part.module) for part in parts if part.module]
-    held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))}
-    held |= {*owners(folder.config, base.parameters)}
+    held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))} | others
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}
     readings |= {f"{stem} before": stem.__add__ for stem in stems}
@@ -243,16 +254,19 @@ def shift(folder: Folder, parts: Sequence[Part], base: Base) -> Reading:
                f"it says that it is for '{folder.base[:120]}'" if folder.base else "")  # fmt: skip
 
 
-def check_targets(folder: Folder, base: Base, held: set[str]) -> None:
+def check_targets(folder: Folder, known: Format, base: Base, held: set[str]) -> None:
     """Whether the file has tensors of each module that the config means, and the config means each module that the file
     has tensors of: PEFT fills the former with random values and drops the latter, without a word.
 
     Raises:
         PeltError: E432.
     """
-    maps = {s.parameters["weight"].removesuffix(".weight"): s for s in base.anatomy if s.kind in ("linear", "table")}
-    apart = [module for module, site in maps.items() if site.role == "head" or site.kind == "table"]
-    wanted = set(targeted(folder.config, maps, apart))
+    sites = {s.parameters["weight"].removesuffix(".weight"): s for s in base.anatomy if s.kind in known.kinds}
+    apart = [module for module, site in sites.items() if site.role == "head" or site.kind != "linear"]
+    modules = [*sites, *(sorted(owners(base) - {*sites}) if known.tied else ())]
+    wanted = set(targeted(folder.config, modules, apart))
+    if known.tied:
+        wanted, held = ({owner(base, module) for module in some} for some in (wanted, held))
     missing, left = sorted(wanted - held), sorted(held - wanted)
     for found, what in ((missing, "has no tensors of"), (left, "has tensors of, and its config does not mean,")):
         if found:
@@ -267,10 +281,10 @@ def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Arr
         PeltError: E433 a module that the plan does not have, or tensors that do not fit it; E404 values that are no
             numbers.
     """
-    owner = {(site.key, here.entry.method): here for here in found for site in here.sites}
+    waiting = {(site.key, here.entry.method): here for here in found for site in here.sites}
     tensors: dict[str, Array] = {}
     for claim in plan.claims:
-        here = owner.pop((claim.site.key, claim.method.name), None)
+        here = waiting.pop((claim.site.key, claim.method.name), None)
         if here is None:
             if claim.mirrors is not None or claim.follows:  # it has the tensors of another
                 continue
@@ -294,8 +308,8 @@ def filled(plan: Plan, found: Sequence[Placed], folder: Folder) -> dict[str, Arr
         if values:
             raise fail("E433", f"'{next(iter(values))}' of '{here.part.module}' has no counterpart at"
                                f" {claim.site.name}", Place(str(folder.path)))  # fmt: skip
-    if owner:
-        left = sorted(here.part.module for here in owner.values())
+    if waiting:
+        left = sorted(here.part.module for here in waiting.values())
         raise fail("E433", f"the spec that was made of it leaves out {names(left)}",
                    Place(str(folder.path)), hint="please report this")  # fmt: skip
     return sound(plan, tensors, Place(str(folder.path)))

@@ -3,7 +3,7 @@ table, and parameters of the model itself that were trained beside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,39 +15,14 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.files.checkpoint import is_float
 from peltc.compiler.importers.folder import Folder
 from peltc.compiler.importers.formats import Array, Entry, Format, own_rows
-from peltc.compiler.importers.wrapped import key_of
+from peltc.compiler.importers.hf_beside import COPY, ORIGINAL, ROWS, SINGLE_ROWS, WHOLE, WRAPPED
+from peltc.compiler.importers.ties import tied_sites
+from peltc.compiler.importers.wrapped import key_of, sites_named
 from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Place, fail
 
 ADAPTER, OWN, TOKENS = "adapter", "own", "tokens"
 """What a part is: tensors of the method, parameters of the model itself, or single rows of a table."""
-WRAPPED = ".base_layer"
-"""What PEFT puts after the name of a module that it has wrapped."""
-COPY, ORIGINAL = ".modules_to_save", ".original_module"
-"""What PEFT calls a module's trained copy, and what it was before; it saves them again beside the module at times."""
-ROWS = ".token_adapter.trainable_tokens_delta"
-"""What follows the name of a table of which single rows are trained. The rows are values, whatever their name says."""
-
-
-@dataclass(frozen=True)
-class Whole:
-    """How the parameters of a kind of site are replaced.
-
-    Attributes:
-        method: the method that does.
-        called: the model's name of a parameter → the method's.
-        without: the option that leaves one out.
-    """
-
-    method: str
-    called: Mapping[str, str]
-    without: Mapping[str, tuple[str, Any]]
-
-
-MAP = Whole("replace", {"weight": "weight", "bias": "bias"}, {"weight": ("only", "bias"), "bias": ("only", "weight")})
-NORM = Whole("norm_tuning", {"weight": "gain", "bias": "shift"}, {"weight": ("weight", False), "bias": ("bias", False)})
-WHOLE = {"linear": MAP, "table": MAP, "norm": NORM}
-"""By the kind of site, how its parameters are replaced."""
 Values = Callable[[Mapping[str, Array], Site], dict[str, Array]]
 """Our parameters at a site, by the tensors of a part."""
 
@@ -143,13 +118,16 @@ def placed(part: Part, module: str, folder: Folder, known: Format, base: Base, w
         sites = list(known.sites(folder.config, base.anatomy))
         return [Placed(part, sites, known.entry(folder.config, ""), partial(_evaluated, known, folder))]
     if part.role == ADAPTER:
-        sites = sites_of(base, weight or f"{module}.weight")
+        if weight:
+            sites = sites_named(base, weight)
+        else:
+            sites = tied_sites(base, module) if known.tied else sites_of(base, module, known.kinds)
         check_tied(folder, sites)
         return _adapter(part, sites, folder, known, base, key_of(part.module, weight) if weight else part.module)
     if part.role == TOKENS:
-        sites = sites_of(base, f"{module}.weight")
+        sites = sites_of(base, module, ("linear", "table"))
         rows = rows_of(folder, part.module)
-        return [Placed(part, sites, Entry("trainable_tokens", (("rows", rows), *together(sites))), _as_they_are)]
+        return [Placed(part, sites, Entry(SINGLE_ROWS, (("rows", rows), *together(sites))), _as_they_are)]
     own = _own(part, module, folder, base)
     return [own] if own is not None else []
 
@@ -163,13 +141,16 @@ def _adapter(part: Part, sites: list[Site], folder: Folder, known: Format, base:
         found = known.parameters({**common, **stored}, site)
         return known.completed(found, folder.config, site, outputs(base, site))
 
-    entry = known.entry(folder.config, called)
-    groups: dict[Rows | None, list[Site]] = {}
+    stated = known.entry(folder.config, called)
+    shapes = {parameter: folder.tensors[name].shape for parameter, name in part.tensors.items()}
+    groups: dict[tuple[str, Rows | None], tuple[Entry, list[Site]]] = {}
     for site in sites:
-        groups.setdefault(site.rows if known.spans or shared else None, []).append(site)
+        entry = replace(stated, options=(*stated.options, *known.measured(shapes, site).items()))
+        rows = site.rows if known.spans or shared else None
+        groups.setdefault((repr(entry), rows), (entry, []))[1].append(site)
     return [
         Placed(part, some, spanning(base, entry, some[0]) if known.spans else entry, values, shared)
-        for some in groups.values()
+        for entry, some in groups.values()
     ]
 
 
@@ -274,16 +255,20 @@ def rows_of(folder: Folder, module: str) -> list[int]:
     return list(given)
 
 
-def sites_of(base: Base, weight: str) -> list[Site]:
-    """The sites of a weight; of a fused map, all.
+NOUNS = {"linear": "linear map", "table": "table", "norm": "norm"}
+"""What a kind of site is called."""
+
+
+def sites_of(base: Base, module: str, kinds: Sequence[str]) -> list[Site]:
+    """The sites of some kinds whose weight a torch module owns; of a fused map, all.
 
     Raises:
-        PeltError: E432 it is that of no linear map or table.
+        PeltError: E432 the module is no such site.
     """
-    found = [site for site in base.anatomy if site.takes("linear") and site.parameters.get("weight") == weight]
+    found = [s for s in base.anatomy if s.kind in kinds and s.parameters.get("weight") == f"{module}.weight"]
     if not found:
-        name = weight.removesuffix(".weight")
-        raise fail("E432", f"'{name}' is no linear map that modules attach to", expected="a linear map of the model")
+        what = " or ".join(NOUNS[kind] for kind in kinds)
+        raise fail("E432", f"'{module}' is no {what} that modules attach to", expected=f"a {what} of the model")
     return found
 
 

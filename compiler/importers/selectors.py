@@ -30,7 +30,9 @@ def selections(sites: Sequence[Site], anatomy: Anatomy) -> list[dict[str, Any]]:
             groups.setdefault(("", next(iter(chosen.values()))), []).append(role)
             continue
         for stack, numbers in chosen.items():
-            if numbers:
+            if numbers and role == "layer":  # a glob for layers would mean what is in them
+                groups.setdefault(("", None), []).extend(f"{stack}.layers.{number}" for number in numbers)
+            elif numbers:
                 whole = numbers == _numbers(every, stack)
                 groups.setdefault((f"{stack}.layers.*.", None if whole else numbers), []).append(role)
     for (prefix, layers), roles in groups.items():

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from peltc.compiler.adapter.mismatch import names
+from peltc.compiler.base.base import Base
 from peltc.compiler.importers.folder import Folder
+from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 
 LAYER = ".base_layer"
@@ -33,12 +35,25 @@ def means(wanted: Any, parameter: str) -> bool:
     return any(parameter == name or parameter.endswith(f".{name}") for name in wanted or ())
 
 
-def owners(config: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, list[str]]:
+def named_owners(config: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, list[str]]:
     """The parameters that `target_parameters` means, by the module that has them, in the module's order."""
     found: dict[str, list[str]] = {}
     for name in parameters:
         if means(config.get("target_parameters"), name):
             found.setdefault(name.rpartition(".")[0], []).append(name)
+    return found
+
+
+def sites_named(base: Base, weight: str) -> list[Site]:
+    """The sites of a parameter that `target_parameters` means; of a fused map, all.
+
+    Raises:
+        PeltError: E432 it is that of no linear map.
+    """
+    found = [s for s in base.anatomy if s.kind != "table" and s.takes("linear") and s.parameters["weight"] == weight]
+    if not found:
+        raise fail("E432", f"'{weight}' is no weight of linear maps that modules attach to",
+                   expected="a linear map of the model, or experts'")  # fmt: skip
     return found
 
 
@@ -70,7 +85,7 @@ def named_weights(
     for name in modules:
         held.setdefault(read(unwrapped(name)), []).append(name)
     found: dict[str, str] = {}
-    for own, wanted in owners(folder.config, known).items():
+    for own, wanted in named_owners(folder.config, known).items():
         parts = sorted(held.get(own, ()), key=len, reverse=True)
         depths = [(len(name) - len(unwrapped(name))) // len(LAYER) for name in parts]
         if depths != list(range(len(wanted)))[::-1]:

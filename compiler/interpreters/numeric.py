@@ -130,6 +130,29 @@ def block_diagonal(x: Array) -> Array:
     return matrix.reshape(count * a, count * b)
 
 
+def butterfly(x: Array) -> Array:
+    product = np.eye(x.shape[1] * x.shape[2], dtype=x.dtype)
+    for level, blocks in enumerate(x):
+        order = butterfly_order(len(product), x.shape[2], level)
+        product = block_diagonal(blocks)[np.ix_(order, order)] @ product
+    return product
+
+
+def butterfly_order(size: int, block: int, level: int) -> Array:
+    """Which row of a block-diagonal matrix each row of a factor of a butterfly product is: of the 2 · 2ˡ halves in
+    a row, those with even numbers come first."""
+    if not level:
+        return np.arange(size)
+    return np.arange(size).reshape(-1, 2**level, 2, block // 2).swapaxes(1, 2).reshape(-1)
+
+
+def orthonormal(x: Array) -> Array:
+    """In float64: columns that are nearly parallel lose digits."""
+    q, r = np.linalg.qr(x.astype(np.float64))
+    signs = np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+    return np.asarray(q * signs[..., None, :], x.dtype)
+
+
 def circulant(x: Array) -> Array:
     index = np.arange(x.shape[-1])
     return np.asarray(x[..., (index[None, :] - index[:, None]) % len(index)])
@@ -213,6 +236,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "kron": lambda a, b: np.kron(a, b), "inverse": lambda x: np.linalg.inv(x),
     "eye": lambda n: np.eye(n, dtype=np.float32),
     "skew": skew, "block_diagonal": block_diagonal, "norm2": norm2,
+    "butterfly": butterfly, "orthonormal": orthonormal, "upper": lambda x: np.triu(x, 1),
     "circulant": circulant, "scatter": scatter, "inverse_fourier": inverse_fourier,
     **{name: partial(_apply, f) for name, f in ACTIVATION.items()},
     "activation": lambda x, name: ACTIVATION[name](x),
@@ -220,6 +244,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "abs": lambda x: np.abs(x), "cos": lambda x: np.cos(x), "sin": lambda x: np.sin(x),
     "softmax": softmax, "layer_norm": layer_norm, "attend": attend, "detach": lambda x: x, "dropout": lambda x, p: x,
     "mean": lambda x, axis: x.mean(axis=axis, keepdims=True), "sum": lambda x, axis: x.sum(axis=axis, keepdims=True),
+    "running_sum": lambda x, axis: np.cumsum(x, axis),
     "mean_seq": mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.swapaxes(-1, -2),
     "permute": lambda x, axes: x.transpose(axes), "concat": concat,
     "take": lambda x, index, axis: np.take(x, index, axis), "slice": slice_axis,
@@ -265,6 +290,9 @@ def start_value(name: str, shape: tuple[int, ...], init: Expr, scope: Mapping[st
         if kind == "places":
             return places(random, shape, [int(value) for value in values])
         bound = values[0] if values else 1.0 / math.sqrt(shape[-1] if shape else 1)
+        if kind == "paired":
+            halves = random.uniform(-bound, bound, (*shape[:-1], (shape[-1] + 1) // 2))
+            return np.repeat(halves, 2, -1)[..., : shape[-1]].astype(np.float32)
         return random.uniform(-bound, bound, shape).astype(np.float32)
     value = init.value if isinstance(init, Number) else interpreter.evaluate(init, scope)
     return np.ascontiguousarray(np.broadcast_to(np.asarray(value, np.float32), shape))

@@ -227,6 +227,12 @@ class OnnxInterpreter(NumericInterpreter):
     def on_sum(self, x: Any, axis: int) -> Any:
         return self.emitter.node("ReduceSum", [self.value(x), self.emitter.integers([axis])], {"keepdims": 1})
 
+    def on_running_sum(self, x: Any, axis: int) -> Any:
+        value = self.value(x)  # ONNX Runtime adds up in float32 only
+        wide = self.emitter.node("Cast", [value], {"to": ir.DataType.FLOAT})
+        total = self.emitter.node("CumSum", [wide, self.emitter.integers([axis])])
+        return self.emitter.node("CastLike", [total, value])
+
     def on_mean_seq(self, x: Any, mask: Any) -> Any:
         if mask is None:
             return self.on_mean(x, 1)
@@ -240,6 +246,9 @@ class OnnxInterpreter(NumericInterpreter):
     def on_norm2(self, x: Any, axis: int) -> Any:
         return self.emitter.node("ReduceL2", [self.value(x), self.emitter.integers([axis])], {"keepdims": 1})
 
+    def on_upper(self, x: Any) -> Any:
+        return self.emitter.node("Trilu", [self.value(x), self.emitter.constant(np.array(1))], {"upper": 1})
+
     # layout
 
     def on_transpose(self, x: Any) -> Any:
@@ -249,6 +258,11 @@ class OnnxInterpreter(NumericInterpreter):
         found = self.emitter.node("Transpose", [value], {"perm": axes})
         if value.shape is not None:
             found.shape = ir.Shape([value.shape[axis] for axis in axes])
+        return found
+
+    def on_reshape(self, x: Any, shape: list[int]) -> Any:
+        found = self.emitter.node("Reshape", [self.value(x), self.emitter.integers(shape)])
+        found.shape = ir.Shape(shape)
         return found
 
     def on_permute(self, x: Any, axes: list[int]) -> Any:

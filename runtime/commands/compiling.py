@@ -48,7 +48,8 @@ def compile_command(
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens.
 
-    SPEC may also be a folder that Hugging Face PEFT saved; without MODEL, the base that it names is taken.
+    SPEC may also be a folder that Hugging Face PEFT or the adapters library saved; without MODEL, the base that it
+    names is taken.
     """
     with permanent():
         from peltc.compiler.importers.importing import imports

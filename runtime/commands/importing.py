@@ -8,8 +8,6 @@ import click
 
 from peltc.runtime.commands.shell import cli, quiet_option, talking
 
-SPEC, TENSORS = "spec.yaml", "adapter.safetensors"
-
 
 @cli.command("import")
 @click.argument("adapter", type=click.Path(path_type=Path))
@@ -17,25 +15,17 @@ SPEC, TENSORS = "spec.yaml", "adapter.safetensors"
 @click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The spec's folder.")
 @quiet_option
 def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> None:
-    """Read ADAPTER, a folder that Hugging Face PEFT saved, into a spec and its tensors.
+    """Read ADAPTER, a folder that Hugging Face PEFT or the adapters library saved, into a spec and its tensors.
 
     MODEL is the base, a folder or a hub id; the one that the adapter names where it is left out.
     """
-    from safetensors.numpy import save
-
-    from peltc.compiler.files.manifest import write_whole
     from peltc.compiler.importers.importing import ORIGIN, import_adapter
-    from peltc.spec.diagnostics import Place, fail
+    from peltc.compiler.importers.written import SPEC, TENSORS, check_free, write_spec
 
-    written = out / SPEC
-    if written.exists() and not written.read_text("utf-8", "replace").startswith(f"# {ORIGIN}"):
-        raise fail("E601", "the folder holds a spec that was not imported", Place(str(written)),
-                   "a folder without one, or with an imported one, which is replaced")  # fmt: skip
+    check_free(out, ORIGIN)
     with talking(quiet) as talk:
         found = import_adapter(adapter, model, talk=talk)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / TENSORS, save(dict(found.tensors), dict(found.metadata)))
-    write_whole(out / SPEC, found.text(TENSORS).encode())
+    write_spec(out, ORIGIN, found.text, found.tensors, found.metadata)
     values = sum(array.size for array in found.tensors.values())
     click.echo(f"{out / SPEC}: {len(found.spec.attach)} attachments; {out / TENSORS}: {values:,} values")
     click.echo(f"  pelt-compile {out / SPEC} {found.base} -o {out}-artifact")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peltc.compiler.interpreters.numeric import EPSILON, HIDDEN, PASSING, OneHot, looked_up
+from peltc.compiler.interpreters.numeric import EPSILON, HIDDEN, PASSING, OneHot, butterfly_order, looked_up
 from peltc.spec.formula.interpreter import FormulaError, Interpreter
 
 Tensor = torch.Tensor
@@ -100,6 +100,21 @@ def _block_diagonal(x: Tensor) -> Tensor:
     return result
 
 
+def _butterfly(x: Tensor) -> Tensor:
+    product: Tensor = torch.eye(x.shape[1] * x.shape[2], dtype=x.dtype, device=x.device)
+    for level, blocks in enumerate(x):
+        order = torch.from_numpy(butterfly_order(len(product), x.shape[2], level)).to(x.device)
+        product = _block_diagonal(blocks)[order][:, order] @ product
+    return product
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    q, r = torch.linalg.qr(x.double())
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    columns: Tensor = q * signs[..., None, :]
+    return columns.to(x.dtype)
+
+
 def _circulant(x: Tensor) -> Tensor:
     index = torch.arange(x.shape[-1], device=x.device)
     return x[..., (index[None, :] - index[:, None]) % len(index)]
@@ -149,8 +164,9 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "divide": lambda a, b: a / b, "power": lambda a, b: a**b, "negate": lambda x: -x, "matmul": lambda a, b: a @ b,
     "linear": lambda x, weight, bias: F.linear(x, weight, bias),
     "einsum": lambda operands, equation: torch.einsum(equation, *operands),
-    "kron": lambda a, b: torch.kron(a, b), "inverse": lambda x: torch.linalg.inv(x), "skew": _skew,
-    "block_diagonal": lambda x: _block_diagonal(x), "circulant": _circulant, "scatter": _scatter,
+    "kron": lambda a, b: torch.kron(a.contiguous(), b.contiguous()), "inverse": lambda x: torch.linalg.inv(x),
+    "skew": _skew, "block_diagonal": lambda x: _block_diagonal(x), "butterfly": _butterfly, "orthonormal": _orthonormal,
+    "upper": lambda x: torch.triu(x, 1), "circulant": _circulant, "scatter": _scatter,
     "inverse_fourier": lambda x: torch.fft.ifft2(x).real,
     "norm2": lambda x, axis: torch.linalg.vector_norm(x, dim=axis, keepdim=True),
     **{name: partial(_apply, f) for name, f in _ACTIVATION.items()},
@@ -160,6 +176,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "softmax": lambda x, axis: torch.softmax(x, axis), "detach": lambda x: x.detach(),
     "mean": lambda x, axis: x.mean(axis, keepdim=True), "sum": lambda x, axis: x.sum(axis, keepdim=True),
     "layer_norm": lambda x, gain, bias: F.layer_norm(x, x.shape[-1:], gain, bias, EPSILON), "attend": _attend,
+    "running_sum": lambda x, axis: torch.cumsum(x, axis),
     "mean_seq": _mean_seq, "reshape": lambda x, shape: x.reshape(shape), "transpose": lambda x: x.transpose(-1, -2),
     "permute": lambda x, axes: x.permute(axes), "concat": _concat,
     "take": lambda x, index, axis: x.select(axis, index),

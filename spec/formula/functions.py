@@ -101,6 +101,12 @@ _TABLE = [
     _function("skew", "skew-symmetric matrices: vectors [..., n(n-1)/2] above the diagonal, in row order",
               "[..., n, n]", "x", "n"),
     _function("block_diagonal", "a matrix with the K blocks of x [K, A, B] on its diagonal", "[K*A, K*B]", "x"),
+    _function("butterfly", "the product of M factors, the last one leftmost: each has K blocks of x [M, K, A, A] on its"
+              " diagonal, and from factor to factor the halves of blocks that meet lie twice as far apart",
+              "[K*A, K*A]", "x"),
+    _function("upper", "what lies above the diagonal of x [..., N, N], zeros elsewhere", SAME, "x"),
+    _function("orthonormal", "the columns of x [..., M, N] made orthogonal to those before them and of length 1, by"
+              " Gram-Schmidt; M is at least N", SAME, "x"),
     _function("circulant", "matrices of a first row x [..., N]; each other row is the one above, turned right by one",
               "[..., N, N]", "x"),
     _function("scatter", "the values [n] at places [n, 2], each a row and a column, of a matrix that is 0 elsewhere",
@@ -125,6 +131,7 @@ _TABLE = [
     # reductions; the reduced axis stays with size 1
     _function("mean", "mean along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
     _function("sum", "sum along an axis, which stays with size 1", REDUCED, "x", ("axis", -1)),
+    _function("running_sum", "each element with those before it along an axis, added up", SAME, "x", ("axis", -1)),
     _function("mean_seq", "mean of x [B, S, ...] over the sequence; with a mask [B, S], over its ones only",
               "[B, 1, ...]", "x", ("mask", None)),
     # layout
@@ -158,7 +165,8 @@ FUNCTIONS: dict[str, Function] = {function.name: function for function in _TABLE
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity")
 
 COMPILE_TIME = frozenset({
-    "kron", "inverse", "skew", "block_diagonal", "circulant", "scatter", "inverse_fourier", "reshape", "choose",
-    "top_k_mask",
+    "kron", "inverse", "skew", "block_diagonal", "butterfly", "orthonormal", "circulant", "scatter", "inverse_fourier",
+    "reshape", "choose", "top_k_mask",
 })  # fmt: skip
-"""Functions of tensors known at compile time only: the deployed graph has no form for them."""
+"""Functions of tensors whose sizes are known at compile time: none of them takes what depends on the input, and of all
+but `reshape`, which also takes a weight that stays in the graph, the deployed graph has no form."""

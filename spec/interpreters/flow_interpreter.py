@@ -14,10 +14,15 @@ from peltc.spec.interpreters.flows import Flow, Part, Way, flow, merged, scaled_
 from peltc.spec.method import Parameter
 
 CURVES = {*ACTIVATIONS} - {"identity"}
-UNEVEN = {"exp", "log", "sqrt", "abs", "cos", "sin", "power", "norm2"}
-UNCHANGED = {"identity", "detach", "dropout", "reshape", "transpose", "permute", "take", "slice", "unsqueeze", "negate"}
+UNEVEN = {"exp", "log", "sqrt", "abs", "cos", "sin", "power", "norm2", "orthonormal"}
+UNCHANGED = {
+    "identity", "detach", "dropout", "reshape", "transpose", "permute", "take", "slice", "unsqueeze", "negate", "upper",
+}  # fmt: skip
 MAPS = {"linear": ("x", "weight"), "matmul": ("a", "b"), "kron": ("a", "b")}
-PARTS = {"top_k_mask": Part.MASK, "choose": Part.EXPERTS, "block_diagonal": Part.BLOCKS, "circulant": Part.BLOCKS}
+PARTS = {
+    "top_k_mask": Part.MASK, "choose": Part.EXPERTS, "block_diagonal": Part.BLOCKS, "butterfly": Part.BLOCKS,
+    "circulant": Part.BLOCKS,
+}  # fmt: skip
 
 
 class TypologyInterpreter(Interpreter[Flow]):
@@ -65,6 +70,8 @@ class TypologyInterpreter(Interpreter[Flow]):
             return both.through(Way.CURVE, gate="token")
         if name == "mean_seq":
             return both.through(Way.TOKENS, gate="sample" if both.gate else "")
+        if name == "running_sum":
+            return both.through(Way.TOKENS)
         ways = {"attend": (Way.ATTENTION, Way.TOKENS), "layer_norm": (Way.NORM,)}
         return both.through(*ways.get(name, (Way.CURVE,) if name in CURVES | UNEVEN else ()))
 
@@ -101,7 +108,7 @@ class TypologyInterpreter(Interpreter[Flow]):
                 return scaled_by(value, constant)
             ways = [Way.MAP] if constant.own else []
             return both.through(*ways, gate="" if constant.own else value.gate, scaled=constant.scaled)
-        if name != "einsum" and factors[0].bent:
+        if name != "einsum" and factors[0].bent and not factors[1].bent:  # two that networks wrote make a product
             return replace(both.being(Part.NETWORK), went=both.went - {Way.MAP})
         if name == "kron" or (name == "einsum" and _outer(arguments["equation"])):
             both = both.being(Part.KRONECKER)

@@ -121,6 +121,36 @@ def _block_diagonal(x: Any) -> Shape:
     return Shape((simplify(Dim.of(k) * a), simplify(Dim.of(k) * b)))
 
 
+def _butterfly(x: Any) -> Shape:
+    x = as_array(x)
+    if x.rank != 4 or not same(x.dims[2], x.dims[3]):
+        raise FormulaError(f"butterfly needs [M, K, A, A], found {x}")
+    factors, blocks, size, _ = x.dims
+    if isinstance(factors, int) and factors > 1:
+        if isinstance(blocks, int) and blocks % 2 ** (factors - 1):
+            raise FormulaError(f"butterfly needs a number of blocks that {2 ** (factors - 1)} divides for {factors}"
+                               f" factors, found {x}")  # fmt: skip
+        if isinstance(size, int) and size % 2:
+            raise FormulaError(f"butterfly needs blocks of an even size for {factors} factors, found {x}")
+    side = simplify(Dim.of(blocks) * size)
+    return Shape((side, side))
+
+
+def _orthonormal(x: Any) -> Shape:
+    x = as_array(x)
+    sizes = [size for size in x.dims[-2:] if isinstance(size, int)]
+    if x.rank < 2 or (len(sizes) == 2 and sizes[0] < sizes[1]):
+        raise FormulaError(f"orthonormal needs [..., M, N] with M at least N, found {x}")
+    return Shape(x.dims, x.origin)
+
+
+def _upper(x: Any) -> Shape:
+    x = as_array(x)
+    if x.rank < 2 or not same(x.dims[-1], x.dims[-2]):
+        raise FormulaError(f"upper needs square matrices, found {x}")
+    return Shape(x.dims, x.origin)
+
+
 def _circulant(x: Any) -> Shape:
     x = as_array(x)
     if x.rank < 1:
@@ -150,6 +180,12 @@ def _reduce(x: Any, axis: Any) -> Shape:
     x = as_array(x)
     index = axis_index(x, axis)
     return Shape((*x.dims[:index], 1, *x.dims[index + 1 :]))
+
+
+def _running_sum(x: Any, axis: Any) -> Shape:
+    x = as_array(x)
+    axis_index(x, axis)
+    return Shape(x.dims)
 
 
 def _mean_seq(x: Any, mask: Any) -> Shape:
@@ -274,12 +310,14 @@ def _eye(n: Any) -> Shape:
 ELEMENTWISE_BINARY = {"add", "subtract", "multiply", "divide", "power"}
 SAME = {
     "negate", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "exp", "log", "sqrt", "abs", "cos", "sin",
-    "identity",    "activation", "softmax", "dropout", "detach",
+    "identity", "activation", "softmax", "dropout", "detach",
 }  # fmt: skip
 RULES: dict[str, Callable[..., Shape]] = {
     "linear": _linear, "matmul": _matmul, "einsum": _einsum, "kron": _kron, "inverse": _inverse, "eye": _eye,
-    "skew": _skew, "block_diagonal": _block_diagonal, "circulant": _circulant, "scatter": _scatter,
-    "inverse_fourier": _inverse_fourier, "norm2": _reduce, "mean": _reduce, "sum": _reduce,
+    "running_sum": _running_sum,
+    "skew": _skew, "block_diagonal": _block_diagonal, "butterfly": _butterfly, "orthonormal": _orthonormal,
+    "upper": _upper, "circulant": _circulant, "scatter": _scatter, "inverse_fourier": _inverse_fourier,
+    "norm2": _reduce, "mean": _reduce, "sum": _reduce,
     "mean_seq": _mean_seq, "reshape": _reshape, "transpose": _transpose, "permute": _permute, "concat": _concat,
     "take": _take, "pick": _pick, "put": _put, "slice": _slice, "unsqueeze": _unsqueeze, "choose": _choose,
     "zeros": lambda shape: Shape(sizes_of(shape)), "ones": lambda shape: Shape(sizes_of(shape)),

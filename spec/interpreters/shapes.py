@@ -62,7 +62,7 @@ def _reached(name: str, arguments: Mapping[str, Any]) -> list[Size]:
         return [tensor(arguments["a"]).dims[-1]]
     if name in ("mean_seq", "attend"):
         return [tensor(x if name == "mean_seq" else arguments["k"]).dims[1]]
-    if name in ("softmax", "norm2", "mean", "sum", "take", "pick", "put", "slice"):
+    if name in ("softmax", "norm2", "mean", "sum", "running_sum", "take", "pick", "put", "slice"):
         return [tensor(x).dims[axis_index(tensor(x), axis)]]
     if name == "einsum":
         left, right = arguments["equation"].replace(" ", "").split("->")

@@ -98,11 +98,16 @@ def test_a_bank_of_a_spec(desk: Any, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("what", ["", "adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("verb", ["compile", "check", "plan", "describe"])
 def test_given_as_spec(desk: Any, folders: dict[str, Path], what: str, verb: str) -> None:
-    spec = str(folders["PREFIX_TUNING"] / what)
+    strange = desk.folder / "strange"  # of a method that is not imported
+    shutil.copytree(folders["PREFIX_TUNING"], strange)
+    config = json.loads((strange / "adapter_config.json").read_text())
+    (strange / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "CARTRIDGE"}))
+    assert "CARTRIDGE" not in IMPORTED
+    spec = str(strange / what)
     arguments = {"compile": (str(desk.model), "-o", "out"), "plan": (str(desk.model),)}.get(verb, ())
     outcome = desk.pelt(verb, spec, *arguments)
     assert outcome.code == 1
-    only(outcome.err, "PREFIX_TUNING", "a spec")
+    only(outcome.err, "CARTRIDGE", "a spec")
 
 
 @pytest.mark.parametrize("what", ["", "adapter_model.safetensors"])

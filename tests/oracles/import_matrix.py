@@ -23,9 +23,10 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/oracles"))
+import matrix_page  # noqa: E402
 import models  # noqa: E402
 
-TABLE = ROOT / "docs/import-matrix.md"
 EFFECT = 1e-2
 """How much, at least, an adapter must move the output for the comparison to mean anything."""
 MAPS = {
@@ -37,6 +38,15 @@ INSIDE = {"bert": ["output.dense"], "gpt2": ["mlp.c_proj"], "llama": ["down_proj
 TASKS = {
     "bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "qwen3_moe": "CAUSAL_LM",
 }  # fmt: skip
+NORMS = {
+    "bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_2", "ln_f"], "llama": ["input_layernorm", "norm"],
+    "t5": ["layer_norm", "final_layer_norm"], "qwen3_moe": ["post_attention_layernorm", "norm"],
+}  # fmt: skip
+WHERE: dict[Any, dict[str, list[str] | None]] = {
+    peft.LNTuningConfig: NORMS,
+    peft.TrainableTokensConfig: dict.fromkeys(MAPS),  # PEFT finds the table itself
+}
+"""The modules of methods that other modules carry than `MAPS`."""
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     # name: PEFT's config, and its settings on every architecture
     "LoRA": (peft.LoraConfig, {"r": 4, "lora_alpha": 12}),
@@ -44,6 +54,16 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "(IA)³": (peft.IA3Config, {}),
     "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 7}),
     "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
+    "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 12, "total_step": 10}),
+    "LoKr": (peft.LoKrConfig, {"r": 2, "alpha": 7}),
+    "VeRA": (peft.VeraConfig, {"r": 6}),
+    "BOFT": (peft.BOFTConfig, {"boft_block_size": 8}),
+    "HRA": (peft.HRAConfig, {"r": 5}),
+    "MiSS": (peft.MissConfig, {"r": 6}),
+    "HiRA": (peft.HiraConfig, {"r": 4}),
+    "BEFT": (peft.BeftConfig, {}),
+    "norms": (peft.LNTuningConfig, {}),
+    "tokens": (peft.TrainableTokensConfig, {"token_indices": [9, 3, 5]}),
     "FourierFT": (peft.FourierFTConfig, {"n_frequency": 60, "scaling": 20.0}),
     "SHiRA": (peft.ShiraConfig, {"r": 2, "random_seed": 5}),
     "RoAd": (peft.RoadConfig, {"variant": "road_2", "group_size": 8}),
@@ -65,11 +85,14 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "CPT": (peft.CPTConfig, {"cpt_token_ids": [5, 6, 7], "cpt_tokens_type_mask": [1, 2, 3]}),
     "multitask prompt tuning": (peft.MultitaskPromptTuningConfig, {"num_virtual_tokens": 4, "num_ranks": 2}),
 }
-AROUND = ("magnitude", "ia3", "delora_lambda")
+AROUND = ("magnitude", "ia3", "delora_lambda", "boft_s", "ln_tuning")
 """Parameters whose random values lie around their start values rather than around zero."""
 WITHOUT: dict[tuple[str, str], str] = {
     ("LoHa", "gpt2"): "PEFT has none for `Conv1D`",
-    **{(name, "gpt2"): "PEFT has none for `Conv1D`" for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA", "GLoRA")},
+    **{
+        (name, "gpt2"): "PEFT has none for `Conv1D`"
+        for name in ("OFT", "SHiRA", "RoAd", "C³A", "DeLoRA", "GLoRA", "LoKr", "BOFT", "HRA", "MiSS", "BEFT")
+    },
     ("CPT", "bert"): "PEFT has it for causal models alone",
     ("CPT", "t5"): "PEFT has it for causal models alone",
     ("multitask prompt tuning", "t5"): "PEFT gives its decoder no tokens but labels",
@@ -78,12 +101,14 @@ WITHOUT: dict[tuple[str, str], str] = {
 
 
 def written(
-    family: str, settings: Mapping[str, Any], base: Path, out: Path
+    family: str, settings: Mapping[str, Any], base: Path, out: Path, effect: float = EFFECT
 ) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
     """Save an adapter with random weights; what PEFT's model answers once it is loaded again, and to what.
 
     Args:
-        settings: the config's, and its class as `kind`; LoRA's where absent.
+        settings: the config's, its class as `kind`, LoRA's where absent, and as `trained` what training does to the
+            model beside changing its parameters.
+        effect: how much, at least, the adapter must move the output.
     """
     kind = settings.get("kind", peft.LoraConfig)
     architecture = json.loads((base / "config.json").read_text())["architectures"][0]
@@ -93,20 +118,22 @@ def written(
         given["decoder_input_ids"] = torch.arange(3, 8)[None]
     with torch.no_grad():
         bare = model(**given).logits.numpy()
-        live: Any = peft.get_peft_model(model, kind(**{n: v for n, v in settings.items() if n != "kind"})).eval()
+        keys = {name: value for name, value in settings.items() if name not in ("kind", "trained")}
+        live: Any = peft.get_peft_model(model, kind(**keys)).eval()
         generator = torch.Generator().manual_seed(0)
         for name, parameter in live.named_parameters():
             if parameter.requires_grad:
                 change = 0.2 * torch.randn(parameter.shape, generator=generator)
                 kept = any(part in name for part in AROUND)
                 parameter.copy_(parameter + change if kept else change)
+        settings.get("trained", lambda live: None)(live)
         live.save_pretrained(out)  # with sorted keys: of patterns that overlap, a reload may see another first
         again = getattr(transformers, architecture).from_pretrained(base)
         tasks = {"task_ids": torch.zeros(1, dtype=torch.long)} if kind is peft.MultitaskPromptTuningConfig else {}
         answer = peft.PeftModel.from_pretrained(again, out).eval()(**given, **tasks).logits.numpy()
         if answer.ndim > 2:  # what PEFT answers at the tokens that it puts before the text
             answer = answer[:, -bare.shape[1] :]
-    assert np.abs(answer - bare).max() > EFFECT * np.abs(answer).max()
+    assert np.abs(answer - bare).max() >= effect * np.abs(answer).max()
     return answer, {name: value.numpy() for name, value in given.items()}
 
 
@@ -116,7 +143,8 @@ def cell(method: str, family: str, base: Path, folder: Path) -> dict[str, float]
 
     kind, settings = METHODS[method]
     inside = {"feedforward_modules": INSIDE[family]} if kind is peft.IA3Config else {}
-    carried = {"target_modules": MAPS[family]} if "target_modules" in kind.__dataclass_fields__ else {}
+    where = WHERE.get(kind, MAPS)[family]
+    carried = {"target_modules": where} if "target_modules" in kind.__dataclass_fields__ else {}
     settings = {"kind": kind, **carried, "task_type": TASKS[family], **inside, **settings}
     expected, given = written(family, settings, base, folder / "adapter")
     errors = {}
@@ -141,14 +169,8 @@ def main(only: Iterable[str]) -> None:
                 cells.append(" / ".join(f"{e:.0e}" for e in cell(method, family, base, Path(folder)).values()))
         rows.append(f"| {method} | {' | '.join(cells)} |")
         print(rows[-1], file=sys.stderr)
-    text = (
-        "# Imported adapters against their own library\n\n"
-        "The largest difference between the artifact and the library's own model in eval mode, as a share of the\n"
-        "largest logit, folded / static, on tiny models with random weights, biases and norms. Written by\n"
-        "`python tests/oracles/import_matrix.py`,\n"
-        f"with Hugging Face PEFT {peft.__version__} and torch {torch.__version__}.\n\n"
-    )
-    TABLE.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
+    told = f"Of version {peft.__version__}, with torch {torch.__version__}, by `python tests/oracles/import_matrix.py`."
+    matrix_page.write("Hugging Face PEFT", told, rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ what of them is read as PEFT computes it, and what is refused by name."""
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,12 @@ from safetensors.numpy import load_file, save_file
 import peltc
 from peltc.compiler.importers.hf_vblora import logits
 from peltc.compiler.importers.importing import import_adapter
+from peltc.compiler.importers.torch_random import places
+from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError
+from peltc.spec.formula.interpreter import Deferred
+from peltc.spec.method import shipped
 
 Folder = Callable[..., Path]
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -68,6 +74,24 @@ def stored(settings: dict[str, Any], base: Path, out: Path) -> None:
     model = getattr(transformers, architecture).from_pretrained(base)
     config = settings["kind"](**{name: value for name, value in settings.items() if name != "kind"})
     peft.get_peft_model(model, config).save_pretrained(out)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(7, 5), (6, 9), (8, 4)])
+def test_a_wavelet_of_any_size(outputs: int, inputs: int) -> None:
+    """Odd sizes are filled up to even ones, as in PEFT."""
+    model = torch.nn.Sequential(torch.nn.Linear(inputs, outputs))
+    live: Any = peft.get_peft_model(model, peft.WaveFTConfig(target_modules=["0"], n_frequency=13, init_weights=False))
+    layer, method = live.base_model.model[0], shipped()["waveft"]
+    expected = layer.get_delta_weight("default").detach().numpy()
+    scope: dict[str, Any] = {
+        **method.defaults, "in": inputs, "out": outputs, "x": np.eye(inputs, dtype=np.float32),
+        "spectrum": layer.waveft_spectrum["default"].detach().numpy(), "places": places(outputs, inputs, 13, 777),
+    }  # fmt: skip
+    interpreter = NumericInterpreter()
+    for name, expr in method.let:
+        scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
+    found = interpreter.evaluate(dict(method.effects)["delta"], scope).T
+    assert np.abs(found - expected).max() < TOLERANCE["float32"] * np.abs(expected).max()
 
 
 PIECES = ["SHiRA", "FourierFT", "RandLoRA", "PVeRA", "RoAd", "C³A", "DeLoRA", "GLoRA"]
@@ -174,6 +198,38 @@ def test_a_path_that_is_none_has_no_values(saved: Callable[..., Path], model_fol
         PeltError, match=r"E433 'C' of encoder.layers.0.attention.query is none by the config and has values"
     ):
         import_adapter(saved("GLoRA", change, config_C="none"), model_folder("bert"))
+
+
+def broken(tensors: Tensors, seed: int) -> Tensors:
+    """Tensors some of which have another shape, type or sign, or are left out."""
+    draw = random.Random(seed)
+    found = dict(tensors)
+    for name in draw.sample(sorted(found), min(len(found), draw.randrange(1, 4))):
+        array = found[name]
+        other = np.float32 if array.dtype.kind in "iu" else np.int32
+        found[name] = draw.choice([
+            array.reshape(-1), array[:0], array[None], array.T, array.astype(other), np.full_like(array, 7),
+            np.array(0, array.dtype), np.zeros((3, *array.shape[1:]), array.dtype), (array * 1e30).astype(np.float32),
+        ])  # fmt: skip
+    if draw.random() < 0.3:
+        found.pop(draw.choice(sorted(found)))
+    return {name: np.ascontiguousarray(array) if array.ndim else array for name, array in found.items()}
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_tensors_that_are_broken_raise_nothing_else(
+    method: str, saved: Callable[..., Path], model_folder: Folder
+) -> None:
+    folder, refused = saved(method), 0
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for seed in range(40):
+        save_file(broken(tensors, seed), file)
+        try:
+            import_adapter(folder, model_folder("bert"))
+        except PeltError:
+            refused += 1
+    assert refused > 20
 
 
 def test_logits_make_the_weights_again() -> None:

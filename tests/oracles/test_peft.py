@@ -119,6 +119,22 @@ def give_oft(layer: Any, group: Group) -> None:
     copy(layer.oft_R["default"].weight, t["R"])
 
 
+def give_named(prefix: str) -> Give:
+    """Tensors that have our names after a prefix."""
+
+    def give(layer: Any, group: Group) -> None:
+        ((_, t),) = group
+        for name, value in t.items():
+            copy(getattr(layer, f"{prefix}{name}")["default"], value)
+
+    return give
+
+
+def give_beft(layer: Any, group: Group) -> None:
+    ((_, t),) = group
+    copy(layer.beft_bias["default"], t["change"][None])
+
+
 def give_norms(layer: Any, group: Group) -> None:
     ((_, t),) = group
     tuned = layer.ln_tuning_layers["default"]
@@ -203,7 +219,7 @@ CASES = [
         for m in ("bert", "llama")
     ),
     # PEFT takes a full w2 where the rank would not save anything, and scales it by alpha / r all the same; ours has
-    # the scale 1 there.
+    # the scale 1 there, unless it is told `full`.
     *(
         Case(f"{m}-lokr-{name}", m, [entry("lokr", FEW, factor=4, **ours)], peft.LoKrConfig, give_lokr,
              {"decompose_factor": 4, **theirs})
@@ -211,6 +227,8 @@ CASES = [
         for name, ours, theirs in (
             ("rank", {"r": 2, "alpha": 5}, {"r": 2, "alpha": 5}),
             ("full", {"r": 0}, {"r": 64, "alpha": 64}),
+            ("full-scaled", {"r": 64, "alpha": 48, "full": True}, {"r": 64, "alpha": 48}),
+            ("both", {"r": 1, "alpha": 3, "decompose_both": True}, {"r": 1, "alpha": 3, "decompose_both": True}),
         )
     ),
     *(
@@ -226,6 +244,23 @@ CASES = [
         for m in ("bert", "llama")
         for name, n in (("neumann", True), ("exact", False))
     ),
+    *(
+        Case(f"{m}-{name}", m, [entry(method, FEW, **ours)], config, give_named(prefix), theirs)
+        for m in ("bert", "llama")
+        for name, method, ours, config, prefix, theirs in (
+            ("boft", "boft", {"block": 8}, peft.BOFTConfig, "boft_", {"boft_block_size": 8}),
+            ("hra", "hra", {"r": 5}, peft.HRAConfig, "hra_", {"r": 5}),
+            ("hra-orthogonal", "hra_orthogonal", {"r": 5}, peft.HRAConfig, "hra_", {"r": 5, "apply_GS": True}),
+            ("miss", "miss", {"r": 7}, peft.MissConfig, "miss_", {"r": 7}),
+            ("miss-repeated", "miss", {"r": 4, "width": 8}, peft.MissConfig, "miss_",
+             {"r": 4, "mini_r": 8, "init_weights": "mini"}),
+            ("bat", "bat", {"r": 8}, peft.MissConfig, "miss_", {"r": 8, "init_weights": "bat"}),
+            ("hira", "hira", {"r": 4}, peft.HiraConfig, "hira_", {"r": 4}),
+        )
+    ),
+    Case("gpt2-hira", "gpt2", [entry("hira", ["attention.output", *FFN], r=4)], peft.HiraConfig, give_named("hira_"),
+         {"r": 4, **CONV}),
+    Case("bert-beft", "bert", [entry("bitfit", FEW)], peft.BeftConfig, give_beft),
     *(
         Case(f"{m}-norms", m, [entry("norm_tuning", "*norm")], peft.LNTuningConfig, give_norms)
         for m in ("bert", "llama", "gpt2")

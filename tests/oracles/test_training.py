@@ -28,7 +28,7 @@ SMALLER: dict[str, Entry] = {"prefix": {"length": 3, "hidden": 8}, "prompt": {"l
                              "vera": {"r": 8}, "compacter": {"reduction": 4}, "c3a": {"block": 8},
                              "road": {"group": 8}, "shira": {"r": 2}, "fourierft": {"n": 60, "scale": 20},
                              "gralora": {"r": 4}, "vblora": {"vectors": 12, "length": 8}, "waveft": {"n": 60},
-                             "randlora": {"r": 5, "alpha": 3}}  # fmt: skip
+                             "randlora": {"r": 5, "alpha": 3}, "bat": {"r": 8}}  # fmt: skip
 VARIANTS: dict[str, Entry] = {
     "lora": {"rank_stabilised": True, "r": 3},
     "ia3": {"position": "input"},
@@ -37,8 +37,13 @@ VARIANTS: dict[str, Entry] = {
     "parallel_adapter": {"reads": "residual"},
     "prefix": {"length": 3, "reparameterise": False},
     "lokr": {"r": 0},
+    "adalora": {"kept": 5},
+    "boft": {"block": 2, "factors": 3},
+    "miss": {"r": 7, "width": 4},
     "oft": {"block": 8, "neumann": False},
     "norm_tuning": {"weight": False},
+    "reft": {"first": 0, "last": 2},
+    "fusion": {"reads": "raw", "answers": False},
 }
 CASES: dict[str, Entry] = {
     **{name: {"method": name, "at": AT[m.site], **SMALLER.get(name, {})} for name, m in shipped().items()},

@@ -118,12 +118,13 @@ def test_the_same_map_for_every_token(data: Any, size: int) -> None:
 NOT_AFFINE = [
     "relu({0})", "gelu({0})", "gelu_tanh({0})", "silu({0})", "tanh({0})", "sigmoid({0})", "exp({0})", "log({0})",
     "sqrt({0})", "abs({0})", "activation({0}, 'silu')", "softmax({0})", "norm2({0})", "mean({0})", "sum({0})",
+    "running_sum({0}, axis=0)",
     "mean_seq({0})", "{0} ** 2", "2 ** {0}", "{0} * {1}", "1 / {0}", "{0} / {1}", "concat({0}, {1})",
     "slice({0}, 0, 1)", "take({0}, 0)", "unsqueeze({0})", "transpose({0})", "permute({0}, [0])", "{0} @ {1}",
     "linear(v7, {0})", "linear({0}, {1})", "einsum('i,ji->j', {0}, w77)", "reshape({0}, [7])", "kron({0}, {1})",
-    "{0} * m34", "{0} + m34", "inverse({0})", "block_diagonal({0})", "skew({0}, 7)", "choose({0})",
-    "circulant({0})", "inverse_fourier({0})",
-    "scatter({0}, v7, [1, 7])", "cos({0})", "sin({0})",
+    "{0} * m34", "{0} + m34", "inverse({0})", "block_diagonal({0})", "butterfly({0})", "upper({0})", "orthonormal({0})",
+    "skew({0}, 7)", "choose({0})", "circulant({0})", "inverse_fourier({0})", "scatter({0}, v7, [1, 7])", "cos({0})",
+    "sin({0})",
     "pick({0}, [0])", "put({0}, {1}, [0])", "put(v7, {0}, [0])", "top_k_mask({0}, 1)",
     "layer_norm({0})", "attend({0}, {0}, {0})",
 ]  # fmt: skip

@@ -47,7 +47,7 @@ def test_false_is_as_if_nothing_were_said() -> None:
 
 class TestGate:
     def test_stands_in_place_of_the_scale(self) -> None:
-        assert formulas(combined("lora", gate=True))["delta"].startswith("gate * (linear(linear(")
+        assert formulas(combined("lora", gate=True))["delta"] == "gate * (update + B_bias if bias else update)"
         kept = formulas(combined("lora", gate={"replaces_scale": False}))["delta"]
         assert kept.startswith("gate * ((alpha / ")
 

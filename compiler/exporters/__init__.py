@@ -1,0 +1,1 @@
+"""Adapters written as other libraries read them."""
