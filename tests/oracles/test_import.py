@@ -378,11 +378,7 @@ def test_keys_that_change_the_function_are_refused_by_name(key: str, adapter: Pa
         ({"modules_to_save": ["classifier", "pooler"]}, "E432 the adapter has no tensors of 'pooler'"),
         ({"r": 2}, r"E433 'A' of '.*' has the shape \[8, 32\]"),
         ({"target_parameters": ["experts.up"]}, "E432 the adapter's config means parameters that the model does not"),
-        (
-            {"target_parameters": ["value.bias"]},
-            "E432 the adapter has 1 parts for the 1 parameters|E432 .*no weight of linear",
-        ),
-        ({"peft_type": "BOFT"}, "E431 adapters of PEFT's method BOFT are not imported yet"),
+        ({"target_parameters": ["value.bias"]}, "E432 the adapter has no tensors of 2 modules"),
         ({"peft_type": "POLY"}, "E431 adapters of PEFT's method POLY are not imported yet"),
     ],
 )
