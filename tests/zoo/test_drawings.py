@@ -221,7 +221,8 @@ def test_experts_stand_between_the_norm_and_the_sum() -> None:
     roles = ("router", "experts.gate", "experts.up", "experts.down")
     router, gate, up, down = (lines[f"feed_forward.{role}"] for role in roles)
     assert frame.holds(router) and frame.holds(gate) and frame.holds(up) and frame.holds(down)
-    assert lines["feed_forward.norm"].top > router.top == gate.top == up.top > down.top
+    assert gate.top == up.top and lines["feed_forward.norm"].top > max(router.top, gate.top)
+    assert min(router.top, gate.top) > down.top
     assert down.top > lines["feed_forward.block"].top
     assert not frame.holds(lines["attention.output"]) and not frame.holds(lines["feed_forward.norm"])
     assert {"64 → 4", "4 × 64 → 128", "4 × 128 → 64"} <= set(words(picture, "size"))
