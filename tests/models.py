@@ -55,6 +55,17 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**SMALL, **TEXT, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
          "moe_intermediate_size": 16, "decoder_sparse_step": 1},
     ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**SMALL, **TEXT, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt_oss": (  # experts with biases, stored [in, out], whose gate and up sides are interleaved; square ones as well
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**SMALL, **TEXT, "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
+         "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
 }  # fmt: skip
 """Families that the laws are not held on, and single tests are."""
 

@@ -23,7 +23,8 @@ def misplaced(plan: Plan, tensors: Mapping[str, Array]) -> list[str]:
             if named is None or named[0] != "places" or tensor.name in found:
                 continue
             rows, columns = (int(NumericInterpreter().evaluate(size, claim.constants)) for size in named[1])
-            found[tensor.name] = are_places(tensors[tensor.name], rows, columns)
+            parts = tensors[tensor.name] if tensor.experts else tensors[tensor.name][None]
+            found[tensor.name] = all(are_places(part, rows, columns) for part in parts)
     return [name for name, right in found.items() if not right]
 
 

@@ -159,35 +159,49 @@ def start_tensors(plan: Plan, read: Read) -> dict[str, Array]:
 
 
 def _start(plan: Plan, claim: Claim, tensor: Tensor, read: Read) -> Array:
+    """A tensor's start value; each of a stack of experts draws and reads its own."""
+    if not tensor.experts:
+        return _started(plan, claim, tensor, tensor.name, read, ...)
+    return np.stack([_started(plan, claim, tensor, f"{tensor.name}.{i}", read, i) for i in range(tensor.experts)])
+
+
+def _started(plan: Plan, claim: Claim, tensor: Tensor, name: str, read: Read, part: Any) -> Array:
+    """The start value of a tensor, or of a part of it.
+
+    Args:
+        name: what random values are drawn by.
+        part: which part of the base's weight and bias it reads, as in `parameters_of`.
+    """
     site = claim.site
-    scope = {**claim.constants, **parameters_of(site, read)}
+    scope = {**claim.constants, **parameters_of(site, read, part)}
     try:
         if initialiser(tensor.init) is None:  # sizes first: a formula may ask for more than there is memory
             values, _ = site_shapes(site.kind, site.sizes, site.name)
             ShapeInterpreter().evaluate(
                 tensor.init, {**claim.constants, **{n: values[n] for n in ("W", "b") if n in values}}
             )
-        return start_value(tensor.name, tensor.shape, tensor.init, scope, plan.spec.seed)
+        return start_value(name, tensor.inner, tensor.init, scope, plan.spec.seed)
     except (EvaluationError, ValueError, KeyError) as error:
         entry = next((entry for entry in plan.spec.attach if entry.name == claim.attachment), None)
         place = claim.method.place if entry is None else entry.formulas
         raise fail("E405", f"the start value of '{tensor.name}' cannot be computed: {error}", place) from None
 
 
-def parameters_of(site: Site, read: Read) -> dict[str, Deferred]:
+def parameters_of(site: Site, read: Read, part: Any = ...) -> dict[str, Deferred]:
     """A site's own weight W [O, I] and bias b [O] in float32, read when a formula asks for them.
 
     Args:
         read: base parameters by name, as stored.
+        part: of experts, the number of the one that is meant.
     """
     rows = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])
 
     def weight() -> Array:
-        array = np.asarray(read(site.parameters["weight"]), np.float32)
+        array = np.asarray(read(site.parameters["weight"])[part], np.float32)
         return np.asarray((array.T if site.transposed else array)[rows])
 
     def bias() -> Array:
-        return np.asarray(np.asarray(read(site.parameters["bias"]), np.float32)[rows])
+        return np.asarray(np.asarray(read(site.parameters["bias"])[part], np.float32)[rows])
 
     return {"W": Deferred(weight), "b": Deferred(bias)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,8 @@ TARGETS = {
 """Keys that say which modules carry the adapter."""
 
 
+PARAMETERS = {"type": ["array", "null"], "items": {"type": "string", "maxLength": 500}, "maxItems": 2000}
+"""Which parameters carry the adapter by their own names, beside those that are some module's weight."""
 NUMBER = {"type": "number"}
 RANK = {"type": "integer", "minimum": 1, "maximum": 2**20}
 SWITCH = {"type": ["boolean", "null"]}
@@ -133,12 +135,25 @@ def ranked(alpha: str) -> dict[str, Any]:
 
 
 def own_rows(array: Array, site: Site) -> Array:
-    """Of an array with a row for each feature of a fused map, those of a site; an array without as many rows as it is,
-    for its shape will be found not to fit."""
+    """Of an array with a row for each feature of a fused map, those of a site; of experts, of the array of each. An
+    array without as many rows as it is, for its shape will be found not to fit."""
     if site.rows is None:
         return array
+    if site.kind == "experts" and array.ndim == 3 and len(array):
+        return np.stack([own_rows(part, replace(site, kind="linear")) for part in array])
     index = np.concatenate([np.arange(a, b) for a, b in site.rows])
     return array[index] if array.ndim and index.max() < len(array) else array
+
+
+def each_experts(array: Array, site: Site, axis: int) -> Array:
+    """Of a matrix [R, C] with some of its rows, or columns, for each expert, the matrix of each. With rows, an expert's
+    own follow each other; with columns, those of the same number do. An array of another size as it is."""
+    count = site.sizes["experts"]
+    if array.ndim != 2 or array.shape[axis] % count:
+        return array
+    if axis == 0:
+        return array.reshape(count, -1, array.shape[1])
+    return array.reshape(len(array), -1, count).transpose(2, 0, 1)
 
 
 def whole_blocks(site: Site, size: int) -> list[int] | None:

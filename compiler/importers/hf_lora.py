@@ -15,6 +15,7 @@ from peltc.compiler.importers.formats import (
     BIASES,
     COMMON,
     NUMBER,
+    PARAMETERS,
     SWITCH,
     TARGETS,
     TOKEN_ROWS,
@@ -22,6 +23,7 @@ from peltc.compiler.importers.formats import (
     Config,
     Entry,
     Format,
+    each_experts,
     own_rows,
     ranked,
 )
@@ -42,7 +44,10 @@ def entry(config: Config, module: str) -> Entry:
 
 
 def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
-    """A [r, I], B [O, r] and the magnitudes m [O, 1]; of a fused map, a site's own rows."""
+    """A [r, I], B [O, r] and the magnitudes m [O, 1]; of a fused map, a site's own rows; of experts, one of each for
+    every expert, whose ranks are stored in one matrix."""
+    if site.kind == "experts":
+        tensors = {name: each_experts(array, site, 0 if name == "A" else 1) for name, array in tensors.items()}
     columns = {name: array.reshape(-1, 1) if name == "m" else array for name, array in tensors.items()}
     return {name: array if name == "A" else own_rows(array, site) for name, array in columns.items()}
 
@@ -58,6 +63,7 @@ LORA = Format(
     read={
         **TARGETS, **ranked("lora_alpha"), "lora_dropout": NUMBER, "use_rslora": SWITCH, "use_dora": SWITCH,
         "lora_bias": SWITCH, "ensure_weight_tying": SWITCH, "trainable_token_indices": TOKEN_ROWS, "bias": BIASES,
+        "target_parameters": PARAMETERS,
     },
     inert=COMMON | {"fan_in_fan_out", "megatron_config", "megatron_core", "eva_config",
                     "qalora_group_size"},
@@ -69,7 +75,6 @@ LORA = Format(
         "alora_invocation_tokens": "it acts from a token on, which no method here does",
         "use_qalora": "its grouped inputs are not known here",
         "layer_replication": "two modules share one weight then",
-        "target_parameters": "experts' stacked parameters are no sites yet",
     },
     only={
         "init_lora_weights": ((True, False, None, "gaussian", "orthogonal", "eva"), BASE_CHANGED),

@@ -36,6 +36,7 @@ from peltc.compiler.importers.targets import targeted
 from peltc.compiler.importers.ties import kept, owner, owners
 from peltc.compiler.importers.tokens import other_tokens
 from peltc.compiler.importers.wording import name_of, spec_content
+from peltc.compiler.importers.wrapped import named_owners, named_weights, unwrapped
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
@@ -118,13 +119,18 @@ def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, t
     check_saved(folder, parts, base)
     if note := other_tokens(folder.path, base):
         talk(f"warning: {note}")
-    read = shift(folder, parts, base, owners(base) if known.tied else set())
+    others = owners(base) if known.tied else {*named_owners(folder.config, base.parameters)}
+    read = shift(folder, parts, base, others)
+    adapted = [part.module for part in parts if part.role == ADAPTER and part.module]
+    weights = named_weights(folder, base.parameters, adapted, read)
     if known.sites is None:
-        check_targets(folder, known, base, {read(part.module) for part in parts if part.role == ADAPTER})
+        check_targets(folder, known, base, {read(module) for module in adapted if module not in weights})
     if known.tied:
         once = kept({part.module: part.tensors for part in parts if part.role == ADAPTER}, read, base, folder)
         parts = [part for part in parts if part.role != ADAPTER or part.module in once]
-    found = [here for part in parts for here in placed(part, read(part.module), folder, known, base)]
+    found: list[Placed] = []
+    for part in parts:
+        found += placed(part, read(part.module), folder, known, base, weights.get(part.module, ""))
     content = spec_content(folder, base, found)
     spec = load_spec(content)
     plan = make_plan(spec, base.anatomy, base.fingerprint)
@@ -232,7 +238,7 @@ def shift(folder: Folder, parts: Sequence[Part], base: Base, others: Set[str] = 
     Raises:
         PeltError: E432 no reading finds all modules, or several do.
     """
-    modules = [part.module for part in parts if part.module]
+    modules = [unwrapped(part.module) for part in parts if part.module]
     held = {name.rpartition(".")[0] for name in base.parameters if name.endswith((".weight", ".bias"))} | others
     stems = sorted({f"{name.partition('.')[0]}." for name in held})
     readings: dict[str, Reading] = {"": str}

@@ -17,6 +17,7 @@ from peltc.compiler.importers.folder import Folder
 from peltc.compiler.importers.formats import Array, Entry, Format, own_rows
 from peltc.compiler.importers.hf_beside import COPY, ORIGINAL, ROWS, SINGLE_ROWS, WHOLE, WRAPPED
 from peltc.compiler.importers.ties import tied_sites
+from peltc.compiler.importers.wrapped import key_of, sites_named
 from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Place, fail
 
@@ -102,11 +103,12 @@ def parts_of(folder: Folder, known: Format) -> list[Part]:
     return [Part(module, role, tensors) for (module, role), tensors in found.items()]
 
 
-def placed(part: Part, module: str, folder: Folder, known: Format, base: Base) -> list[Placed]:
+def placed(part: Part, module: str, folder: Folder, known: Format, base: Base, weight: str = "") -> list[Placed]:
     """A part at its sites, by what a spec says of them; nothing where it holds what the base holds already.
 
     Args:
         module: the module's name in the model.
+        weight: the parameter that a part of the method is about, where the config means it by its own name.
 
     Raises:
         PeltError: E431 a part whose config does not say what it is; E432 a module that is no site; E433 parameters
@@ -116,9 +118,12 @@ def placed(part: Part, module: str, folder: Folder, known: Format, base: Base) -
         sites = list(known.sites(folder.config, base.anatomy))
         return [Placed(part, sites, known.entry(folder.config, ""), partial(_evaluated, known, folder))]
     if part.role == ADAPTER:
-        sites = tied_sites(base, module) if known.tied else sites_of(base, module, known.kinds)
+        if weight:
+            sites = sites_named(base, weight)
+        else:
+            sites = tied_sites(base, module) if known.tied else sites_of(base, module, known.kinds)
         check_tied(folder, sites)
-        return _adapter(part, sites, folder, known, base)
+        return _adapter(part, sites, folder, known, base, key_of(part.module, weight) if weight else part.module)
     if part.role == TOKENS:
         sites = sites_of(base, module, ("linear", "table"))
         rows = rows_of(folder, part.module)
@@ -127,8 +132,8 @@ def placed(part: Part, module: str, folder: Folder, known: Format, base: Base) -
     return [own] if own is not None else []
 
 
-def _adapter(part: Part, sites: list[Site], folder: Folder, known: Format, base: Base) -> list[Placed]:
-    """Tensors of the method at the sites of a module."""
+def _adapter(part: Part, sites: list[Site], folder: Folder, known: Format, base: Base, called: str) -> list[Placed]:
+    """Tensors of the method at the sites of a module, which the config's patterns know as it is `called`."""
     shared = frozenset(known.shared.values())
 
     def values(stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
@@ -136,7 +141,7 @@ def _adapter(part: Part, sites: list[Site], folder: Folder, known: Format, base:
         found = known.parameters({**common, **stored}, site)
         return known.completed(found, folder.config, site, outputs(base, site))
 
-    stated = known.entry(folder.config, part.module)
+    stated = known.entry(folder.config, called)
     shapes = {parameter: folder.tensors[name].shape for parameter, name in part.tensors.items()}
     groups: dict[tuple[str, Rows | None], tuple[Entry, list[Site]]] = {}
     for site in sites:
@@ -161,7 +166,7 @@ def outputs(base: Base, site: Site) -> int:
     """How many outputs the map has that a site is or is part of."""
     if site.kind == "table":
         return site.sizes["out"]
-    return int(base.parameters[site.parameters["weight"]].shape[-1 if site.transposed else 0])
+    return int(base.parameters[site.parameters["weight"]].shape[-1 if site.transposed else -2])
 
 
 def _own(part: Part, module: str, folder: Folder, base: Base) -> Placed | None:

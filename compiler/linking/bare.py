@@ -21,8 +21,8 @@ CLOSE = 1e-5
 
 
 def disturbance(claims: Iterable[Claim], starts: Mapping[str, Array], read: Read) -> str:
-    """Why modules change the base at their start values; empty where they do not. Layers are alike, so that one module
-    of each attachment and role tells.
+    """Why modules change the base at their start values; empty where they do not. Layers are alike, and so are
+    experts: one module of each attachment and role tells.
 
     Args:
         starts: the start values by tensor name.
@@ -46,8 +46,8 @@ def _leaves(claim: Claim, effect: str, starts: Mapping[str, Array], read: Read) 
         for name, shape in shapes.items() if name not in ("W", "b")
     }  # fmt: skip
     values |= {"mask": np.ones([SIZES["B"], SIZES["S"]], np.float32), "norm": _same}
-    values |= parameters_of(site, read)
-    values |= {name: starts[tensor.name] for name, tensor in claim.tensors.items()}
+    values |= parameters_of(site, read, 0 if site.kind == "experts" else ...)
+    values |= {name: starts[t.name][0] if t.experts else starts[t.name] for name, t in claim.tensors.items()}
     interpreter = NumericInterpreter()
     found = np.asarray(interpreter.evaluate(claim.effects[effect], claim.scope(values, interpreter)))
     if effect == "delta":

@@ -66,6 +66,8 @@ def absorb(
         return _norm(claims, site, read, tensors, dtype)
     if site.kind == "table":
         return _table(claims, site, read, tensors, dtype)
+    if site.kind == "experts":
+        return _experts(claims, site, read, tensors, dtype)
     weight, bias = site.parameters["weight"], site.parameters.get("bias")
     stored = read(weight)
     W = np.asarray(stored, np.float32)
@@ -218,6 +220,38 @@ def _table(
     array = np.ascontiguousarray(rows).astype(dtype, copy=False)
     labels = tuple(f"{c.attachment} at {c.site.name}" for c in claims)
     return [Folded(site.parameters["weight"], array, labels, _loss(array, rows, base))]
+
+
+def _experts(
+    claims: list[Claim], site: Site, read: Read, tensors: Mapping[str, Array], dtype: np.dtype[Any]
+) -> list[Folded]:
+    """Claims on the stacked weights and biases of experts, one expert after the other."""
+    base = {role: np.asarray(read(name), np.float32) for role, name in site.parameters.items()}
+    stacks = {role: array.copy() for role, array in base.items()}
+    changed: set[str] = set()
+    own = {t.name: t for claim in claims for t in claim.tensors.values()}
+    for number in range(site.sizes["experts"]):
+        W, b = (stacks[role][number] if role in stacks else None for role in ROLES)
+        assert W is not None
+        W = W.T if site.transposed else W
+        part = {name: tensors[name][number] if t.experts else tensors[name] for name, t in own.items()}
+        for rows in dict.fromkeys(claim.site.rows for claim in claims):
+            group = [claim for claim in claims if claim.site.rows == rows]
+            index = np.arange(len(W)) if rows is None else np.concatenate([np.arange(a, z) for a, z in rows])
+            old_W, old_b = W[index], None if b is None else b[index]
+            new_W, new_b = fold_map(group, old_W, old_b, part)
+            if new_W is not old_W:
+                W[index] = new_W
+                changed.add("weight")
+            if b is not None and new_b is not old_b:
+                b[index] = new_b
+                changed.add("bias")
+    labels = tuple(f"{c.attachment} at {c.site.name}" for c in claims)
+    folded = []
+    for role in (role for role in ROLES if role in changed):
+        array = stacks[role].astype(dtype, copy=False)
+        folded.append(Folded(site.parameters[role], array, labels, _loss(array, stacks[role], base[role])))
+    return folded
 
 
 def _loss(stored: Array, exact: Array, base: Array) -> float:

@@ -4,7 +4,7 @@
     attention  k ──► concat(more, k)                 mask ──► mask that shows the new positions
 
 Every node carries `pelt.attachment`, `pelt.method` and `pelt.site` in its metadata; taking out what is so marked
-gives the base graph back.
+gives the base graph back, but for a bias that is added to all experts' results at once and is added to each here.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter, clone_between
 from peltc.compiler.interpreters.numeric import NumericInterpreter
-from peltc.compiler.passes.insert_maps import Maps
+from peltc.compiler.passes.insert_experts import Experts
 from peltc.compiler.passes.insertion import Around, swap_input
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
@@ -21,7 +21,7 @@ from peltc.spec.method import RUNTIME_NAMES
 MASK_STEPS = {"Cast", "Not", "Identity", "Mul", "Sub", "Unsqueeze"}
 
 
-class Inserter(Maps):
+class Inserter(Experts):
     """Modules at every kind of site, attention cores among them: more keys and values, and masks as wide as these."""
 
     def attention(self, site: Site, claims: list[Claim]) -> None:

@@ -27,13 +27,14 @@ class Insertion:
     """A graph that modules are put into: what formulas read there, and how their results take the place of values."""
 
     def __init__(self, model: ir.Model, tensors: Mapping[str, Array]):
-        self.graph, self.tensors = model.graph, tensors
+        self.graph, self.tensors = model.graph, dict(tensors)
         self.values: dict[str, ir.Value] = {v.name: v for v in model.graph.inputs if v.name}
         for node in model.graph:
             self.values |= {v.name: v for v in node.outputs if v.name}
         self.replaced: dict[ir.Value, ir.Value] = {}
         self.weights: dict[str, ir.Value] = {}
         self.biased: dict[str, Any] = {}  # what claims make of the bias of a map that has none
+        self.apart: dict[str, list[dict[str, str]]] = {}  # of experts whose maps are one site, the values of each
         self.kept: set[ir.Node] = set()  # nodes that go on reading the values which claims replace
         self.extended: dict[tuple[ir.Value, ir.Value, Around], ir.Value] = {}
         self.starts: dict[str, Array] = {}

@@ -35,6 +35,7 @@ from peltc.compiler.picture.style import (
     labels,
     length_of,
     short_name,
+    size_text,
     tooltip,
 )
 from peltc.compiler.survey.anatomy import Anatomy, Site
@@ -180,6 +181,8 @@ def _page(anatomy: Anatomy, title: str, modules: Sequence[Attached]) -> Panel:
     panels = {name: stack_panel(name, sites) for name, sites in stacks(anatomy).items()}
     body = _side_by_side(panels)
     notes = [DASHED] if any(site.kind == "block" for site in anatomy.named) else []
+    for site in [site for site in anatomy.named if site.kind == "experts"][:1]:
+        notes.append(f"{size_text(site)}: a map for each of {site.sizes['experts']} experts, and a module for each map")
     notes += [] if panels else ["no site has a role"]
     if count := len(anatomy.unnamed):
         notes.append(f"+ {count} linear map{'s' if count > 1 else ''} without a role, selected by parameter")

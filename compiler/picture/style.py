@@ -99,7 +99,8 @@ def size_text(site: Site) -> str:
     if site.kind == "table" or "vocab" in sizes:
         return f"{sizes.get('vocab', sizes.get('in'))} × {sizes.get('d', sizes.get('out', ''))}"
     if "in" in sizes and "out" in sizes:
-        return f"{sizes['in']} → {sizes['out']}"
+        several = f"{sizes['experts']} × " if "experts" in sizes else ""
+        return f"{several}{sizes['in']} → {sizes['out']}"
     return str(sizes.get("d", ""))
 
 
@@ -116,7 +117,7 @@ def tooltip(site: Site) -> tuple[str, ...]:
 
 def style_of(site: Site) -> str:
     """The class of a site's box; a kind that the picture does not know is drawn like a block."""
-    kind = "embedding" if site.kind == "table" else site.kind
+    kind = {"table": "embedding", "experts": "linear"}.get(site.kind, site.kind)
     return inked(kind if kind in ("linear", "norm", "attention", "embedding") else "block", site)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from peltc.compiler.plan.claims import Claim
+from peltc.compiler.plan.experts import not_of_weights
 from peltc.compiler.plan.findings import Findings, at
+from peltc.compiler.plan.folding import trial_key
 from peltc.compiler.plan.tables import not_of_ids
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import one_of
@@ -42,6 +45,7 @@ class Checks:
 
     def __init__(self, spec: Spec, anatomy: Anatomy, findings: Findings):
         self.spec, self.anatomy, self.find = spec, anatomy, findings.find
+        self.tried: dict[Any, str] = {}
 
     def generates(self, claims: list[Claim]) -> None:
         """Where the spec asks for generation, whether claims allow it. Gates that are to be frozen are looked at once
@@ -58,7 +62,7 @@ class Checks:
         for name, tensor in claim.tensors.items():
             declared = next(p for p in claim.method.parameters if p.name == name)
             origin = f"parameter {name} [{', '.join(a.text for a in declared.shape)}]"
-            values[name] = Shape(tensor.shape, origin)
+            values[name] = Shape(tensor.inner, origin)
         if "norm" in claim.site.anchors:
             values["norm"] = partial(normalised, values["y"])
         offered = {*NAMES[claim.method.site]} & {*RUNTIME_NAMES} - {"mask"}
@@ -94,7 +98,18 @@ class Checks:
             self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", at(entry),
                       "a method that takes linear maps of its input, such as lora, or changes weights")  # fmt: skip
             return False
+        if claim.site.kind == "experts" and (reason := self.not_of_experts(claim)):
+            self.find("E205", f"'{entry.name}' cannot change {claim.site.name}: {reason}", at(entry),
+                      "a method whose effect is one on the experts' weights, such as lora")  # fmt: skip
+            return False
         return True
+
+    def not_of_experts(self, claim: Claim) -> str:
+        """Why a claim cannot change experts; it is tried once for claims that differ in their place alone."""
+        key = trial_key(claim)
+        if key not in self.tried:
+            self.tried[key] = not_of_weights(claim)
+        return self.tried[key]
 
     def prepend(self, entry: Attachment, claim: Claim) -> bool:
         """Whether tokens can be put before the sequence at a site, and leave it where they should."""

@@ -26,13 +26,14 @@ from peltc.spec.method import NAMES, RUNTIME_NAMES, Method
 from peltc.spec.modes import EXCHANGED
 from peltc.spec.specification import Spec
 
-LEVELS = {"table": -1, "linear": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
+LEVELS = {"table": -1, "linear": 0, "experts": 0, "norm": 0, "attention": 0, "block": 1, "embedding": 2}
 """What lies inside takes effect before what contains it, whatever the order in the file."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the weights file; or of the `source`, where it has one."""
+    """A tensor of the weights file; or of the `source`, where it has one. `experts` says of how many experts it holds
+    one value each, along its first axis; 0 where it is no such stack."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,6 +42,12 @@ class Tensor:
     scope: str
     source: str = ""
     part: str = ""
+    experts: int = 0
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape that formulas see: that of one expert's own."""
+        return self.shape[1:] if self.experts else self.shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +98,16 @@ class Claim:
 
     @property
     def cost(self) -> Cost:
-        """What the claim costs in the graph; nothing where a weight takes it in."""
+        """What the claim costs in the graph; nothing where a weight takes it in. A token goes through one expert at a
+        time, and each has nodes and values of its own."""
         if self.absorbed or self.mirrors is not None:
             return Cost()
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return cost_of(
+        shapes = {name: tensor.inner for name, tensor in self.tensors.items()}
+        cost = cost_of(
             self.site.kind, self.site.sizes, self.width, self.effects, self.method.let, self.constants, shapes
         )
+        count = self.site.sizes.get("experts", 1)
+        return Cost(cost.flops, cost.stored * count, cost.nodes * count)
 
     @property
     def marks(self) -> dict[str, str]:
@@ -115,7 +125,7 @@ class Claim:
         """The shape of a definition at the site; `B`, `S` and `T` are symbols."""
         shapes = ShapeInterpreter()
         values, _ = self.around
-        values |= {name: Shape(tensor.shape) for name, tensor in self.tensors.items()}
+        values |= {name: Shape(tensor.inner) for name, tensor in self.tensors.items()}
         values["norm"] = lambda z: z
         return as_tensor(shapes.evaluate(self.effects[effect], self.scope(values, shapes)))
 

@@ -13,7 +13,7 @@ from peltc.compiler.plan.claims import LEVELS, Claim
 from peltc.compiler.plan.tables import depends_on_id_alone
 from peltc.compiler.survey.anatomy import Anatomy, Site
 from peltc.spec.formula.interpreter import Deferred, EvaluationError, is_static
-from peltc.spec.method import ROLES
+from peltc.spec.method import ROLES, initialiser
 
 
 class Folding:
@@ -94,7 +94,7 @@ class Folding:
             if not reason and (more := claim.reads & {"x", "r", "h"}):
                 reason = f"it reads '{min(more)}', and the map that ends the block does not"
             return ("", reason) if reason else self.affine(claim, weight)
-        if site.kind == "linear":
+        if site.kind in ("linear", "experts"):
             if more := claim.reads & {"h", "mask"}:
                 return "", self.not_affine(claim) or f"it reads '{min(more)}', and the map does not"
             if "weight" in claim.effects and claim.reads & {"x", "y"}:
@@ -111,38 +111,53 @@ class Folding:
 
     def single(self, weight: str, site: Site) -> tuple[str, str] | None:
         """The weight, if the map at a site alone uses it, and those that are changed with it."""
-        kind = site.kind if site.kind in ("norm", "table") else "linear"
+        kind = site.kind if site.kind in ("norm", "table", "experts") else "linear"
         maps = {s.values.get("product", s.path): s for s in self.anatomy
                 if s.parameters.get("weight") == weight and s.kind == kind}  # fmt: skip
         return (weight, "") if len(maps) == 1 + len(site.shared) else None
 
     def not_affine(self, claim: Claim) -> str:
         """Why a claim's effects are not affine, naming the sub-expression; empty where they are. It is tried."""
-        apart = {"index", "layer", "role"} - claim.decisive
-        kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in apart and is_static(v)))
-        key = (id(claim.method), kinds, tuple(claim.effects.items()), claim.site.kind)
+        key = trial_key(claim)
         if key not in self.trials:
             self.trials[key] = self.trial(claim)
         return self.trials[key]
 
     @staticmethod
     def trial(claim: Claim) -> str:
-        interpreter = AffineInterpreter()
-        some = np.float32(0.37)  # zeros would divide by zero; broadcast, a bank of any size takes no memory
-        values: dict[str, Any] = {n: np.broadcast_to(some, t.shape) for n, t in claim.tensors.items()}
-        values |= {role: Affine.identity(role) for role in ("x", "y", "r", "h", "mask")}
-        values["norm"] = _no_norm
-        out, inputs = claim.site.sizes.get("out", 0), claim.site.sizes.get("in", 0)
-        values["b"] = np.zeros(out, np.float32)
-        values["W"] = Deferred(lambda: np.ones((out, inputs), np.float32))
-        scope = claim.scope(values, interpreter)
-        for name in ("input", "delta", "output"):
-            if name in claim.effects:
-                try:
-                    interpreter.evaluate(claim.effects[name], scope)
-                except EvaluationError as error:
-                    return str(error)
+        try:
+            tried(claim, AffineInterpreter())
+        except EvaluationError as error:
+            return str(error)
         return ""
+
+
+def trial_key(claim: Claim) -> Any:
+    """What is the same of claims whose trials end alike."""
+    apart = {"index", "layer", "role"} - claim.decisive
+    kinds = tuple(sorted((k, v) for k, v in claim.constants.items() if k not in apart and is_static(v)))
+    return id(claim.method), kinds, tuple(claim.effects.items()), claim.site.kind
+
+
+def tried(claim: Claim, interpreter: AffineInterpreter) -> list[Any]:
+    """What a claim makes of inputs and outputs, as affine maps; the values of its tensors are of no matter.
+
+    Raises:
+        EvaluationError: it is not affine; names the sub-expression.
+    """
+    some, first = np.float32(0.37), np.float32(0)  # zeros would divide by zero; a place is a number of a row or column
+    values: dict[str, Any] = {  # broadcast, a bank of any size takes no memory
+        n: np.broadcast_to(first if (initialiser(t.init) or ("",))[0] == "places" else some, t.inner)
+        for n, t in claim.tensors.items()
+    }
+    values |= {role: Affine.identity(role) for role in ("x", "y", "r", "h", "mask")}
+    values["norm"] = _no_norm
+    out, inputs = claim.site.sizes.get("out", 0), claim.site.sizes.get("in", 0)
+    values["b"] = np.zeros(out, np.float32)
+    values["W"] = Deferred(lambda: np.ones((out, inputs), np.float32))
+    scope = claim.scope(values, interpreter)
+    return [interpreter.evaluate(claim.effects[name], scope) for name in ("input", "delta", "output")
+            if name in claim.effects]  # fmt: skip
 
 
 def _weight_at(site: Site) -> str:

@@ -21,7 +21,7 @@ from peltc.spec.formula.interpreter import EvaluationError
 from peltc.spec.formula.syntax import Expr, Name
 from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import IDENTITY, Parameter
-from peltc.spec.modes import MODES
+from peltc.spec.modes import BANK, MODES
 from peltc.spec.specification import Attachment, Spec
 
 """What each definition says when it changes nothing."""
@@ -89,6 +89,10 @@ class _Planner:
             mode = entry.mode or self.mode or self.spec.mode
             if mode not in MODES:
                 self.find("E207", f"there is no mode '{mode}'", entry.place, one_of(MODES))
+                return []
+            if mode == BANK and site.kind == "experts":
+                self.find("E208", f"a module at {site.name} cannot have a profile for each row of a batch, whose tokens"
+                          " are sorted by expert together", entry.place, "fold, static or swappable")  # fmt: skip
                 return []
             constants = {**options, **constants_of(site), "index": index, "count": len(sites)}
             constants |= {"role": roles.index(site.role), "roles": len(roles), "d_model": self.anatomy.width}
@@ -178,12 +182,14 @@ class _Planner:
         for axis, size in zip(parameter.shape, sizes, strict=True):
             if not isinstance(size, int) or size < 1:
                 raise _Misfit(f"'{axis.text}' is {size}, and sizes are positive whole numbers")
+        experts = site.sizes["experts"] if site.kind == "experts" and parameter.scope == "site" else 0
+        sizes = (experts, *sizes) if experts else sizes
         if math.prod(sizes) > MAX_ELEMENTS:
             raise _Misfit(f"{shape_text(sizes)} has more than {MAX_ELEMENTS:,} elements")
         where = {"site": site.name, "layer": site.layer_path, "model": ""}[parameter.scope]
         name = ".".join(part for part in (parameter.owner or entry.name, where, parameter.name) if part)
         tensor = Tensor(name, sizes, parameter.init, parameter.frozen, parameter.scope, parameter.source,
-                        parameter.part)  # fmt: skip
+                        parameter.part, experts)  # fmt: skip
         first = self.shared.setdefault(name, tensor)
         if first.shape != sizes:
             raise _Misfit(
@@ -199,7 +205,7 @@ class _Misfit(Exception):
 
 def constants_of(site: Site) -> dict[str, Any]:
     """The sizes that formulas at a site may name."""
-    constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k != "vocab"}
+    constants: dict[str, Any] = {k: v for k, v in site.sizes.items() if k not in ("vocab", "experts")}
     constants["biased"] = "bias" in site.parameters
     constants["table"] = site.kind == "table"
     constants["causal"] = site.stack == "decoder"

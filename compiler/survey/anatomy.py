@@ -29,15 +29,16 @@ class Site:
     Attributes:
         path: its name in the reference architecture, `encoder.layers.0.attention.query`; empty for a linear map
             that has no role there.
-        kind: linear, norm, attention, block, embedding, or table: a linear map of ids, each of which picks a row.
+        kind: linear, norm, attention, block, embedding, table: a linear map of ids, each of which picks a row, or
+            experts: linear maps whose weights are stacked in one parameter.
         parameters: fully qualified names by role: weight, bias.
         rows: output features owned in a fused map, as ranges [start, stop) in order; None: all of them.
-        sizes: `in`, `out`; `d`; `heads`, `kv_heads`, `head_dim`; `vocab`.
+        sizes: `in`, `out`; `d`; `heads`, `kv_heads`, `head_dim`; `vocab`; `experts`, how many maps are stacked.
         values: names of graph values by role: what the site reads (`x`, `r`, `q`, `k`, `v`) and what it writes (`y`,
             `keys`, `values`), `h` the input of its layer, `mask` what is added to attention scores.
         anchors: where a torch module sees the same: role → a parameter whose module's input (`x`, `r`, `h`) or
             output (`y`) it is; `norm` for the block's own normalisation.
-        transposed: the weight is stored [in, out].
+        transposed: the weight is stored [in, out]; a stacked one [experts, in, out].
         shared: paths of other sites that use the same parameters.
         ties: paths of other tables and maps whose weight is the same tensor in the model: a head's, of a table.
     """
@@ -92,8 +93,9 @@ class Site:
         return self.role in ("cross_attention.key", "cross_attention.value")
 
     def takes(self, kind: str) -> bool:
-        """Whether methods for a kind of site can attach: a table is a linear map as well."""
-        return kind == self.kind or (kind == "linear" and self.kind == "table")
+        """Whether methods for a kind of site can attach: a table is a linear map as well, and experts are several."""
+        several = self.kind == "experts" and bool(self.values.get("product"))
+        return kind == self.kind or (kind == "linear" and (self.kind == "table" or several))
 
     @property
     def identity(self) -> object:
@@ -107,16 +109,18 @@ class Site:
 
     def matches(self, selector: str) -> bool:
         """Whether a selector means this site: a role (`attention.query`) or a path, both with globs. Tables, which are
-        large, are meant by selectors that say `embedding` only."""
-        if not self.path or (self.kind == "table" and "embedding" not in selector):
+        large, are meant by selectors that say `embedding` only, and experts, which are many, by those that say
+        `experts`."""
+        apart = {"table": "embedding", "experts": "experts"}.get(self.kind, "")
+        if not self.path or apart not in selector:
             return False
         return any(fnmatch.fnmatchcase(word, selector) for word in (self.role, self.path))
 
     def matches_parameter(self, selector: str) -> bool:
         """Whether a parameter selector means this site's weight; `**.` matches any leading path, none included. A table
-        is meant by the name of its module only."""
+        is meant by the name of its module only, and so are experts."""
         weight = self.parameters.get("weight", "")
-        if self.kind == "table" and "*" in ".".join(selector.split(".")[-2:]):
+        if self.kind in ("table", "experts") and "*" in ".".join(selector.split(".")[-2:]):
             return False
         pattern = selector.removeprefix("**.")
         return fnmatch.fnmatchcase(weight, selector.replace("**", "*")) or (
@@ -130,8 +134,9 @@ class Site:
         if self.kind == "attention":
             kv = f" / {sizes['kv_heads']}" if sizes["kv_heads"] != sizes["heads"] else ""
             return f"{sizes['heads']}{kv} heads x {sizes['head_dim']}"
-        if "in" in sizes and self.kind in ("linear", "table", "embedding"):
-            return f"{sizes['in']} -> {sizes['out']}"
+        if "in" in sizes and self.kind in ("linear", "table", "embedding", "experts"):
+            several = f"{sizes['experts']} x " if "experts" in sizes else ""
+            return f"{several}{sizes['in']} -> {sizes['out']}"
         return str(sizes.get("d", ""))
 
     @property

@@ -9,6 +9,22 @@ import onnx_ir as ir
 from peltc.compiler.graphs.flow import Linear, Norm
 from peltc.compiler.survey.anatomy import Rows
 from peltc.compiler.survey.cores import Core
+from peltc.compiler.survey.experts import Stack
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One side of the experts' network.
+
+    Attributes:
+        weight: the stacked parameter.
+        stack: the maps that it is used in; None where the graph computes them in a way that is not known here.
+        rows: the features of each map that are this side's own.
+    """
+
+    weight: str
+    stack: Stack | None
+    rows: Rows | None
 
 
 @dataclass(eq=False)
@@ -20,7 +36,7 @@ class Block:
         x, y, r, s: what the maps read, what they write, the stream before, the sum.
         linears: the maps by role, `rows` and `slices` what each owns of a fused one.
         norms: normalisations within, by role.
-        experts: stacked parameters by role.
+        experts: stacked maps by role.
         core: the attention core.
         before, inside, after: the normalisation of the stream before the maps, of what they write, of the sum.
         parameters: all parameters within.
@@ -35,7 +51,7 @@ class Block:
     rows: dict[str, Rows | None] = field(default_factory=dict)
     slices: dict[str, ir.Value] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
-    experts: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, Experts] = field(default_factory=dict)
     core: Core | None = None
     before: Norm | None = None
     inside: Norm | None = None
@@ -61,3 +77,7 @@ class Block:
         """Give a map a role."""
         self.linears[role], self.rows[role] = linear, rows
         self.slices[role] = linear.y if cut is None else cut
+
+    def add_experts(self, role: str, weight: str, stack: Stack | None, rows: Rows | None = None) -> None:
+        """Give a side of the experts' network a role."""
+        self.experts[role] = Experts(weight, stack, rows)

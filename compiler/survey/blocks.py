@@ -16,9 +16,11 @@ from collections.abc import Container
 import onnx_ir as ir
 
 from peltc.compiler.graphs.flow import Flow, Linear, Norm, last_size, rank
+from peltc.compiler.survey.anatomy import Rows
 from peltc.compiler.survey.block import Block
 from peltc.compiler.survey.cores import Core
-from peltc.compiler.survey.owned import bends, holder, nearest_linear, owned_features
+from peltc.compiler.survey.experts import find_stack, gate_and_up
+from peltc.compiler.survey.owned import gated, holder, nearest_linear, owned_features
 from peltc.compiler.survey.probe import ranges
 from peltc.compiler.survey.stream import Stream, Term
 
@@ -46,7 +48,7 @@ class _Finder(Stream):
             block = self.attention(term) or self.other(term, claimed_by_cores)
             if block is not None:
                 self.claimed.update(block.linears.values())
-                self.claimed.update(block.experts.values())
+                self.claimed.update(experts.weight for experts in block.experts.values())
                 found.append(block)
         for block in found:
             self.surround(block)
@@ -200,7 +202,13 @@ class _Finder(Stream):
             self.flow.depends(v, f) for n in products[name] for v in n.inputs if v is not None and v in self.flow.hidden
             for f in first if f not in n.outputs)]  # fmt: skip
         for name in stacks:
-            block.experts[_free("experts.down" if name in later else "experts.up", block.experts)] = name
+            stack = find_stack(self.flow, name, products[name])
+            if name in later:
+                block.add_experts(_free("experts.down", block.experts), name, stack)
+                continue
+            sides: dict[str, Rows | None] = {**gate_and_up(self.flow, stack)} if stack is not None else {}
+            for side, rows in (sides or {"up": None}).items():
+                block.add_experts(_free(f"experts.{side}", block.experts), name, stack, rows)
         downs = [m for m in inner if any(other is not m and m in self._chain(other) for other in inner)]
         beside = [m for m in inner if m not in downs and any(m in self._before(d) for d in downs)]
         for down in downs[:1]:
@@ -230,7 +238,7 @@ class _Finder(Stream):
 
     def _up_and_gate(self, block: Block, inner: list[Linear], down: Linear) -> None:
         """Tell the map behind the non-linearity from the map beside it, in a gated network."""
-        sides = self._gated(down.x)
+        sides = gated(self.flow, down.x)
         if sides is not None:
             (gate, gate_value), (up, up_value) = sides
             for role, linear, value in (("gate", gate, gate_value), ("up", up, up_value)):
@@ -243,34 +251,6 @@ class _Finder(Stream):
         for linear in inner:
             if linear not in block.linears.values():
                 block.add(_free("up", block.linears), linear)
-
-    def _gated(self, value: ir.Value) -> tuple[tuple[Linear, ir.Value], tuple[Linear, ir.Value]] | None:
-        """The gate and the up side of the product behind a value."""
-        table = self.flow.linear_of
-        for v in self.flow.behind(value, lambda v: v in table):
-            node = v.producer()
-            if node is None or node.op_type != "Mul" or v in table:
-                continue
-            sides = [side for side in node.inputs if side is not None and side in self.flow.hidden]
-            if len(sides) != 2:
-                continue
-            (first, bent), (second, straight) = [
-                (nearest_linear(self.flow, side), bends(self.flow, side)) for side in sides
-            ]
-            if first is None or second is None or bent == straight:
-                continue
-            if first is second and not self._disjoint(first, sides):
-                continue  # x * sigmoid(x), and the like: one side's activation
-            pairs = list(zip((first, second), sides, strict=True))
-            return (pairs[0], pairs[1]) if bent else (pairs[1], pairs[0])
-        return None
-
-    def _disjoint(self, linear: Linear, sides: list[ir.Value]) -> bool:
-        owned = [owned_features(self.flow, linear, side) for side in sides]
-        if any(o is None or not len(o) for o in owned):
-            return False
-        first, second = (set(o.tolist()) for o in owned if o is not None)
-        return not first & second
 
     def surround(self, block: Block) -> None:
         """The normalisations before and after a block."""

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from peltc.compiler.graphs.flow import Flow, Linear, Norm, last_size
 from peltc.compiler.graphs.lookups import Table, find_tables, numbered
 from peltc.compiler.survey.anatomy import Anatomy, Rows, Site
-from peltc.compiler.survey.block import Block
+from peltc.compiler.survey.block import Block, Experts
 from peltc.compiler.survey.blocks import find_blocks
 from peltc.compiler.survey.cores import OPERANDS, find_cores
 
@@ -95,8 +95,8 @@ class _Survey:
             for role in sorted(block.linears, key=lambda r: ROLES.index(r) if r in ROLES else len(ROLES)):
                 yield self.linear_site(f"{path}.{kind}.{role}", block.linears[role], block.rows[role],
                                        block.slices[role], common, h_anchor)  # fmt: skip
-            for role, name in block.experts.items():
-                yield self.experts_site(f"{path}.{kind}.{role}", name)
+            for role, experts in block.experts.items():
+                yield self.experts_site(f"{path}.{kind}.{role}", experts)
             if block.core is not None and block.core.linears:
                 yield self.attention_site(f"{path}.{kind}", block, common, h_anchor)
             norms = {"norm": block.before or block.after or block.inside, "post_norm": block.inside, **block.norms}
@@ -141,9 +141,18 @@ class _Survey:
             linear.transposed,
         )  # fmt: skip
 
-    def experts_site(self, path: str, weight: str) -> Site:
-        experts, *rest = self.flow.parameters[weight]
-        return Site(path, "experts", {"weight": weight}, None, {"experts": experts, "in": rest[1], "out": rest[0]})
+    def experts_site(self, path: str, experts: Experts) -> Site:
+        count, *rest = self.flow.parameters[experts.weight]
+        stack = experts.stack
+        if stack is None:
+            sizes = {"experts": count, "in": rest[1], "out": rest[0]}
+            return Site(path, "experts", {"weight": experts.weight}, None, sizes)
+        parameters = {"weight": stack.weight} | ({"bias": stack.bias} if stack.bias else {})
+        outputs = sum(b - a for a, b in experts.rows) if experts.rows else stack.outputs
+        y = stack.y.name or ""
+        return Site(path, "experts", parameters, experts.rows, {"experts": count, "in": stack.inputs, "out": outputs},
+                    {"x": stack.x.name or "", "y": y, "full": y, "product": stack.node.outputs[0].name or ""},
+                    {"x": stack.weight, "y": stack.weight}, stack.transposed)  # fmt: skip
 
     def attention_site(self, path: str, block: Block, common: dict[str, str], h_anchor: str) -> Site:
         core = block.core

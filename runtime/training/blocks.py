@@ -10,6 +10,7 @@ from torch import nn
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.runtime.training.evaluation import Tensor, on_first
+from peltc.runtime.training.experts import Experts
 from peltc.runtime.training.interface import route
 from peltc.runtime.training.places import container_of, named_arguments, owner_of
 from peltc.runtime.training.stand_ins import StandIns, close_cache, open_cache, shown
@@ -17,7 +18,7 @@ from peltc.spec.diagnostics import fail
 from peltc.spec.formula.dims import Dim
 
 
-class Blocks(StandIns):
+class Blocks(StandIns, Experts):
     """Modules at blocks, attention cores and before the sequence."""
 
     def install_block(self, model: Any, site: Site, claims: list[Claim]) -> None:

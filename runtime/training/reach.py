@@ -28,6 +28,8 @@ def check_reach(model: nn.Module, claims: list[Claim]) -> None:
     if site.kind == "embedding":
         raise fail("E209", f"{kind} cannot be given tokens before its sequence, at {site.name}",
                    expected="a model of transformers that takes 'inputs_embeds'")  # fmt: skip
+    if site.kind == "experts":
+        return  # no hook has to see their maps: the module that owns the weights reads others
     roles = {role for claim in claims for role in ("x", "r", "h") if role in claim.reads}
     anchors = {site.anchors.get(role, "") for role in roles}
     if site.kind == "block":
@@ -44,28 +46,31 @@ def check_reach(model: nn.Module, claims: list[Claim]) -> None:
             raise fail("E209", f"{site.name} cannot be reached in torch: {type(owner).__name__}, which owns '{name}',"
                                f" has more parameters: {', '.join(own[:6])}",
                        expected="a torch module of its own for each map and norm, such as nn.Linear")  # fmt: skip
-    if site.kind == "linear" and not _maps(owner_of(model, site.parameters["weight"]), site):
+    if site.kind == "linear" and not is_map(owner_of(model, site.parameters["weight"]), site):
         owner = owner_of(model, site.parameters["weight"])
         raise fail("E209", f"{site.name} cannot be reached in torch: {type(owner).__name__}, which owns"
                            f" '{site.parameters['weight']}', computes something else than this map",
                    expected="a torch module of its own for each linear map, such as nn.Linear")  # fmt: skip
 
 
-def _maps(module: nn.Module, site: Site) -> bool:
-    """Whether a torch module computes x Wᵀ + b, tried on random numbers."""
+def is_map(module: nn.Module, site: Site) -> bool:
+    """Whether a torch module computes x Wᵀ + b, tried on random numbers; it may want its tokens in one row."""
     weight = getattr(module, leaf_of(site, "weight")).detach()
     turned = weight.T if site.transposed else weight
     bias = getattr(module, leaf_of(site, "bias")).detach() if "bias" in site.parameters else None
     random = torch.Generator().manual_seed(0)
     x = torch.randn((2, 3, turned.shape[1]), generator=random).to(turned)
-    try:
-        with torch.no_grad():
-            found, expected = module.forward(x), nn.functional.linear(x, turned, bias)
-        error, size = (found - expected).abs().max(), expected.abs().max()
-    except Exception:  # whatever it wants, it is no linear map
-        return False
     near = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool(found.shape == expected.shape and error <= near * size)
+    for given in (x, x.flatten(0, 1)):
+        try:
+            with torch.no_grad():
+                found, expected = module.forward(given), nn.functional.linear(given, turned, bias)
+            error, size = (found - expected).abs().max(), expected.abs().max()
+            if found.shape == expected.shape and error <= near * size:
+                return True
+        except Exception:  # whatever it wants, it is no linear map
+            continue
+    return False
 
 
 def looks_up(module: nn.Module, site: Site) -> bool:

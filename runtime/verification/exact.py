@@ -44,6 +44,8 @@ def of_exact(load: Callable[[], Any], base: Base, generation: bool) -> Answers |
     if not affordable(base):
         return None
     model = load().double()
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation("eager")  # torch multiplies no groups of float64
     with double():
         return answers.of_torch(model, base, generation)
 

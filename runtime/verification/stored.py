@@ -223,6 +223,9 @@ def _deviations(
     if site.kind == "table":
         yield weight, _table(attached, module, site, claims, base, stored)
         return
+    if site.kind == "experts":
+        yield from _experts(attached, module, claims, base, stored)
+        return
     blocks = [
         c for c in claims if c.site.kind == "block" and owner_of(model, c.site.anchors.get("y", "")) is not module
     ]
@@ -342,6 +345,26 @@ def _norm(
         held = getattr(module, leaf_of(site, role)).detach() if held is None else held
         deviation.add(held, exact, found[torch.float32][role], old[role])
         yield name, deviation
+
+
+def _experts(
+    attached: Attached, module: nn.Module, claims: list[Claim], base: Base, stored: Stored
+) -> Iterator[tuple[str, Deviation]]:
+    """Of experts' stacked weights and biases."""
+    names = {leaf_of(claims[0].site, role): name for role, name in claims[0].site.parameters.items()}
+    groups = {c.site.key: (c.site, [o for o in claims if o.site.key == c.site.key]) for c in claims}
+    made: dict[torch.dtype, dict[str, Tensor]] = {}
+    with _versions(module, claims[0].site.parameters["weight"].rpartition(".")[0], base) as version:
+        for dtype in (torch.float32, torch.float64):
+            version(dtype)
+            old = {leaf: module.get_parameter(leaf).detach().clone() for leaf in names}
+            made[dtype] = attached.after(module, groups.values())
+    terms = max(_terms(site, own) for site, own in groups.values())
+    for leaf, exact in made[torch.float64].items():
+        held, found = stored(names[leaf]), Deviation(terms)
+        held = module.get_parameter(leaf).detach() if held is None else held
+        found.add(held, exact, made[torch.float32][leaf], old[leaf])
+        yield names[leaf], found
 
 
 @contextmanager

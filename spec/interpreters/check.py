@@ -203,7 +203,7 @@ def site_shapes(
     """Shapes of a site's values, and of what each definition must yield there.
 
     Args:
-        kind: the kind of site.
+        kind: the kind of site; of experts, the values of one of them.
         sizes: `in` and `out`, or `d`, or `heads`, `kv_heads` and `head_dim`: numbers or symbols.
         label: the site, for messages.
         width: the model's, which is that of the layer's input.
@@ -225,7 +225,7 @@ def site_shapes(
     outputs: Any = sizes.get("out", sizes.get("d"))
     x = Shape((B, S, inputs), f"input of {label}", True)
     y = Shape((B, S, outputs), f"output of {label}", True)
-    weight = Shape((outputs, inputs) if kind in ("linear", "table") else (outputs,), f"weight of {label}")
+    weight = Shape((outputs, inputs) if kind in ("linear", "table", "experts") else (outputs,), f"weight of {label}")
     bias = Shape((outputs,), f"bias of {label}")
     values = {"x": x, "y": y, "mask": mask, "h": h}
     values |= {"r": Shape(y.dims, "residual stream", True)} if kind == "block" else {"W": weight, "b": bias}

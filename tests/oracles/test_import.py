@@ -32,6 +32,7 @@ from peltc.spec.foreign import IMPORTED
 
 Folder = Callable[..., Path]
 QV, SEQ = ["query", "value"], "SEQ_CLS"
+UP_DOWN = ["experts.gate_up_proj", "experts.down_proj"]
 CAUSAL, PAIR = "CAUSAL_LM", "SEQ_2_SEQ_LM"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
@@ -86,6 +87,16 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "rotations": ("llama", {"kind": peft.OFTConfig, "target_modules": ["q_proj", "down_proj"], "oft_block_size": 8}, 1),
     "exact rotations": ("bert", {"kind": peft.OFTConfig, "target_modules": QV, "oft_block_size": 4,
                                  "use_cayley_neumann": False}, 1),
+    "experts": ("qwen3_moe", {"target_modules": [], "target_parameters": UP_DOWN, "r": 3, "lora_alpha": 5}, 1),
+    "experts and attention": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": UP_DOWN, "r": 4,
+                                          "rank_pattern": {"experts.down_proj": 2}, "use_rslora": False,
+                                          "alpha_pattern": {"gate_up_proj": 3}}, 3),
+    "experts stored the other way round": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": UP_DOWN,
+                                                       "use_rslora": True}, 1),
+    "one of the experts' parameters": ("mixtral", {"target_modules": [], "target_parameters": ["down_proj"]}, 1),
+    "experts of one layer": ("gpt_oss", {"target_modules": [], "target_parameters": [
+        "layers.1.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"]}, 2),
+    "a router": ("mixtral", {"target_modules": ["v_proj"], "target_parameters": ["mlp.gate.weight"]}, 1),
     "singular values": ("bert", {"kind": peft.AdaLoraConfig, "target_modules": QV, "init_r": 4,
                                  "lora_alpha": 12, "r": 2, "total_step": 9, "lora_dropout": 0.1,
                                  "use_rslora": True}, 1),
@@ -346,7 +357,7 @@ def test_every_tensor_is_in_the_spec_bit_by_bit(adapter: Path, model_folder: Fol
 
 
 KEYS = {
-    "init_lora_weights": "pissa", "target_parameters": ["experts.up"],
+    "init_lora_weights": "pissa",
     "layer_replication": [[0, 1]], "alora_invocation_tokens": [1], "kasa_config": {"a": 1}, "a_key_of_tomorrow": 3,
 }  # fmt: skip
 
@@ -366,6 +377,8 @@ def test_keys_that_change_the_function_are_refused_by_name(key: str, adapter: Pa
         ({"target_modules": ["query"]}, "E432 the adapter has tensors of, and its config does not mean, 2 modules"),
         ({"modules_to_save": ["classifier", "pooler"]}, "E432 the adapter has no tensors of 'pooler'"),
         ({"r": 2}, r"E433 'A' of '.*' has the shape \[8, 32\]"),
+        ({"target_parameters": ["experts.up"]}, "E432 the adapter's config means parameters that the model does not"),
+        ({"target_parameters": ["value.bias"]}, "E432 the adapter has no tensors of 2 modules"),
         ({"peft_type": "POLY"}, "E431 adapters of PEFT's method POLY are not imported yet"),
     ],
 )

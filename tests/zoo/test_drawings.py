@@ -213,17 +213,20 @@ def test_what_overflows_or_overlaps_is_seen() -> None:
 
 
 def test_experts_stand_between_the_norm_and_the_sum() -> None:
-    """Experts have their role and sizes in the feed-forward's frame; the router stands beside the first of their maps,
-    and both feed the last."""
+    """Experts have their roles, number and sizes in the feed-forward's frame; the router stands beside the first of
+    their maps, and all feed the last."""
     picture = ET.fromstring(draw(anatomy("mixtral", DEPTH["mixtral"])))
     lines = {text.what.split()[0]: text for text in texts(picture)}
     (frame,) = (box for box in boxes(picture) if box.what == "block" and box.holds(lines["feed_forward.block"]))
-    names = ("feed_forward.router", "feed_forward.experts.up", "feed_forward.experts.down")
-    router, up, down = (lines[name] for name in names)
-    assert frame.holds(router) and frame.holds(up) and frame.holds(down)
-    assert lines["feed_forward.norm"].top > router.top == up.top > down.top > lines["feed_forward.block"].top
+    roles = ("router", "experts.gate", "experts.up", "experts.down")
+    router, gate, up, down = (lines[f"feed_forward.{role}"] for role in roles)
+    assert frame.holds(router) and frame.holds(gate) and frame.holds(up) and frame.holds(down)
+    assert gate.top == up.top and lines["feed_forward.norm"].top > max(router.top, gate.top)
+    assert min(router.top, gate.top) > down.top
+    assert down.top > lines["feed_forward.block"].top
     assert not frame.holds(lines["attention.output"]) and not frame.holds(lines["feed_forward.norm"])
-    assert {"64 → 4", "64 → 256", "128 → 64"} <= set(words(picture, "size"))
+    assert {"64 → 4", "4 × 64 → 128", "4 × 128 → 64"} <= set(words(picture, "size"))
+    assert "4 × 64 → 128: a map for each of 4 experts" in " ".join(words(picture, "note"))
 
 
 def test_mixers_stand_in_layers_of_their_own() -> None:
