@@ -83,8 +83,8 @@ def read_adapter(path: Path, model: Any, base: Base | None, talk: Talk) -> Read:
 def modules_of(folder: Folder, found: Sequence[Placed]) -> Iterator[Module]:
     """The modules, each at its site.
 
-    What a method adds to a map of which a parameter was trained beside, it adds to the map as it was trained. Parts of a
-    fused map are apart where modules share tensors, of which each has its own rows.
+    What a method adds to a map of which a parameter was trained beside, it adds to the map as it was trained. Parts of
+    a fused map are apart where modules share tensors, of which each has its own rows.
     """
     carrying = {site.key for here in found if here.part.role != OWN for site in here.sites}
     for here in found:
