@@ -1,8 +1,8 @@
 """Whether a graph is the base's where all that profiles bring is zero: read from the graph, so that it holds for every
 input.
 
-A product with zeros is zeros, and so is what keeps zeros as they are; a sum with zeros is its other part. Where all that
-the base's own nodes read of a module are such sums, over the base's own values, nothing is left of the module.
+A product with zeros is zeros, and so is what keeps zeros as they are; a sum with zeros is its other part. Where all
+that the base reads of a module are such sums over its own values, nothing is left of the module.
 """
 
 from __future__ import annotations
