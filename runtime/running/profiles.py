@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from peltc.compiler.files.manifest import LINK, PROFILE, STARTS
 from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 from peltc.spec.modes import BANK
+from peltc.spec.packages import needing
 
 Array = np.ndarray[Any, Any]
 SUFFIX = ".onnx_adapter"
@@ -166,6 +166,9 @@ class Bank(Profiles):
 
     def __init__(self, record: Mapping[str, Any], folder: Path):
         super().__init__(record, folder)
+        with needing("a bank of profiles"):
+            from safetensors.numpy import load_file
+
         starts = load_file(folder / LINK / STARTS)
         self.arrays = {name: np.ascontiguousarray(starts[name][None]) for name in record["inputs"]}
         self.lock, self.running = threading.Lock(), 0

@@ -34,7 +34,7 @@ def test_defaults() -> None:
     assert (entry.name, entry.at, entry.layers, entry.expect, entry.mode, entry.after, entry.by_parameter) == (
         "lora", ("attention.query",), "all", None, None, (), False,
     )  # fmt: skip
-    assert entry.options == {"r": 8, "alpha": 16, "rank_stabilised": False, "dropout": 0}
+    assert entry.options == {"r": 8, "alpha": 16, "rank_stabilised": False, "dropout": 0, "bias": False}
 
 
 def test_everything_given() -> None:
