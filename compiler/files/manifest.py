@@ -15,6 +15,8 @@ MANIFEST = "pelt.json"
 CACHE = "cache.safetensors"
 """What the caches of keys and values begin with, by the graph's inputs."""
 
+ADAPTER = "adapter.safetensors"
+"""The adapter's tensors, in an artifact's folder."""
 PROFILES = "profiles"
 """The folder of the profiles that lie in an artifact."""
 LINK, STARTS = "link", "starts.safetensors"

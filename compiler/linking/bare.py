@@ -47,6 +47,8 @@ def _leaves(claim: Claim, effect: str, starts: Mapping[str, Array], read: Read) 
     }  # fmt: skip
     values |= {"mask": np.ones([SIZES["B"], SIZES["S"]], np.float32), "norm": _same}
     values |= parameters_of(site, read, 0 if site.kind == "experts" else ...)
+    if "bias" not in site.parameters:
+        values["b"] = np.zeros(site.sizes.get("out", site.sizes.get("d", 0)), np.float32)
     values |= {name: starts[t.name][0] if t.experts else starts[t.name] for name, t in claim.tensors.items()}
     interpreter = NumericInterpreter()
     found = np.asarray(interpreter.evaluate(claim.effects[effect], claim.scope(values, interpreter)))

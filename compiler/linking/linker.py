@@ -8,6 +8,8 @@ of the base is read, and torch is not needed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,25 @@ import numpy as np
 
 from peltc.compiler.adapter.identity import BaseRecord, public_name, stored_samples
 from peltc.compiler.adapter.mathematics import mathematics
+from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import check_file, other_mathematics
 from peltc.compiler.adapter.weights import check_arrays, load_tensors
 from peltc.compiler.base.opening import read_base
 from peltc.compiler.files.checkpoint import open_checkpoint
-from peltc.compiler.files.manifest import LINK, read_manifest
+from peltc.compiler.files.manifest import ADAPTER, LINK, MANIFEST, read_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
-from peltc.compiler.linking.profiles import DIGITS
+from peltc.compiler.linking.profiles import DIGITS, changing, exchanged
 from peltc.compiler.passes.offer import STAMP, constants
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.plan.planner import make_plan
-from peltc.spec.diagnostics import PeltError, Place, fail
+from peltc.spec.diagnostics import PeltError, Place, fail, wrong_type
 from peltc.spec.document import parse
 from peltc.spec.specification import build_spec
 
 Array = np.ndarray[Any, Any]
+SAME = 1e-6
+"""How far apart two computations of the same may be, as a share of the largest value."""
 
 
 class Linker:
@@ -56,9 +61,10 @@ class Linker:
             self.folder / LINK, folder=self.folder, architecture=held["architecture"], config={},
             precision=held["precision"], variant="ids", fingerprint=held["fingerprint"],
             checkpoint=open_checkpoint(self.folder))  # fmt: skip
-        modes = {module["mode"] for module in manifest["modules"]}
-        mode = modes.pop() if len(modes) == 1 else None  # several modes can only be said in the spec
-        self.plan = make_plan(build_spec(parse(manifest["spec"])), self.base.anatomy, self.base.fingerprint, mode)
+        spec = build_spec(parse(manifest["spec"], str(self.folder / MANIFEST)), manifest["spec"])
+        modes = {module["attachment"]: module["mode"] for module in manifest["modules"]}  # whoever said them
+        spec = replace(spec, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in spec.attach))
+        self.plan = make_plan(spec, self.base.anatomy, self.base.fingerprint)
         self.sites = {site.key: site for site in self.base.anatomy}
 
     def link(self, weights: str | Path | Mapping[str, Array], talk: Talk = logged) -> dict[str, Array]:
@@ -68,8 +74,11 @@ class Linker:
             weights: an adapter's file, its arrays by tensor name, or a folder that `pelt import` reads.
 
         Raises:
-            PeltError: what is wrong with the tensors; E408 they are of other modules than the artifact's.
+            PeltError: what is wrong with the tensors; E408 they are of other modules than the artifact's; E411 they
+                differ in what is fixed in it.
         """
+        if not isinstance(weights, (str, PathLike, Mapping)):
+            raise wrong_type("an adapter", weights, "a file or a folder, or arrays by tensor name")
         if isinstance(weights, Mapping):
             tensors = check_arrays(self.plan, weights)
         elif imports(weights):
@@ -83,6 +92,40 @@ class Linker:
             for sentence in check_file(self.plan, Path(weights), here, stored_samples(self.base)):
                 talk(f"warning: {sentence}")
             tensors = load_tensors(self.plan, Path(weights))
-        model, _ = rewritten(self.base, self.plan, self.sites, tensors, self.base)
-        made, end = constants(model), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
-        return {name: np.ascontiguousarray(made[name.removesuffix(end)]) for name in self.record["inputs"]}
+        made, end = self._written(tensors), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
+        profile = {name: np.ascontiguousarray(made.pop(name.removesuffix(end))) for name in self.record["inputs"]}
+        self._check_fixed(tensors, made)
+        return profile
+
+    def _written(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """The constants of the graph with the modules in it, by name."""
+        return constants(rewritten(self.base, self.plan, self.sites, tensors, self.base)[0])
+
+    def _check_fixed(self, tensors: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+        """Whether all that a profile does not bring is as it is in the artifact: tensors in other modes, and what the
+        graph has of frozen ones alone. Frozen tensors that are part of what a profile brings may differ.
+
+        Args:
+            tensors: the adapter's.
+            made: the constants that come of them, without those of the profile.
+
+        Raises:
+            PeltError: E411.
+        """
+        changed = {tensor.name for claim in changing(self.plan) for tensor in claim.tensors.values()}
+        held = load_tensors(self.plan, self.folder / ADAPTER)
+        other = [name for name in held if name not in exchanged(self.plan) and not _equal(tensors[name], held[name])]
+        wrong = [name for name in other if name not in changed]
+        if other and not wrong:
+            own = self._written({**tensors, **{name: held[name] for name in other}})
+            wrong = other if any(not _equal(array, own[name]) for name, array in made.items()) else []
+        if wrong:
+            raise fail("E411", f"the adapter has other values than the artifact in {names(wrong)}, which profiles do"
+                       " not bring", Place(str(self.folder)), "the values that the artifact was compiled with",
+                       "compile the artifact with this adapter's weights, or all attachments in a mode of"
+                       " profiles")  # fmt: skip
+
+
+def _equal(one: Array, other: Array) -> bool:
+    """Whether two computations of the same may differ so, on whatever machines."""
+    return one.shape == other.shape and bool(np.abs(one - other).max(initial=0) <= SAME * np.abs(other).max(initial=0))

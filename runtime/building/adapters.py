@@ -14,13 +14,13 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import check_order, find_model, read_config
 from peltc.compiler.earlier import check_model
-from peltc.compiler.files.manifest import MANIFEST, read_manifest
+from peltc.compiler.files.manifest import ADAPTER, MANIFEST, read_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
 from peltc.compiler.plan.choice import choice_of
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.provided import plan_on
-from peltc.runtime.building.trained import ADAPTER, adapter_tensors, told, weights_file
+from peltc.runtime.building.trained import adapter_tensors, told, weights_file
 from peltc.spec.diagnostics import Place, fail, wrong_type
 from peltc.spec.document import parse
 from peltc.spec.foreign import refuse

@@ -21,7 +21,7 @@ from peltc.compiler.base.source import check_order, find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
-from peltc.compiler.files.manifest import MANIFEST, PROFILES, read_manifest, write_manifest
+from peltc.compiler.files.manifest import ADAPTER, MANIFEST, PROFILES, read_manifest, write_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
 from peltc.compiler.pipeline import build
@@ -31,7 +31,6 @@ from peltc.compiler.plan.provided import plan_on
 from peltc.runtime.building.begun import begin
 from peltc.runtime.building.opened import opened
 from peltc.runtime.building.trained import (
-    ADAPTER,
     Array,
     Weights,
     adapter_tensors,

@@ -29,7 +29,7 @@ from peltc.compiler.artifact import (
 from peltc.compiler.base.base import Base
 from peltc.compiler.export.exported import GRAPHS
 from peltc.compiler.files.checkpoint import MODULES, read_header
-from peltc.compiler.files.manifest import CACHE, MANIFEST
+from peltc.compiler.files.manifest import ADAPTER, CACHE, MANIFEST
 from peltc.compiler.files.talk import Talk
 from peltc.compiler.plan.choice import Told
 from peltc.compiler.plan.claims import Plan
@@ -38,7 +38,6 @@ from peltc.spec.method import START
 from peltc.spec.specification import Spec
 
 Array = np.ndarray[Any, Any]
-ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peltc.compiler.files.manifest import LINK, PROFILE, STARTS
-from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
+from peltc.spec.diagnostics import PeltError, Place, fail, one_of, wrong_type
 from peltc.spec.modes import BANK
 from peltc.spec.packages import needing
 
@@ -22,6 +24,8 @@ FIRST_ROOM = 8
 """For how many profiles a bank has room at first."""
 Chosen = str | Sequence[str | None] | None
 """The profile of a run: a name, none, or one of these for each row of a batch."""
+Taken = Callable[[int], Mapping[str, Any]]
+"""ONNX Runtime's values by input name that a run takes of profiles, from the number of its rows."""
 ROOM = 1 << 20
 """How many bytes a profile's file may have beside its tensors."""
 
@@ -77,12 +81,15 @@ class Profiles:
         if not isinstance(name, str) or not name:
             raise wrong_type("a profile's name", name, "a text")
         inputs = self._inputs()
+        if not isinstance(source, (str, PathLike, Mapping)):
+            raise wrong_type("a profile", source, "a file that `pelt link` wrote, or the arrays that `peltc.link` gave")
         arrays = dict(source) if isinstance(source, Mapping) else self._read(Path(source))
         if set(arrays) != set(inputs):
             raise self._foreign(name, "has other tensors than")
         for key, array in arrays.items():
-            if list(array.shape) != inputs[key] or array.dtype != np.float32:
-                raise self._foreign(name, f"has {key} as {array.dtype} {list(array.shape)}, which is {inputs[key]} in")
+            if not isinstance(array, np.ndarray) or list(array.shape) != inputs[key] or array.dtype != np.float32:
+                found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+                raise self._foreign(name, f"has {key} as {found}, which is float32 {inputs[key]} in")
             if not np.isfinite(array).all():
                 raise self._foreign(name, f"has values in {key} that are no numbers, for")
         self._take(name, arrays)
@@ -97,12 +104,15 @@ class Profiles:
         del self.held[name]
 
     @contextmanager
-    def values(self, chosen: Chosen, rows: int) -> Iterator[dict[str, Any]]:
-        """ONNX Runtime's values by input name, for as long as a run takes; none where no profile is meant.
+    def taken(self, chosen: Chosen, texts: int | None) -> Iterator[Taken]:
+        """What runs take of profiles, as they are now: whatever is added or removed meanwhile changes nothing of it.
 
         Args:
             chosen: the name of a profile, or None.
-            rows: how many texts the batch has.
+            texts: how many texts the batch has; None where that is not known.
+
+        Returns:
+            ONNX Runtime's values by input name, from a run's number of rows; none where no profile is meant.
 
         Raises:
             PeltError: E216 several profiles, where one is taken at a time; E626 there is no profile of that name; E627
@@ -113,7 +123,8 @@ class Profiles:
                              "`mode: bank` has another profile for each row")  # fmt: skip
         if chosen is None:
             self._check_bare()
-        yield {} if chosen is None else self._known(chosen)
+        found = {} if chosen is None else self._known(chosen)
+        yield lambda rows: found
 
     def _take(self, name: str, arrays: Mapping[str, Array]) -> None:
         import onnxruntime as ort
@@ -126,7 +137,7 @@ class Profiles:
                        "profile=NAME", "session.add_profile(name, file)")  # fmt: skip
 
     def _known(self, name: str) -> Any:
-        if name not in self.held:
+        if not isinstance(name, str) or name not in self.held:
             raise fail("E626", f"there is no profile {name!r:.80}", self.place,
                        one_of(sorted(self.held)) if self.held else "a profile that was added",
                        "session.add_profile(name, file)")  # fmt: skip
@@ -144,16 +155,23 @@ class Profiles:
         assert self.record is not None
         most = ROOM + sum(4 * int(np.prod(shape)) for shape in self.record["inputs"].values())
         try:
-            if file.stat().st_size > most:
-                raise self._foreign(file.name, f"has {file.stat().st_size:,} bytes, more than any of")
+            status = file.stat()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise fail("E625", f"cannot read the profile: {reason}", Place(str(file))) from None
+        if status.st_size > most:
+            raise self._foreign(file.name, f"has {status.st_size:,} bytes, more than any of")
+        try:
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("no file")
             form = ort.AdapterFormat.read_adapter(str(file))
-        except OSError as error:
-            raise fail("E625", f"cannot read the profile: {error.strerror}", Place(str(file))) from None
-        except RuntimeError:
+            version, found = form.get_model_version(), form.get_parameters()
+            arrays = {name: np.array(value.numpy()) for name, value in found.items()}  # the file is let go
+        except Exception:  # bytes that others wrote: ONNX Runtime and its bindings say it in many ways
             raise fail("E625", "the file is no profile", Place(str(file)), "what `pelt link` wrote") from None
-        if form.get_model_version() != number_of(self.record["fingerprint"]):
+        if version != number_of(self.record["fingerprint"]):
             raise self._foreign(file.name, "was made for another artifact than")
-        return {name: np.array(value.numpy()) for name, value in form.get_parameters().items()}  # the file is let go
+        return arrays
 
     def _foreign(self, name: str, what: str) -> Exception:
         return fail("E625", f"the profile {name!r:.80} {what} this artifact", self.place,
@@ -213,34 +231,48 @@ class Bank(Profiles):
             del self.held[name]
 
     @contextmanager
-    def values(self, chosen: Chosen, rows: int) -> Iterator[dict[str, Any]]:
-        """The profiles of all rows, and which one each row has.
+    def taken(self, chosen: Chosen, texts: int | None) -> Iterator[Taken]:
+        """The profiles of all rows, and which one each row has: of texts with several rows, as beams, each its text's.
 
         Args:
-            chosen: one name for all rows, None for the bare base, or a list with one of these for each row.
+            chosen: one name for all texts, None for the bare base, or a list with one of these for each text.
 
         Raises:
-            PeltError: E216 another number of profiles than of rows; E626, E627 as for one profile.
+            PeltError: E216 another number of profiles than of texts; E626, E627 as for one profile.
         """
         import onnxruntime as ort
 
-        each = [chosen] if chosen is None or isinstance(chosen, str) else list(chosen)  # one stands for all rows
-        if len(each) not in (1, rows) or not all(name is None or isinstance(name, str) for name in each):
-            raise wrong_type("the profiles of a batch", chosen, f"a name, or a list of {rows}, one for each row; None"
-                                                                " where a row has none")  # fmt: skip
+        alone = chosen is None or isinstance(chosen, str)
+        listed = not alone and isinstance(chosen, (Sequence, np.ndarray))
+        each: list[Any] = [*chosen] if listed else [chosen]  # type: ignore[misc]
+        fitting = alone or (listed and bool(each) and texts in (None, len(each)))
+        if not fitting or not all(name is None or isinstance(name, str) for name in each):
+            raise _none_for_each(chosen, texts)
         if None in each:
             self._check_bare()
         with self.lock:
             picked = np.array([-1 if name is None else self._known(name) - 1 for name in each], np.int64)
-            found = {**self.stacked, PROFILE: ort.OrtValue.ortvalue_from_numpy(picked)}
+            stacked = self.stacked
             self.running += 1
+
+        def values(rows: int) -> dict[str, Any]:
+            if not alone and rows % len(picked):
+                raise _none_for_each(chosen, rows)
+            of_rows = picked if alone else np.repeat(picked, rows // len(picked))
+            return {**stacked, PROFILE: ort.OrtValue.ortvalue_from_numpy(of_rows)}
+
         try:
-            yield found
+            yield values
         finally:
             with self.lock:
                 self.running -= 1
                 if not self.running and self.left:
                     self.free, self.left = self.free + self.left, []
+
+
+def _none_for_each(chosen: object, texts: int | None) -> PeltError:
+    many = "one for each text" if texts is None else f"a list of {texts}, one for each text"
+    return wrong_type("the profiles of a batch", chosen, f"a name, or {many}; None where a text has none")
 
 
 def profiles_of(manifest: Mapping[str, Any], folder: Path) -> Profiles:
@@ -255,13 +287,19 @@ class Bound:
     Args:
         session: of ONNX Runtime.
         chosen: gives the profile's values by input name, from the number of rows.
-
-    Attributes:
-        rows: how many rows the batch of the next run has.
     """
 
-    def __init__(self, session: Any, chosen: Callable[[int], Mapping[str, Any]]):
-        self._session, self._chosen, self.rows = session, chosen, 1
+    def __init__(self, session: Any, chosen: Taken):
+        self._session, self._chosen, self._own = session, chosen, threading.local()
+
+    @property
+    def rows(self) -> int:
+        """How many rows the batch of this thread's next run has."""
+        return getattr(self._own, "rows", 1)
+
+    @rows.setter
+    def rows(self, rows: int) -> None:
+        self._own.rows = rows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)

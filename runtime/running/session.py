@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +24,15 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
-from peltc.runtime.running.profiles import Bound, Chosen, profiles_of
+from peltc.runtime.running.profiles import Bound, Chosen, Taken, profiles_of
 from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 from peltc.spec.packages import needing
 
 Array = np.ndarray[Any, Any]
 
 CPU = ["CPUExecutionProvider"]
+TEXTS = ("inputs", "input_ids", "decoder_input_ids", "attention_mask")
+"""What tells `generate` how many texts there are, the first that is given."""
 LIBRARIES = "the GPU build needs the GPU, its driver, and the libraries of CUDA and cuDNN that fit it"
 
 
@@ -99,6 +102,7 @@ class Session:
             self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.kept = profiles_of(self.manifest, self.folder)
         self.profile: Chosen = None
+        self.generating = threading.local()
         self.asked = providers is not None
         self.wanted = self.providers = globals()["providers"](providers)
         if "decode" not in self.manifest.get("graphs", ()):
@@ -223,14 +227,14 @@ class Session:
 
             return open_generator(self.folder, lambda file: Bound(self.open(file), self.tensors))
 
-    def tensors(self, rows: int) -> dict[str, Any]:
-        """ONNX Runtime's values of the session's own profile, by input name; of several profiles, each has its part of
-        the rows, as the beams of a text stand together."""
-        chosen = self.profile
-        if isinstance(chosen, Sequence) and not isinstance(chosen, str) and chosen:
-            chosen = [name for name in chosen for _ in range(max(rows // len(chosen), 1))]
-        with self.kept.values(chosen, rows) as found:
-            return found
+    def tensors(self, rows: int) -> Mapping[str, Any]:
+        """ONNX Runtime's values of the profiles that this thread generates with, by input name; outside of `generate`
+        those of the session's own."""
+        taken: Taken | None = getattr(self.generating, "taken", None)
+        if taken is not None:
+            return taken(rows)
+        with self.kept.taken(self.profile, None) as found:
+            return found(rows)
 
     def generate(self, inputs: Any = None, *, profile: Chosen = None, **options: Any) -> Any:
         """`transformers`' own `generate`: greedy, sampling, beams, streamers, stopping criteria, as for any model.
@@ -238,7 +242,8 @@ class Session:
         Args:
             inputs: token ids [B, S], padded on the left for a decoder alone, as a torch tensor, array or lists; they
                 may be given as `input_ids` too.
-            profile: the name of the profile to generate with, in an artifact whose modules are exchanged.
+            profile: the name of the profile to generate with, in an artifact whose modules are exchanged; in one of
+                `mode: bank` also a list, with a name or None for each text.
             options: `attention_mask` [B, S], and whatever `generate` takes.
 
         Returns:
@@ -250,11 +255,14 @@ class Session:
         """
         if inputs is not None:
             options["inputs"] = inputs
-        before, self.profile = self.profile, profile if profile is not None else self.profile
-        try:
-            return self.generator.generate(**checked_options(options, self.generator.takes, self.limits))
-        finally:
-            self.profile = before
+        given = checked_options(options, self.generator.takes, self.limits)
+        texts = next((len(given[name]) for name in TEXTS if given.get(name) is not None), None)
+        before = getattr(self.generating, "taken", None)
+        with self.kept.taken(profile if profile is not None else self.profile, texts) as self.generating.taken:
+            try:
+                return self.generator.generate(**given)
+            finally:
+                self.generating.taken = before
 
     def __call__(self, *texts: Any, profile: Chosen = None, **inputs: Any) -> dict[str, Array]:
         """Run the model.
@@ -291,7 +299,8 @@ class Session:
         """The outputs, in their order. A profile's tensors stay where they are; ONNX Runtime's own `LoraAdapter` is not
         used, for it is ignored where inputs are bound."""
         rows = len(next(iter(feeds.values())))
-        with self.kept.values(chosen, rows) as tensors:
+        with self.kept.taken(chosen, rows) as taken:
+            tensors = taken(rows)
             if not tensors:
                 return list(self.inference.run(None, dict(feeds)))
             import onnxruntime as ort
