@@ -24,6 +24,7 @@ from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.linking.profiles import brought, check_exchange, keep, record, without
+from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.offer import offer
@@ -102,6 +103,8 @@ def build(
     profiles = None
     if plan.exchange:
         profiles = record(plan, base, fixed, offered)
+        if profiles["no_bare_base"] and all(leaves_the_base(model.graph, offered) for model in graphs.values()):
+            profiles["no_bare_base"], offered = None, zeroed(graphs.values(), offered)
         called = dict(zip(offered, profiles["inputs"], strict=True))
         for model in graphs.values():
             offer(model.graph, called) if plan.exchange == SWAPPABLE else by_rows(model, called)

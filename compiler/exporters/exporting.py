@@ -18,7 +18,7 @@ from peltc.compiler.exporters.naming import endings, every_module, patterns, tar
 from peltc.compiler.files.manifest import write_whole
 from peltc.compiler.importers.folder import PREFIX, TENSORS
 from peltc.compiler.importers.formats import CLASSIFIERS
-from peltc.compiler.importers.importing import TASKS
+from peltc.compiler.importers.hf_library import TASKS
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.foreign import CONFIG

@@ -49,7 +49,7 @@ def targets(
     numbers = {int(match[1]) for name in wanted if (match := re.match(r".*?\.[^.]*\.(\d+)\.", name))}
     if numbers:
         anywhere = {_without_number(name) for name in wanted}
-        everywhere = [name for name in modules if _without_number(name) in anywhere]
+        everywhere = [name for name in sorted(modules) if _without_number(name) in anywhere]
         found.append({"target_modules": endings(everywhere, modules), "layers_to_transform": sorted(numbers)})
     right = [one for one in found if set(targeted({**one, "modules_to_save": list(saved)}, modules, ())) == set(wanted)]
     return min(right, key=lambda one: sum(map(len, one.values())), default={})

@@ -24,8 +24,7 @@ from peltc.compiler.importers.adapters_reft import REFT
 from peltc.compiler.importers.adapters_setup import Setup
 from peltc.compiler.importers.formats import Config
 from peltc.compiler.importers.keys import check_config
-from peltc.compiler.importers.modules import Module, Read
-from peltc.compiler.importers.wording import name_of
+from peltc.compiler.importers.modules import Module, Read, name_of
 from peltc.spec.diagnostics import Place, fail, one_of
 from peltc.spec.foreign import SETUP
 

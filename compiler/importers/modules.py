@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peltc.compiler.adapter.mismatch import names
-from peltc.compiler.adapter.weights import finite
+from peltc.compiler.adapter.weights import sound
 from peltc.compiler.base.base import Base
 from peltc.compiler.importers.formats import Array, Entry
 from peltc.compiler.importers.selectors import selections
@@ -35,6 +36,9 @@ class Module:
         values: our parameters by name.
         source: what the adapter calls it.
         group: modules of different groups are different attachments, even where their options are equal.
+        first: whether what else is at its site takes effect after it: a parameter of the model's own that was trained
+            beside.
+        shared: parameters that all modules have in common, of which the leading part counts that a site needs.
     """
 
     site: Site
@@ -42,11 +46,13 @@ class Module:
     values: Mapping[str, Array]
     source: str
     group: str = ""
+    first: bool = False
+    shared: frozenset[str] = frozenset()
 
     @property
     def kin(self) -> str:
         """What modules of one attachment have in common."""
-        return json.dumps([self.group, self.entry.method, self.entry.options])
+        return json.dumps([self.group, self.first, self.entry.method, self.entry.options])
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,21 +86,26 @@ def attachments(modules: Sequence[Module], base: Base) -> tuple[list[dict[str, A
     """The entries of `attach:`, and which module is meant where: modules of one kin are one attachment, or as few as
     say all of their sites. What an entry says it comes after is a method, of which all attachments are meant."""
     kin: dict[str, list[Module]] = {}
-    for module in modules:
+    for module in sorted(modules, key=lambda module: not module.first):
         kin.setdefault(module.kin, []).append(module)
     attach: list[dict[str, Any]] = []
     owners: dict[tuple[str, str], Module] = {}
+    leading: dict[str, list[str]] = {}
     for group in kin.values():
-        entry = group[0].entry
-        for selection in selections([module.site for module in group], base.anatomy):
+        entry, sites = group[0].entry, [module.site for module in group]
+        behind = dict(entry.options).get("after")
+        for selection in selections(sites, base.anatomy):
             count = sum(other["method"] == entry.method for other in attach)
             called = f"{entry.method}_{count + 1}" if count else entry.method
             named = {"name": called} if count else {}
-            options = dict(entry.options)
-            if behind := options.get("after"):
-                options["after"] = [str(other.get("name", behind)) for other in attach if other["method"] == behind]
-            attach.append({"method": entry.method, **named, **selection, **options})
+            options = {key: value for key, value in entry.options if key != "after"}
+            after = {name for site in sites for name in leading.get(site.key, ())}
+            after |= {str(other.get("name", behind)) for other in attach if behind and other["method"] == behind}
+            said = {"after": sorted(after)} if after else {}
+            attach.append({"method": entry.method, **named, **selection, **options, **said})
             owners |= {(called, str(module.site.key)): module for module in group}
+            for module in group if group[0].first else ():
+                leading.setdefault(module.site.key, []).append(called)
     return attach, owners
 
 
@@ -110,21 +121,34 @@ def fill(plan: Plan, owners: Owners, modules: Iterable[Module], place: Place) ->
     for claim in plan.claims:
         module = owners.get((claim.attachment, str(claim.site.key)))
         if module is None:
+            if claim.mirrors is not None or claim.follows:  # it has the tensors of another
+                continue
             raise fail("E433", f"the spec that was made of it means {claim.site.name}, which it does not have", place,
                        hint="please report this")  # fmt: skip
         met.add(id(module))
         left = dict(module.values)
         for parameter, tensor in claim.tensors.items():
             value = left.pop(parameter, None)
+            if value is not None and parameter in module.shared and value.ndim == len(tensor.shape):
+                value = value[tuple(map(slice, tensor.shape))]
             if value is None or value.shape != tensor.shape:
                 what = "is missing" if value is None else f"has the shape {list(value.shape)}"
                 raise fail("E433", f"'{parameter}' of '{module.source}' {what}", place,
                            f"the shape {list(tensor.shape)}")  # fmt: skip
-            tensors[tensor.name] = np.ascontiguousarray(value, np.float32)
+            value = np.ascontiguousarray(value, np.float32)
+            if not np.array_equal(tensors.setdefault(tensor.name, value), value):
+                raise fail("E433", f"'{parameter}' of '{module.source}' differs from that of other modules, which share"
+                                   " it", place, "the same values")  # fmt: skip
         if left:
             raise fail("E433", f"'{next(iter(left))}' of '{module.source}' has no counterpart at {claim.site.name}",
                        place)  # fmt: skip
     lost = sorted({module.source for module in modules if id(module) not in met})
     if lost:
         raise fail("E433", f"the spec that was made of it leaves out {names(lost)}", place, hint="please report this")
-    return finite(tensors, place)
+    return sound(plan, tensors, place)
+
+
+def name_of(path: Path) -> str:
+    """A spec's name, from that of the adapter's folder."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in path.resolve().name)
+    return kept.strip("_-")[:60] or "imported"

@@ -164,8 +164,8 @@ def spanning(base: Base, entry: Entry, site: Site) -> Entry:
 
 def outputs(base: Base, site: Site) -> int:
     """How many outputs the map has that a site is or is part of."""
-    if site.kind == "table":
-        return site.sizes["out"]
+    if site.kind in ("table", "norm"):
+        return site.sizes["out" if site.kind == "table" else "d"]
     return int(base.parameters[site.parameters["weight"]].shape[-1 if site.transposed else -2])
 
 

@@ -127,7 +127,7 @@ FORMS = [
         "E113",
         "spec.yaml:3:14  attach[0].method",
         "'loar'",
-        "expected one of: adalora, bitfit",
+        "expected one of: adalora, bat, bitfit",
         "hint: did you mean 'lora'?",
     ),
     case(

@@ -97,7 +97,7 @@ def test_a_profile_is_an_artifact_of_its_own(kind: str, family: str, model_folde
             expected = np.stack([alone["one"][0], alone["other"][1]])
             assert np.abs(mixed - expected).max() < 1e-6 * scale
         if session.manifest["profiles"]["no_bare_base"]:
-            assert kind in ("keys", "gates", "banks")
+            assert kind in ("keys", "gates")
             with pytest.raises(PeltError, match="E627 no profile is named, and this artifact has no bare base"):
                 session(**given(family))
             continue

@@ -255,7 +255,7 @@ def test_a_stack_is_one_attachment_after_another(library: Library, tmp_path: Pat
         ({"type": "Stack", "children": [{"type": "single", "children": [3]}]}, "E431 a setup within a setup"),
         ({"type": "Stack", "children": []}, "E430 the setup has 0 adapters"),
         ({"type": "Stack", "children": [{"type": "single", "children": ["two"]}]}, "E430 cannot read the adapter's"),
-        (None, "E430 cannot read the adapter's config"),
+        (None, "E430 3 folders below hold adapters"),
     ],
 )
 def test_setups_that_cannot_be_said_are_refused(setup: Any, words: str, library: Library, tmp_path: Path) -> None:

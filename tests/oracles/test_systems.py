@@ -267,7 +267,9 @@ def test_mixtures_at_full_size(close: Any, mask: str) -> None:
     mixture itself and what the adapter makes of it."""
     random = np.random.default_rng(0)
     settings = {**COMBINATORS["bank"].defaults, "size": 100, "k": 50, "mask": mask}
-    let = dict(COMBINATORS["bank"].rewrite(shipped()["bottleneck"], settings, Place("<test>")).let)
+    whole = shipped()["bottleneck"]
+    method = whole.chosen({option.name: option.default for option in whole.options})
+    let = dict(COMBINATORS["bank"].rewrite(method, settings, Place("<test>")).let)
     single = {
         "mask_down": random.normal(size=100), "mask_up": random.normal(size=100),
         "down_bank": random.normal(0, 0.02, (100, 48, 768)), "down_bias_bank": random.normal(0, 0.02, (100, 48)),
