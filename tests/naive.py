@@ -225,7 +225,8 @@ FUNCTIONS: dict[str, Any] = {
     "slice": lambda x, start, stop, axis=-1: x.narrow(axis, start, stop - start),
     "pick": lambda x, index, axis=0: torch.stack([x.select(axis, i) for i in index], axis), "put": _put,
     "length": len, "unsqueeze": lambda x, axis=-1: x.unsqueeze(axis), "zeros": torch.zeros, "ones": torch.ones,
-    "choose": lambda stack, draw=0: stack.mean(0), "top_k_mask": _top_k, "min": min, "max": max, "floor": math.floor,
+    "choose": lambda stack, draw=0, scope="site": stack.mean(0), "top_k_mask": _top_k,
+    "min": min, "max": max, "floor": math.floor,
 }  # fmt: skip
 """The functions of the method language, written down a second time."""
 

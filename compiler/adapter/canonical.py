@@ -20,7 +20,7 @@ PLACES = ("index", "count", "layer", "layers", "role", "roles")
 PASSES = {"dropout": "x", "detach": "x", "identity": "x"}
 """Functions whose result in deployment is one of their arguments."""
 
-DRAWS = {"choose": "draw"}
+DRAWS = {"choose": ("draw", "scope")}
 """Arguments that mean something in training alone."""
 
 SIGNS = {
@@ -72,7 +72,7 @@ class Settler:
             return self.settle(bound[PASSES[expr.function]])
         defaults = dict(function.parameters)
         settled = {name: self.argument(value) for name, value in bound.items()
-                   if name != DRAWS.get(expr.function) and value is not defaults[name]}  # fmt: skip
+                   if name not in DRAWS.get(expr.function, ()) and value is not defaults[name]}  # fmt: skip
         values = list(settled.values())
         static = [value.value for value in values if isinstance(value, Number | Text)]
         if expr.function in STATIC and len(static) == len(values):

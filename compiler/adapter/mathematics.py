@@ -18,6 +18,7 @@ import numpy as np
 
 from peltc.compiler.adapter.canonical import PLACES, Settler, text
 from peltc.compiler.plan.claims import Claim, Plan, Tensor
+from peltc.spec.combinators import COMBINATORS
 from peltc.spec.formula.syntax import Text, names
 from peltc.spec.method import START
 from peltc.spec.specification import Attachment
@@ -144,7 +145,8 @@ def _trained(entry: Attachment, claims: Sequence[Claim], apart: Collection[str])
         groups.setdefault(same, Variant((), formulas, parameters))
         sites.setdefault(same, []).append(claim.site.name)
     options = {name: value for name, value in entry.options.items() if name in read}
-    options |= {f"{n}.{key}": value for n, settings in entry.combined.items() for key, value in settings.items()}
+    options |= {f"{n}.{key}": value for n, settings in entry.combined.items() for key, value in settings.items()
+                if key not in COMBINATORS[n].training}  # fmt: skip
     variants = tuple(replace(variant, sites=spans(sites[same])) for same, variant in groups.items())
     return Trained(entry.method.name, options, spans(claim.site.name for claim in claims), variants)
 

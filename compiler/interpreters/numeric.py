@@ -251,7 +251,7 @@ _MEANING: dict[str, Callable[..., Any]] = {
     "unsqueeze": lambda x, axis: np.expand_dims(x, axis), "put": put,
     "pick": lambda x, index, axis: np.take(x, index, axis),
     "zeros": lambda shape: np.zeros(shape, np.float32), "ones": lambda shape: np.ones(shape, np.float32),
-    "choose": lambda stack, draw: stack.mean(axis=0), "top_k_mask": top_k_mask,
+    "choose": lambda stack, draw, scope: stack.mean(axis=0), "top_k_mask": top_k_mask,
 }  # fmt: skip
 
 

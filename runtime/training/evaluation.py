@@ -15,6 +15,7 @@ from peltc.compiler.adapter.mathematics import Mathematics, mathematics, whole_d
 from peltc.compiler.adapter.provenance import DIGEST
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import Anatomy, Site
+from peltc.runtime.training.draws import Draws
 from peltc.runtime.training.interpreter import TorchInterpreter
 from peltc.runtime.training.places import first_of, key_of, named_arguments
 from peltc.runtime.training.reruns import remember_reruns
@@ -67,7 +68,7 @@ class Evaluation(nn.Module):
         self.muted = False
         self.fired: set[str] = set()
         self.whole, self.seq2seq = True, False
-        self.drawn: dict[str, dict[str, dict[Any, Tensor]]] = {}
+        self.draws = Draws()
         self.restore: list[Callable[[], None]] = []
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -102,6 +103,7 @@ class Evaluation(nn.Module):
             self.decoder_tokens = first_of(given, "decoder_input_ids", "decoder_inputs_embeds", "labels")
             self.whole = given.get("encoder_outputs") is None and given.get("past_key_values") is None
             self.fired.clear()
+            self.draws.clear()
             if getattr(module, "_is_replica", False):
                 raise fail("E209", "modules do not work in the copies of the model that nn.DataParallel makes",
                            hint="start one process per device: torchrun, or accelerate launch")  # fmt: skip
@@ -130,9 +132,9 @@ class Evaluation(nn.Module):
         return Unpicklable(hook)
 
     def enter(self, site: Site) -> None:
-        """A site's modules take part; what their definitions draw, keys and values say, is drawn anew and once."""
+        """A site's modules take part, and draw anew."""
         self.fired.add(site.key)
-        self.drawn[site.key] = {}
+        self.draws.enter(site)
 
     def scope(self, claim: Claim, interpreter: TorchInterpreter, **values: Any) -> dict[str, Any]:
         dtype = interpreter.like.dtype if interpreter.like is not None else torch.float32
@@ -166,8 +168,7 @@ class Evaluation(nn.Module):
     def evaluate(self, claim: Claim, effect: str, like: Tensor, **values: Any) -> Tensor:
         """A definition's value. Half-precision models compute their modules in float32, as they are trained."""
         wide = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
-        drawn = self.drawn.setdefault((claim.mirrors or claim.site).key, {}).setdefault(claim.attachment, {})
-        interpreter = TorchInterpreter(self.training, wide, drawn)
+        interpreter = TorchInterpreter(self.training, wide, self.draws.of(claim))
         lifted = {name: _lifted(value, wide.dtype) for name, value in values.items()}
         scope = self.scope(claim, interpreter, **lifted)
         try:

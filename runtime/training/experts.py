@@ -108,8 +108,7 @@ class Experts(Maps):
         inputs: list[Any] = [Basis(W.shape[1]), W.new_zeros(1, W.shape[1])]
 
         def value(claim: Claim, effect: str, **values: Any) -> Any:
-            drawn = self.drawn.setdefault(site.key, {}).setdefault(claim.attachment, {})
-            interpreter = BasisInterpreter(self.training, W, drawn)
+            interpreter = BasisInterpreter(self.training, W, self.draws.of(claim))
             tensors = {n: stacked[t.name].to(W.dtype) if t.experts else self.lifted(t.name, W.dtype)
                        for n, t in claim.tensors.items()}  # fmt: skip
             scope = claim.scope({**tensors, "W": W, "b": none if b is None else b, **values}, interpreter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from peltc.compiler.interpreters.numeric import EPSILON, HIDDEN, PASSING, OneHot, butterfly_order, looked_up
+from peltc.spec.formula.functions import SCOPES
 from peltc.spec.formula.interpreter import FormulaError, Interpreter
 
 Tensor = torch.Tensor
@@ -22,14 +23,15 @@ class TorchInterpreter(Interpreter[Any]):
     Args:
         training: whether functions with two meanings (`dropout`, `choose`, `top_k_mask`) take that of training.
         like: gives new tensors their type and device.
-        drawn: what was drawn already, by what is drawn together; shared by definitions that draw once.
+        drawn: what was drawn already, by what the draw is for (a `site`, a `layer`), then by what is drawn together;
+            shared by definitions that draw once.
     """
 
     def __init__(
-        self, training: bool = False, like: Tensor | None = None, drawn: dict[tuple[Any, int], Tensor] | None = None
+        self, training: bool = False, like: Tensor | None = None, drawn: Mapping[str, dict[Any, Tensor]] | None = None
     ):
         self.training, self.like = training, like
-        self.drawn = {} if drawn is None else drawn
+        self.drawn: Mapping[str, dict[Any, Tensor]] = {scope: {} for scope in SCOPES} if drawn is None else drawn
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         if any(isinstance(value, OneHot) for value in arguments.values()):
@@ -52,13 +54,13 @@ class TorchInterpreter(Interpreter[Any]):
     def dropout(self, x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p, self.training)
 
-    def choose(self, stack: Tensor, draw: Any) -> Tensor:
+    def choose(self, stack: Tensor, draw: Any, scope: str) -> Tensor:
         if not self.training:
             return stack.mean(0)
-        key = (draw, len(stack))
-        if key not in self.drawn:  # what is drawn together is the same expert of each
-            self.drawn[key] = torch.randint(len(stack), (1,), device=stack.device)
-        return stack.index_select(0, self.drawn[key]).squeeze(0)
+        key, drawn = (draw, len(stack)), self.drawn[scope]
+        if key not in drawn:  # what is drawn together is the same expert of each
+            drawn[key] = torch.randint(len(stack), (1,), device=stack.device)
+        return stack.index_select(0, drawn[key].to(stack.device)).squeeze(0)
 
     def top_k_mask(self, z: Tensor, k: int) -> Tensor:
         order = torch.argsort(z, dim=-1, descending=True, stable=True)[..., :k]

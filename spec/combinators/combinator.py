@@ -22,6 +22,7 @@ class Combinator:
         options: what a spec may set under the combinator's name.
         rewrite: the wrapped method, from a method, the options' values and where the combinator stands.
         excludes: combinators that cannot be used together with it, each with the reason.
+        training: options that act in training alone and decide nothing of what is deployed.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Combinator:
     rewrite: Callable[[Method, Settings, Place], Method]
     notes: str = ""
     excludes: Mapping[str, str] | None = None
+    training: tuple[str, ...] = ()
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -154,13 +154,17 @@ _TABLE = [
     _function("zeros", "zeros of a shape", "shape", "shape"),
     _function("ones", "ones of a shape", "shape", "shape"),
     # one meaning in training, another in deployment
-    _function("choose", "a random index of the first axis in training (draw j), the mean over it in deployment",
-              "that of the stack without its first axis", "stack", ("draw", 0)),
+    _function("choose", "a random index of the first axis in training (draw j; of the `site`, or of all sites of an"
+              " attachment in a `layer`), the mean over it in deployment", "that of the stack without its first axis",
+              "stack", ("draw", 0), ("scope", "site")),
     _function("top_k_mask", "1 at the k largest along the last axis, lowest index first among equals, 0 elsewhere;"
               " straight-through gradient in training", "that of z", "z", "k"),
 ]  # fmt: skip
 
 FUNCTIONS: dict[str, Function] = {function.name: function for function in _TABLE}
+
+SCOPES = ("site", "layer")
+"""What one draw of `choose` may be for."""
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peltc.spec.formula.dims import Dim, Size, product, same, shape_text, simplify
-from peltc.spec.formula.functions import ACTIVATIONS
+from peltc.spec.formula.functions import ACTIVATIONS, SCOPES
 from peltc.spec.formula.interpreter import FormulaError
 from peltc.spec.interpreters.shape import Shape, as_array, as_size, axis_index, broadcast, equal_dims, sizes_of
 
@@ -296,8 +296,10 @@ def _top_k_mask(z: Any, k: Any) -> Shape:
     return Shape(z.dims, z.origin)
 
 
-def _choose(stack: Any, draw: Any) -> Shape:
+def _choose(stack: Any, draw: Any, scope: Any) -> Shape:
     stack = as_array(stack)
+    if scope not in SCOPES:
+        raise FormulaError(f"one draw is for a {' or a '.join(SCOPES)}, found {scope!r}")
     if stack.rank < 1:
         raise FormulaError("choose needs a stack, found a number")
     return Shape(stack.dims[1:])

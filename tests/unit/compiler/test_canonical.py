@@ -28,6 +28,7 @@ def settled(formula: str, **constants: Any) -> str:
         ("linear(dropout(x, p), A)", "linear(x, A)"),
         ("m / detach(norm2(V))", "(m / norm2(V))"),
         ("choose(A_experts, 3)", "choose(A_experts)"),
+        ("choose(A_experts, 3, 'layer')", "choose(A_experts)"),
         ("take(both, index, axis=1)", "take(both, index, axis=1)"),
         ("take(both, 0, axis=0)", "take(both, 0)"),
         ("take(both, 0)", "take(both, 0)"),

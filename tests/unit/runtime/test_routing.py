@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import answer
+from tiny import answer, shake
 from torch import nn
+from transformers import AlbertConfig, AlbertForSequenceClassification
 
+import peltc
+from peltc.runtime.training.draws import Draws
 from peltc.runtime.training.interpreter import TorchInterpreter
+from peltc.runtime.training.loop import consistency_loss
 
 ADAMIX = {"recipe": "adamix", "experts": 2, "size": 4}
 APART = {**ADAMIX, "share": ""}
@@ -84,8 +88,8 @@ def transcribed(model: Any, blocks: list[Tensors], kind: type[Soup] = Soup) -> A
 def adamix(attached: Any, base: Any) -> Any:
     """`adamix(entry, ...)`: a model in float64, and its bare base as `.bare`."""
 
-    def build(entry: Any, **more: Any) -> Any:
-        model = attached(entry, dtype="float64", **more)
+    def build(*entries: Any, **more: Any) -> Any:
+        model = attached(*entries, dtype="float64", **more)
         object.__setattr__(model, "bare", copy.deepcopy(base).double())
         return model
 
@@ -215,8 +219,8 @@ def test_two_experts_of_one_prefix_are_not_mixed(attached: Any, inputs: Any) -> 
     calls: list[tuple[str, int]] = []
     choose = TorchInterpreter.choose
 
-    def noted(self: TorchInterpreter, stack: torch.Tensor, draw: Any) -> torch.Tensor:
-        chosen = choose(self, stack, draw)
+    def noted(self: TorchInterpreter, stack: torch.Tensor, draw: Any, scope: str) -> torch.Tensor:
+        chosen = choose(self, stack, draw, scope)
         calls.append((draw, next(i for i, expert in enumerate(stack) if torch.equal(expert, chosen))))
         return chosen
 
@@ -231,7 +235,135 @@ def test_two_experts_of_one_prefix_are_not_mixed(attached: Any, inputs: Any) -> 
     assert dict(layers[0]) != dict(layers[1])
 
 
+# One draw for a layer
+
+
+def experts_of(model: Any, inputs: Any, count: int) -> list[dict[str, int]]:
+    """For many passes which expert of A each site used, told by its gradient, which no other expert of it may have."""
+    torch.manual_seed(0)
+    found = []
+    for _ in range(count):
+        model.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        used = {}
+        for claim in model.pelt.plan.claims:
+            name = next(n for n in claim.tensors if n.startswith("A_experts"))
+            moved = model.pelt.parameter(claim.tensors[name].name).grad.abs().flatten(1).amax(1) > 0
+            assert moved.sum() == 1, "a gradient to experts that were not drawn"
+            used[claim.site.name] = int(moved.nonzero())
+        found.append(used)
+    return found
+
+
+def apart(passes: list[dict[str, int]], one: str, other: str) -> int:
+    """In how many passes two sites used different experts."""
+    return sum(used[f"encoder.layers.{one}"] != used[f"encoder.layers.{other}"] for used in passes)
+
+
+def test_the_sites_of_a_layer_use_one_draw(adamix: Any, inputs: Any) -> None:
+    passes = experts_of(adamix(LORA, training=True), inputs, 40)
+    for layer in range(LAYERS):
+        assert apart(passes, f"{layer}.attention.query", f"{layer}.attention.value") == 0
+        assert len({used[f"encoder.layers.{layer}.attention.query"] for used in passes}) == 4, "drawn anew"
+    assert apart(passes, "0.attention.query", "1.attention.query") > 20  # 30 of 40 where they are independent
+
+
+def test_by_itself_each_site_draws(adamix: Any, inputs: Any) -> None:
+    passes = experts_of(adamix({**LORA, "draw": "site"}, training=True), inputs, 40)
+    assert apart(passes, "0.attention.query", "0.attention.value") > 20
+
+
+def test_factors_are_drawn_apart_in_a_layer_too(adamix: Any, inputs: Any) -> None:
+    """A and B of one layer have a draw each."""
+    model = adamix(LORA_APART, training=True)
+    pairs = set()
+    torch.manual_seed(0)
+    for _ in range(40):
+        model.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        p = {n: model.pelt.parameter(t.name).grad for n, t in model.pelt.plan.claims[0].tensors.items()}
+        pairs.add(tuple(int((p[f"{name}_experts"].flatten(1).abs().amax(1) > 0).nonzero()) for name in "AB"))
+    assert len(pairs) > 8  # of 16; 4 where they were one draw
+
+
+def test_attachments_of_a_layer_draw_apart(adamix: Any, inputs: Any) -> None:
+    entries = [{"method": "lora", "name": name, "at": f"attention.{name}", "r": 2,
+                "experts": {"count": 4, "draw": "layer"}} for name in ("query", "value")]  # fmt: skip
+    passes = experts_of(adamix(*entries, training=True), inputs, 40)
+    assert apart(passes, "0.attention.query", "0.attention.value") > 20
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_runs_again_in_the_backward_pass_draws_the_same(reentrant: bool, adamix: Any, inputs: Any) -> None:
+    """With gradient checkpointing, two passes before one backward pass: gradients are those without checkpointing."""
+
+    def both(model: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        first, second = (model(**inputs).logits for _ in range(2))
+        (first.square().mean() + (first - second).square().mean()).backward()
+        return {name: p.grad.clone() for name, p in model.pelt.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = (adamix(LORA_APART).train() for _ in range(2))
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed.enable_input_require_grads()
+    expected, found = both(plain), both(checkpointed)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=0, atol=1e-12), name
+
+
+def test_two_passes_of_a_batch_draw_anew(adamix: Any, inputs: Any) -> None:
+    """Otherwise the consistency loss would be zero."""
+    model = adamix(LORA, training=True)
+    torch.manual_seed(0)
+    losses = [consistency_loss(model(**inputs), model(**inputs)).item() for _ in range(20)]
+    assert sum(loss > 0 for loss in losses) >= 15  # the same 2 draws of 4 come again once in 16
+
+
+def test_a_layer_that_runs_several_times_in_a_pass_draws_each_time(inputs: Any) -> None:
+    """ALBERT's one layer runs as often as others have layers."""
+    entry = {"method": "lora", "at": ["attention.query", "attention.value"], "r": 2,
+             "experts": {"count": 64, "draw": "layer"}}  # fmt: skip
+    config = AlbertConfig(vocab_size=99, embedding_size=16, hidden_size=32, num_hidden_layers=4,
+                          num_attention_heads=4, intermediate_size=48)  # fmt: skip
+    model = AlbertForSequenceClassification(config).eval()
+    peltc.attach(model, {"pelt": 1, "attach": [entry]})
+    shake(model.pelt, 0.2)
+    model.pelt.train()
+    used: list[int] = []
+    choose = TorchInterpreter.choose
+
+    def noted(self: TorchInterpreter, stack: torch.Tensor, draw: Any, scope: str) -> torch.Tensor:
+        chosen = choose(self, stack, draw, scope)
+        if draw == 0:
+            used.append(next(i for i, expert in enumerate(stack) if torch.equal(expert, chosen)))
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchInterpreter, "choose", noted)
+        torch.manual_seed(0)
+        model(**inputs)
+    pairs = list(zip(used[::2], used[1::2], strict=True))
+    assert len(pairs) == 4 and all(query == value for query, value in pairs) and len(set(pairs)) > 1
+
+
+@pytest.mark.parametrize("entry", [LORA, LORA_APART], ids=["shared-B", "apart"])
+def test_how_experts_are_drawn_is_no_part_of_what_is_deployed(entry: Any, adamix: Any, inputs: Any) -> None:
+    one, other = adamix(entry), adamix({**entry, "draw": "site"})
+    other.pelt.load_state_dict(one.pelt.state_dict())
+    assert torch.equal(answer(one, inputs), answer(other, inputs))
+    assert one.pelt.mathematics == other.pelt.mathematics
+
+
 # Witnesses: each of these mistakes must show.
+
+
+def test_a_draw_that_stays_shows(adamix: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer's draw were never made anew, the backward pass would run the first pass's layers with others."""
+    monkeypatch.setattr(Draws, "clear", lambda self: None)
+    monkeypatch.setattr(Draws, "enter", lambda self, site: None)
+    passes = experts_of(adamix(LORA, training=True), inputs, 10)
+    assert all(used == passes[0] for used in passes)
 
 
 def test_averaged_outputs_show(adamix: Any, inputs: Any) -> None:
@@ -249,12 +381,14 @@ def test_averaged_products_show(adamix: Any, inputs: Any) -> None:
 
 def test_drawing_down_and_up_together_shows(adamix: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = TorchInterpreter.choose
-    monkeypatch.setattr(TorchInterpreter, "choose", lambda self, stack, draw: choose(self, stack, 0))
+    monkeypatch.setattr(TorchInterpreter, "choose", lambda self, stack, draw, scope: choose(self, stack, 0, scope))
     assert len(set(routes(adamix(APART, training=True), inputs))) == 4
 
 
 def test_drawing_a_bias_apart_from_its_weight_shows(adamix: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = TorchInterpreter.choose
-    monkeypatch.setattr(TorchInterpreter, "choose", lambda self, stack, draw: choose(self, stack, object()))
+    monkeypatch.setattr(
+        TorchInterpreter, "choose", lambda self, stack, draw, scope: choose(self, stack, object(), scope)
+    )
     with pytest.raises(AssertionError, match="none of the routes"):
         routes(adamix(APART, training=True), inputs)

@@ -27,7 +27,7 @@ def test_shipped_recipe(name: str) -> None:
 def test_every_option_matters(name: str) -> None:
     """Each option, given another value, makes another spec; none is left over in the file."""
     other = {True: False, False: True, "": "x", "none": "plain", "relu": "gelu", "gelu": "silu", "silu": "relu",
-             "hard": "soft", "mean": "sum", "normed": "raw", "up": "down", "B": "A", "x": "residual",
+             "hard": "soft", "mean": "sum", "normed": "raw", "up": "down", "B": "A", "layer": "site", "x": "residual",
              "embedding": "embedding.word", "prompt": "text"}  # fmt: skip
     before = [a.entry() for a in load({"recipe": name}).attach]
     for option in recipes()[name].options:

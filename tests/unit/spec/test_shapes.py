@@ -98,7 +98,7 @@ RIGHT = {
     "unsqueeze": [("unsqueeze(mask)", (B, S, 1)), ("unsqueeze(v, 0)", (1, 6)), ("unsqueeze(v, axis=-2)", (1, 6))],
     "zeros": [("zeros([2, d])", (2, D)), ("zeros([])", ())],
     "ones": [("ones([3])", (3,))],
-    "choose": [("choose(T)", (4, 6)), ("choose(w, 1)", ())],
+    "choose": [("choose(T)", (4, 6)), ("choose(w, 1)", ()), ("choose(T, 1, 'layer')", (4, 6))],
     "layer_norm": [("layer_norm(x)", (B, S, 6)), ("layer_norm(x, v, v)", (B, S, 6))],
     "attend": [("attend(x, x, x)", (B, S, 6)), ("attend(x, x, linear(x, A), mask, True)", (B, S, 4))],
     "top_k_mask": [("top_k_mask(A, 6)", (4, 6)), ("top_k_mask(M, 3)", (D, 2 * D))],
@@ -263,7 +263,11 @@ WRONG = {
         ("zeros([v])", "expected a size"),
     ],
     "ones": [("ones(['a'])", "expected a size"), ("ones([-1])", "sizes are positive")],
-    "choose": [("choose(s)", "choose needs a stack"), ("choose('a')", "expected a tensor")],
+    "choose": [
+        ("choose(s)", "choose needs a stack"),
+        ("choose('a')", "expected a tensor"),
+        ("choose(s, 0, 'model')", "one draw is for a site or a layer, found 'model'"),
+    ],
     "floor": [("floor(A)", "works on options and sizes")],
     "layer_norm": [
         ("layer_norm(x, w)", "a gain and a bias like the last axis"),
