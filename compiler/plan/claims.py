@@ -92,9 +92,20 @@ class Claim:
         offered = set(NAMES[self.method.site])
         known = {n: v for n, v in values.items() if n in offered or n in self.tensors or n not in RUNTIME_NAMES}
         scope: dict[str, Any] = {**self.constants, **known}
-        for name, expr in self.method.let:
-            scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
+        for name, expr in self.bindings:
+            if isinstance(expr, Name) and expr.id in scope:  # one value by two names
+                scope[name] = scope[expr.id]
+            else:
+                scope[name] = Deferred(partial(interpreter.evaluate, expr, scope))
         return scope
+
+    def __post_init__(self) -> None:
+        self.bindings  # noqa: B018  # chosen here: torch's compiler follows what is evaluated in training
+
+    @cached_property
+    def bindings(self) -> tuple[tuple[str, Expr], ...]:
+        """The `let:` bindings, of whose conditions the branch is chosen that holds here."""
+        return tuple((name, resolve(expr, self.constants)) for name, expr in self.method.let)
 
     @property
     def cost(self) -> Cost:
