@@ -14,7 +14,7 @@ from peltc.compiler.adapter.profile import is_profile, unpack
 from peltc.compiler.files.checkpoint import read_header
 from peltc.compiler.interpreters.numeric import start_value
 from peltc.compiler.plan.claims import Claim, Plan, Tensor
-from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.anatomy import Site, places_of
 from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.foreign import refuse
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
@@ -194,7 +194,7 @@ def parameters_of(site: Site, read: Read, part: Any = ...) -> dict[str, Deferred
         read: base parameters by name, as stored.
         part: of experts, the number of the one that is meant.
     """
-    rows = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])
+    rows = slice(None) if site.rows is None else places_of(site.rows)
 
     def weight() -> Array:
         array = np.asarray(read(site.parameters["weight"])[part], np.float32)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from peltc.compiler.adapter.weights import parameters_of
 from peltc.compiler.base.base import Base
 from peltc.compiler.passes.absorb import fold_map
 from peltc.compiler.plan.claims import Claim, Plan
-from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import Diagnostic, PeltError
 
 Array = np.ndarray[Any, Any]
@@ -82,7 +82,8 @@ class Changes:
             weight, bias = fold_map(claims, np.zeros((site.sizes["out"], site.sizes["in"]), np.float32), None,
                                     self.tensors)  # fmt: skip
             return weight, bias
-        weight, bias = _held(self.base, site)
+        held = parameters_of(site, self.base.whole)
+        weight, bias = held["W"](), held["b"]() if "bias" in site.parameters else None
         new_weight, new_bias = fold_map(claims, weight, bias, self.tensors)
         if new_bias is bias or new_bias is None:
             return new_weight - weight, None
@@ -92,15 +93,3 @@ class Changes:
 def is_whole(claim: Claim) -> bool:
     """Whether a claim makes nothing of the weight that it finds: a head that is trained, say."""
     return "weight" in claim.effects and "W" not in claim.reads
-
-
-def _held(base: Base, site: Site) -> tuple[Array, Array | None]:
-    """The weight [O, I] and the bias [O] of a site, float32."""
-    weight = np.asarray(base.whole(site.parameters["weight"]), np.float32)
-    weight = weight.T if site.transposed else weight
-    bias = site.parameters.get("bias")
-    found = None if bias is None else np.asarray(base.whole(bias), np.float32)
-    if site.rows is None:
-        return weight, found
-    index = np.concatenate([np.arange(a, b) for a, b in site.rows])
-    return weight[index], None if found is None else found[index]

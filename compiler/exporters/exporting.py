@@ -20,6 +20,7 @@ from peltc.compiler.importers.folder import PREFIX, TENSORS
 from peltc.compiler.importers.formats import CLASSIFIERS
 from peltc.compiler.importers.hf_library import TASKS
 from peltc.compiler.plan.claims import Claim, Plan
+from peltc.compiler.survey.anatomy import places_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.foreign import CONFIG
 from peltc.spec.formula.syntax import shown
@@ -148,9 +149,8 @@ def _unlike(claim: Claim) -> str:
 
 def rows_of(claim: Claim, base: Base) -> Array:
     """Which rows of its module's map a site is."""
-    if claim.site.rows is None:
-        return np.arange(height(claim, base))
-    return np.concatenate([np.arange(a, b) for a, b in claim.site.rows])
+    rows = claim.site.rows
+    return np.arange(height(claim, base)) if rows is None else places_of(rows)
 
 
 def height(claim: Claim, base: Base) -> int:

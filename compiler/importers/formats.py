@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.survey.anatomy import Anatomy, Site
+from peltc.compiler.survey.anatomy import Anatomy, Site, places_of
 from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
@@ -141,7 +141,7 @@ def own_rows(array: Array, site: Site) -> Array:
         return array
     if site.kind == "experts" and array.ndim == 3 and len(array):
         return np.stack([own_rows(part, replace(site, kind="linear")) for part in array])
-    index = np.concatenate([np.arange(a, b) for a, b in site.rows])
+    index = places_of(site.rows)
     return array[index] if array.ndim and index.max() < len(array) else array
 
 

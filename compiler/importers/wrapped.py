@@ -15,10 +15,10 @@ from typing import Any
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.base.base import Base
 from peltc.compiler.importers.folder import Folder
+from peltc.compiler.importers.hf_beside import WRAPPED
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 
-LAYER = ".base_layer"
 MOST = 8
 """How often a module may be wrapped."""
 
@@ -26,7 +26,7 @@ MOST = 8
 def unwrapped(module: str) -> str:
     """A module's own name, without what its wrappers add."""
     for _ in range(MOST):
-        module = module.removesuffix(LAYER)
+        module = module.removesuffix(WRAPPED)
     return module
 
 
@@ -87,7 +87,7 @@ def named_weights(
     found: dict[str, str] = {}
     for own, wanted in named_owners(folder.config, known).items():
         parts = sorted(held.get(own, ()), key=len, reverse=True)
-        depths = [(len(name) - len(unwrapped(name))) // len(LAYER) for name in parts]
+        depths = [(len(name) - len(unwrapped(name))) // len(WRAPPED) for name in parts]
         if depths != list(range(len(wanted)))[::-1]:
             raise fail("E432", f"the adapter has {len(parts)} parts for the {len(wanted)} parameters of '{own}' that"
                                f" its config means: {names(wanted)}", folder.place,

@@ -161,21 +161,8 @@ def last_size(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-_SAME_SIZE = {
-    "Sigmoid",
-    "Tanh",
-    "Relu",
-    "Gelu",
-    "Neg",
-    "Exp",
-    "Log",
-    "Sqrt",
-    "Abs",
-    "Cos",
-    "Sin",
-    "Softmax",
-    "LayerNormalization",
-}
+_SAME_SIZE = {"Sigmoid", "Tanh", "Relu", "Gelu", "Neg", "Exp", "Log", "Sqrt", "Abs", "Cos", "Sin", "Softmax",
+              "LayerNormalization"}  # fmt: skip
 
 
 def replace_uses(old: ir.Value, new: ir.Value, keep: set[ir.Node], graph: ir.Graph) -> None:

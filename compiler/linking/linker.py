@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,11 @@ class Linker:
         self._check_fixed(tensors, made)
         return profile
 
+    @cached_property
+    def _held(self) -> dict[str, Array]:
+        """The adapter that the artifact was compiled with; read once, however many profiles are linked."""
+        return load_tensors(self.plan, self.folder / ADAPTER)
+
     def _written(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The constants of the graph with the modules in it, by name."""
         return constants(rewritten(self.base, self.plan, self.sites, tensors, self.base)[0])
@@ -113,7 +119,7 @@ class Linker:
             PeltError: E411.
         """
         changed = {tensor.name for claim in changing(self.plan) for tensor in claim.tensors.values()}
-        held = load_tensors(self.plan, self.folder / ADAPTER)
+        held = self._held
         other = [name for name in held if name not in exchanged(self.plan) and not _equal(tensors[name], held[name])]
         wrong = [name for name in other if name not in changed]
         if other and not wrong:

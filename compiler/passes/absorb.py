@@ -18,7 +18,7 @@ import numpy as np
 from peltc.compiler.interpreters.affine import Affine, AffineInterpreter, Map
 from peltc.compiler.interpreters.numeric import NumericInterpreter, OneHot
 from peltc.compiler.plan.claims import Claim
-from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.anatomy import Site, places_of
 from peltc.spec.formula.interpreter import Deferred
 from peltc.spec.method import ROLES
 
@@ -79,7 +79,7 @@ def absorb(
         if rows is None:
             new_W, new_b = fold_map(group, W, b, tensors)
             continue
-        index = np.concatenate([np.arange(a, z) for a, z in rows])
+        index = places_of(rows)
         part_W, part_b = W[index], None if b is None else b[index]
         changed_W, changed_b = fold_map(group, part_W, part_b, tensors)
         if changed_W is not part_W:
@@ -237,7 +237,7 @@ def _experts(
         part = {name: tensors[name][number] if t.experts else tensors[name] for name, t in own.items()}
         for rows in dict.fromkeys(claim.site.rows for claim in claims):
             group = [claim for claim in claims if claim.site.rows == rows]
-            index = np.arange(len(W)) if rows is None else np.concatenate([np.arange(a, z) for a, z in rows])
+            index = np.arange(len(W)) if rows is None else places_of(rows)
             old_W, old_b = W[index], None if b is None else b[index]
             new_W, new_b = fold_map(group, old_W, old_b, part)
             if new_W is not old_W:

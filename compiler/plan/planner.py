@@ -24,8 +24,6 @@ from peltc.spec.method import IDENTITY, Parameter
 from peltc.spec.modes import BANK, MODES
 from peltc.spec.specification import Attachment, Spec
 
-"""What each definition says when it changes nothing."""
-
 MAX_ELEMENTS = 2**31
 """Of one parameter; more is a slip of the pen, or worse."""
 

@@ -15,6 +15,7 @@ from peltc.compiler.base.base import Base, missing_weights
 from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
+from peltc.compiler.survey.anatomy import places_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.method import ROLES
@@ -97,7 +98,7 @@ def _changed(claim: Claim, role: str, short: str, state: Array, base: Base) -> A
     site, numeric = claim.mirrors or claim.site, NumericInterpreter()
     turn = role == "weight" and site.transposed
     full = state.T if turn else state
-    index = slice(None) if site.rows is None else np.concatenate([np.arange(a, b) for a, b in site.rows])
+    index = slice(None) if site.rows is None else places_of(site.rows)
     values: dict[str, Any] = {n: np.broadcast_to(SOME, t.shape) for n, t in claim.tensors.items()}
     values |= {s: Deferred(partial(_all, base, site.parameters[r])) for r, s in ROLES.items()
                if s != short and r in site.parameters}  # fmt: skip

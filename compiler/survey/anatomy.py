@@ -8,12 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from peltc.compiler.survey.grouping import columns, grouped
 
 if TYPE_CHECKING:
     import networkx as nx
 
 Rows = tuple[tuple[int, int], ...]
+
+
+def places_of(rows: Rows) -> np.ndarray[Any, Any]:
+    """The numbers of the features in ranges [start, stop), in order."""
+    return np.concatenate([np.arange(start, stop) for start, stop in rows])
+
 
 HEADLESS = (
     "this class has no head; name one that has, `model: {architecture: BertForSequenceClassification}` in the spec say,"
