@@ -8,7 +8,7 @@ from typing import Any
 from peltc import schemas
 from peltc.spec.combinators import COMBINATORS, Combinator
 from peltc.spec.method import Method, Option
-from peltc.spec.modes import MODES
+from peltc.spec.modes import MIXED, MODES, PACKED
 from peltc.spec.recipe import COMMON, Recipe, recipes
 from peltc.spec.validation import NUMBERS, one_value
 
@@ -210,6 +210,12 @@ def spec_schema(
                         "type": "boolean",
                         "default": False,
                         "description": "graphs with a cache of keys and values, for `Session.generate`",
+                    },
+                    "masks": {
+                        "enum": [PACKED, MIXED],
+                        "default": PACKED,
+                        "description": "of attachments with `bank:`, in mode bank: a profile is its masks, by which the"
+                        " graph mixes the modules on each run (packed), or it is the modules that they mix (mixed)",
                     },
                     "freeze_gates": {
                         "type": "string",

@@ -14,6 +14,7 @@ from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, 
 from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.foreign import refuse
 from peltc.spec.method import Method, shipped
+from peltc.spec.modes import PACKED
 from peltc.spec.own import held, own_methods, own_recipes
 from peltc.spec.recipe import Recipe, recipes
 from peltc.spec.schema import RESERVED, spec_schema
@@ -123,6 +124,7 @@ class Spec:
     precision: str = "checkpoint"
     freeze_gates: str = ""
     generation: bool = False
+    masks: str = PACKED
     seed: int = 0
     path: str = ""
     text: str = ""
@@ -192,6 +194,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         precision=deploy.get("precision", "checkpoint"),
         freeze_gates=deploy.get("freeze_gates", ""),
         generation=deploy.get("generation", False),
+        masks=deploy.get("masks", PACKED),
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",
         text=text or document.text,

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from peltc.compiler.graphs.wide import HALF
 from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 from peltc.compiler.interpreters.onnx import OnnxInterpreter
+from peltc.compiler.passes.packing import unpacked
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
@@ -58,7 +59,16 @@ class Insertion:
             if claim.site.values.get(role):
                 found[role] = Deferred(partial(self.current, claim.site.values[role]))
         own = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
-        return claim.scope(found | values | own, interpreter)  # a parameter may have a name of other kinds of site
+        scope = claim.scope(found | values | own, interpreter)  # a parameter may have a name of other kinds of site
+        for name, hard in claim.held.items():
+            scope[name] = Deferred(partial(self.held, scope[name], hard, interpreter.emitter))
+        return scope
+
+    @staticmethod
+    def held(weights: Deferred, hard: bool, emitter: Emitter) -> ir.Value:
+        """Weights over a bank, by which the graph mixes it."""
+        found = np.asarray(weights(), np.float32)
+        return unpacked(found, emitter) if hard else emitter.constant(found, "weights")
 
     def mask(self, claim: Claim, interpreter: OnnxInterpreter) -> ir.Value:
         """The mask of the tokens that a site sees, [B, S], as numbers: ones where the graph takes none."""

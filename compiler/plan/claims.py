@@ -16,7 +16,7 @@ from peltc.compiler.survey.anatomy import Site
 from peltc.compiler.survey.grouping import columns, grouped
 from peltc.spec.formula.dims import Dim, simplify
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
-from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, walk
+from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, Number, names, walk
 from peltc.spec.interpreters.check import site_shapes
 from peltc.spec.interpreters.cost import Cost, cost_of
 from peltc.spec.interpreters.shape import Shape
@@ -67,6 +67,7 @@ class Claim:
         reason: why it is not absorbed; names the sub-expression.
         follows: the first of the sites that share this one's parameters, whose tensors and options it has; "" there.
         text: where the text that the site reads is embedded, for a claim that takes positions before it.
+        packed: a profile brings masks as they are, and the graph mixes the bank by them; not modules mixed already.
         mirrors: the table that the site's weight is the same tensor as, and stays: the claim changes it there.
     """
 
@@ -86,6 +87,7 @@ class Claim:
     follows: str = ""
     mirrors: Site | None = None
     text: Site | None = None
+    packed: bool = False
 
     def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
         """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
@@ -106,6 +108,16 @@ class Claim:
     def bindings(self) -> tuple[tuple[str, Expr], ...]:
         """The `let:` bindings, of whose conditions the branch is chosen that holds here."""
         return tuple((name, resolve(expr, self.constants)) for name, expr in self.method.let)
+
+    @cached_property
+    def held(self) -> Mapping[str, bool]:
+        """The bindings of masks alone, which a profile brings where it is packed: [N] weights over a bank of N; of each
+        whether a hard mask gives them, so that bits tell it."""
+        if not self.packed:
+            return {}
+        masks = {name for name, tensor in self.tensors.items() if tensor.part == "mask"}
+        known = masks | set(self.constants)
+        return {n: _is_hard(e) for n, e in self.bindings if names(e) & masks and names(e) <= known}
 
     @property
     def cost(self) -> Cost:
@@ -198,6 +210,14 @@ class Claim:
                     else:
                         found.add(name)
         return found
+
+
+def _is_hard(expr: Expr) -> bool:
+    """Whether a formula is a hard mask, over a number or not."""
+    match expr:
+        case Call(function="divide" | "multiply", args=(mask, Number())):
+            return _is_hard(mask)
+    return isinstance(expr, Call) and expr.function == "top_k_mask"
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from peltc.spec.formula.interpreter import EvaluationError
 from peltc.spec.formula.syntax import Expr, Name
 from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import IDENTITY, Parameter
-from peltc.spec.modes import BANK, MODES
+from peltc.spec.modes import BANK, MODES, PACKED
 from peltc.spec.specification import Attachment, Spec
 
 MAX_ELEMENTS = 2**31
@@ -158,8 +158,9 @@ class _Planner:
                 effects[name] = resolved
         if "bias" in effects and site.kind == "norm" and not constants["biased"]:
             del effects["bias"]
+        packed = mode == BANK and self.spec.masks == PACKED
         claim = Claim(entry.name, method, site, options, tensors, effects, constants["index"], constants["count"],
-                      constants, self.anatomy.width, mode)  # fmt: skip
+                      constants, self.anatomy.width, mode, packed=packed)  # fmt: skip
         if claim.takes:
             embedded = [s for s in self.anatomy if s.kind == "embedding" and s.role == "embedding"]
             claim = replace(claim, text=next((s for s in embedded if s.stack in ("", site.stack)), None))

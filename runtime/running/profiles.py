@@ -66,6 +66,7 @@ class Profiles:
 
     def __init__(self, record: Mapping[str, Any] | None, folder: Path):
         self.record, self.place = record, Place(str(folder))
+        self.masks: Mapping[str, Sequence[int]] = record["masks"] if record else {}
         self.held: dict[str, Any] = {}
 
     def add(self, name: str, source: str | Path | Mapping[str, Array]) -> None:
@@ -87,10 +88,16 @@ class Profiles:
         if set(arrays) != set(inputs):
             raise self._foreign(name, "has other tensors than")
         for key, array in arrays.items():
-            if not isinstance(array, np.ndarray) or list(array.shape) != inputs[key] or array.dtype != np.float32:
+            dtype = np.dtype(np.uint8 if key in self.masks else np.float32)
+            if not isinstance(array, np.ndarray) or list(array.shape) != inputs[key] or array.dtype != dtype:
                 found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-                raise self._foreign(name, f"has {key} as {found}, which is float32 {inputs[key]} in")
-            if not np.isfinite(array).all():
+                raise self._foreign(name, f"has {key} as {found}, which is {dtype} {inputs[key]} in")
+            if key in self.masks:
+                size, ones = self.masks[key]
+                bits = np.unpackbits(array, bitorder="little")
+                if bits.sum() != ones or bits[size:].any():
+                    raise self._foreign(name, f"does not choose {ones} of {size} modules in {key}, as every profile of")
+            elif not np.isfinite(array).all():
                 raise self._foreign(name, f"has values in {key} that are no numbers, for")
         self._take(name, arrays)
 
