@@ -31,7 +31,7 @@ def unpacked(weights: Array, emitter: Emitter) -> ir.Value:
     bits.metadata_props[MASK] = f"{len(weights)} {len(given)}"
     places = emitter.node("Cast", [bits], {"to": ir.DataType.INT32})
     spread = emitter.node("Gather", [_bits_of_bytes(float(given[0]), emitter), places], {"axis": 0})
-    count = 8 * bits.shape[0]  # type: ignore[operator, index]
+    count = 8 * -(-len(weights) // 8)
     result = emitter.node("Reshape", [spread, emitter.integers([count])])
     if count != len(weights):
         result = emitter.node("Slice", [result, *(emitter.integers([n]) for n in (0, len(weights), 0))])

@@ -348,7 +348,7 @@ class Rows:
         table that all profiles share, by places that each profile has."""
         table, ids = node.inputs
         if table not in self.lifted and ids in self.lifted and node.attributes.get_int("axis", 0) == 0:
-            return self.again(node, [table, self.lifted[ids]])  # type: ignore[index]
+            return self.again(node, [table, self.lifted[ids]])
         every = self.every.get(table) if table is not None else None
         if every is None or ids is None or table is None or table.shape is None or not self.of_batch(ids):
             return None

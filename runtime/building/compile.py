@@ -209,7 +209,7 @@ def _compile(
 def first_profile(folder: Path, plan: Plan, tensors: Mapping[str, Array]) -> None:
     """Write what a compilation was given as the artifact's first profile, named like the spec."""
     from peltc.compiler.linking.linker import Linker
-    from peltc.runtime.running.profiles import SUFFIX, write_profile
+    from peltc.runtime.running.form import SUFFIX, write_profile
 
     linker = Linker(folder)
     file = folder / PROFILES / f"{plan.spec.name}{SUFFIX}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peltc.compiler.files.integrity import check_record
 from peltc.compiler.files.manifest import MANIFEST, PROFILE, read_manifest
 from peltc.compiler.files.talk import logged
+from peltc.runtime.running.device import CPU, LIBRARIES, providers_of
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
     TOKENIZED,
@@ -28,37 +30,14 @@ from peltc.runtime.running.profiles import Bound, Chosen, Taken, profiles_of
 from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 from peltc.spec.packages import needing
 
+if TYPE_CHECKING:
+    from peltc.runtime.running.residents import Residents
+    from peltc.runtime.running.store import ProfileStore
+
 Array = np.ndarray[Any, Any]
 
-CPU = ["CPUExecutionProvider"]
 TEXTS = ("inputs", "input_ids", "decoder_input_ids", "attention_mask")
 """What tells `generate` how many texts there are, the first that is given."""
-LIBRARIES = "the GPU build needs the GPU, its driver, and the libraries of CUDA and cuDNN that fit it"
-
-
-def providers(wanted: Sequence[str] | None = None) -> list[str]:
-    """Execution providers in order of preference: CUDA where this build and the machine have it, the CPU always.
-
-    Raises:
-        PeltError: E216 no list of names; E604 a provider that this ONNX Runtime does not have.
-    """
-    with needing("a session"):
-        import onnxruntime as ort
-
-    available = ort.get_available_providers()
-    if isinstance(wanted, str):
-        raise wrong_type("what to run on", wanted, "a list of execution providers", f'providers=["{wanted}"]')
-    if wanted is not None:
-        for name in wanted:
-            if name not in available:
-                raise fail("E604", f"this ONNX Runtime has no {name}", expected=f"one of: {', '.join(available)}")
-        return list(wanted)
-    return [p for p in ("CUDAExecutionProvider",) if p in available and _has_gpu()] + CPU
-
-
-def _has_gpu() -> bool:
-    """Whether a CUDA device answers: the GPU build runs on machines without one, and says so on every session."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 class Session:
@@ -70,10 +49,13 @@ class Session:
             CPU. What is asked for by name is there, or the artifact does not open.
         threads: threads of one operator; ONNX Runtime's choice where absent.
         spinning: whether idle threads wait busily, which answers sooner and keeps the cores from others.
+        store: a `ProfileStore`, or the path of one, whose profiles are brought into memory when a run asks for them.
+        resident: how many of them are in memory at most; the least recently used one goes.
 
     Raises:
         PeltError: E603 no artifact; E604 an execution provider that is not there, or cannot be used on this machine;
-            E605 ONNX Runtime cannot open it; E621 the base's file is not the one that was compiled.
+            E605 ONNX Runtime cannot open it; E621 the base's file is not the one that was compiled; E624, E630, E631 a
+            store, and the artifact has no profiles, it is damaged, or another artifact's.
 
     Attributes:
         providers: the execution providers of the graph that was opened last; before any is opened, those wanted.
@@ -87,6 +69,8 @@ class Session:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         spinning: bool = True,
+        store: ProfileStore | str | Path | None = None,
+        resident: int = 64,
     ):
         with needing("a session"):
             import onnxruntime as ort
@@ -101,10 +85,11 @@ class Session:
         if not spinning:
             self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.kept = profiles_of(self.manifest, self.folder)
+        self.residents = None if store is None else self._residents(store, resident)
         self.profile: Chosen = None
         self.generating = threading.local()
         self.asked = providers is not None
-        self.wanted = self.providers = globals()["providers"](providers)
+        self.wanted = self.providers = providers_of(providers)
         if "decode" not in self.manifest.get("graphs", ()):
             self.inference  # noqa: B018  # what is wrong with it, now rather than later
 
@@ -125,8 +110,19 @@ class Session:
 
     @property
     def profiles(self) -> list[str]:
-        """The names of the profiles that were added."""
-        return list(self.kept.held)
+        """The names of the profiles that were added; a store lists its own."""
+        return self.kept.names
+
+    def _residents(self, store: Any, most: int) -> Residents:
+        from peltc.runtime.running.residents import Residents
+        from peltc.runtime.running.store import ProfileStore
+
+        held = store if isinstance(store, ProfileStore) else ProfileStore(store, self.folder, create=False)
+        return Residents(self.kept, held, most)
+
+    def taken(self, chosen: Chosen, texts: int | None) -> AbstractContextManager[Taken]:
+        """What runs take of profiles; see `Profiles.taken` and `Residents.taken`."""
+        return (self.residents or self.kept).taken(chosen, texts)
 
     def add_profile(self, name: str, source: str | Path | Mapping[str, Array]) -> None:
         """Add a profile, or replace the one of that name; nothing is compiled.
@@ -233,7 +229,7 @@ class Session:
         taken: Taken | None = getattr(self.generating, "taken", None)
         if taken is not None:
             return taken(rows)
-        with self.kept.taken(self.profile, None) as found:
+        with self.taken(self.profile, None) as found:
             return found(rows)
 
     def generate(self, inputs: Any = None, *, profile: Chosen = None, **options: Any) -> Any:
@@ -258,7 +254,7 @@ class Session:
         given = checked_options(options, self.generator.takes, self.limits)
         texts = next((len(given[name]) for name in TEXTS if given.get(name) is not None), None)
         before = getattr(self.generating, "taken", None)
-        with self.kept.taken(profile if profile is not None else self.profile, texts) as self.generating.taken:
+        with self.taken(profile if profile is not None else self.profile, texts) as self.generating.taken:
             try:
                 return self.generator.generate(**given)
             finally:
@@ -299,7 +295,7 @@ class Session:
         """The outputs, in their order. A profile's tensors stay where they are; ONNX Runtime's own `LoraAdapter` is not
         used, for it is ignored where inputs are bound."""
         rows = len(next(iter(feeds.values())))
-        with self.kept.taken(chosen, rows) as taken:
+        with self.taken(chosen, rows) as taken:
             tensors = taken(rows)
             if not tensors:
                 return list(self.inference.run(None, dict(feeds)))

@@ -56,7 +56,7 @@ def measure(base: Path, folder: Path) -> list[tuple[str, str, str, str, str]]:
     from peltc.compiler.linking.linker import Linker
     from peltc.compiler.pipeline import build
     from peltc.compiler.plan.claims import Plan
-    from peltc.runtime.running.profiles import write_profile
+    from peltc.runtime.running.form import write_profile
     from peltc.spec.specification import Spec
 
     cpu, rows = ["CPUExecutionProvider"], []

@@ -23,7 +23,7 @@ import peltc
 from peltc.compiler.linking.linker import Linker
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.commands.cli import run
-from peltc.runtime.running.profiles import number_of, write_profile
+from peltc.runtime.running.form import number_of, write_profile
 from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
