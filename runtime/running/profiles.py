@@ -61,6 +61,21 @@ class Profiles:
             raise wrong_type("a profile's name", name, "a text")
         self.take(name, self.form.arrays(name, source))
 
+    def add_all(self, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
+        """Add profiles, or replace those of these names: all, or none.
+
+        Args:
+            arrays: by input name, [profiles, ...].
+
+        Raises:
+            PeltError: E216 something else than different names; E624, E625 as `add`.
+        """
+        wrong = isinstance(names, str) or not all(isinstance(name, str) and name for name in names)
+        if wrong or len(set(names)) < len(names):
+            raise wrong_type("the names of profiles", names, "a list of different texts")
+        if names:
+            self.take_all(names, self.form.stacked(names, arrays))
+
     def remove(self, name: Hashable) -> None:
         """Forget a profile.
 
@@ -124,6 +139,11 @@ class Profiles:
 
         self.held[name] = {key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
 
+    def take_all(self, names: Sequence[Hashable], arrays: Mapping[str, Array]) -> None:
+        """Keep profiles whose tensors, stacked, were held against the form."""
+        for i, name in enumerate(names):
+            self.take(name, {key: array[i] for key, array in arrays.items()})
+
     def _check_bare(self, keys: Sequence[Hashable]) -> None:
         if None in keys and self.record and (why := self.record["no_bare_base"]):
             raise fail("E627", f"no profile is named, and this artifact has no bare base: {why}", self.place,
@@ -164,16 +184,19 @@ class Bank(Profiles):
         self.stacked = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
 
     def take(self, name: Hashable, arrays: Mapping[str, Array]) -> None:
+        self.take_all([name], {key: array[None] for key, array in arrays.items()})
+
+    def take_all(self, names: Sequence[Hashable], arrays: Mapping[str, Array]) -> None:
         with self.lock:
-            if not self.free:
-                self._grow(max(2 * self.rows, FIRST_ROOM))
-            row = self.free.pop()
+            if (missing := len(names) - len(self.free)) > 0:
+                self._grow(max(2 * self.rows, self.rows + missing, FIRST_ROOM))
+            rows = [self.free.pop() for _ in names]
             for key, array in arrays.items():
-                self.arrays[key][row] = array
-            before = self.held.get(name)
-            self.held[name] = row
-            if before is not None:
-                self._leave(before)
+                self.arrays[key][rows] = array
+            before = [self.held[name] for name in names if name in self.held]
+            self.held.update(zip(names, rows, strict=True))
+            for row in before:
+                self._leave(row)
 
     def reserve(self, profiles: int) -> None:
         with self.lock:

@@ -135,6 +135,17 @@ class Session:
         """
         self.kept.add(name, source)
 
+    def add_profiles(self, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
+        """Add many profiles at once, or replace those of these names: all, or none.
+
+        Args:
+            arrays: what `peltc.link` gives, of all profiles, stacked along a first axis: [profiles, ...] by input name.
+
+        Raises:
+            PeltError: E216 something else than different names; E624, E625 as `add_profile`.
+        """
+        self.kept.add_all(names, arrays)
+
     def remove_profile(self, name: str) -> None:
         """Forget a profile.
 

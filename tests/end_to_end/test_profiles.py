@@ -359,3 +359,32 @@ def test_masks_that_choose_another_number_are_refused(model_folder: Folder, tmp_
     with pytest.raises(PeltError, match=r"E625 .* which is uint8 \[3\] in this artifact"):
         session.add_profile("wrong", {**profile, name: profile[name].astype(np.float32)})
     session.add_profile("right", profile)
+
+
+def test_many_profiles_are_added_at_once(model_folder: Folder, tmp_path: Path) -> None:
+    """As one by one; and all, or none."""
+    base, spec = model_folder("bert"), masked(20, 9)
+    peltc.compile(spec, base, tmp_path / "out", drawn(spec, base, 0), verify=False)
+    one, many = (peltc.Session(tmp_path / "out", CPU) for _ in range(2))
+    linked = [peltc.link(tmp_path / "out", drawn(spec, base, seed)) for seed in range(12)]
+    names = [f"user {i}" for i in range(12)]
+    for name, profile in zip(names, linked, strict=True):
+        one.add_profile(name, profile)
+    stacked = {key: np.stack([profile[key] for profile in linked]) for key in linked[0]}
+    many.add_profiles(names[:5], {key: array[:5][::-1] for key, array in stacked.items()})
+    many.add_profiles(names, stacked)  # which replace the first five
+    many.add_profiles([], stacked)
+    inputs = {"input_ids": np.arange(5, 53).reshape(12, 4)}
+    assert np.array_equal(one(profile=names, **inputs)["logits"], many(profile=names, **inputs)["logits"])
+    wrong = {key: array.copy() for key, array in stacked.items()}
+    wrong[next(iter(wrong))][7] = 255
+    fewer = {key: array[1:] for key, array in stacked.items()}
+    for given, message in (
+        (wrong, "E625 .*'new 0 and 11 more' does not choose 9 of 20"),
+        (fewer, r"E625 .* which is uint8 \[12, 3\]"),
+    ):
+        with pytest.raises(PeltError, match=message):
+            many.add_profiles([f"new {i}" for i in range(12)], given)
+    with pytest.raises(PeltError, match="E216 the names of profiles"):
+        many.add_profiles(names[:11] + names[:1], stacked)
+    assert many.profiles == names
