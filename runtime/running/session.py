@@ -227,12 +227,27 @@ class Session:
         """The artifact as a model of `transformers` that generates; it has no parameters of its own.
 
         Raises:
-            PeltError: E611 the artifact was compiled without generation; E623 a package that it needs is missing.
+            PeltError: E605 its graphs lack inputs that profiles bring; E611 the artifact was compiled without
+                generation; E623 a package that it needs is missing.
         """
         with needing("generation"):
             from peltc.runtime.running.generation import open_generator
 
-            return open_generator(self.folder, lambda file: Bound(self.open(file), self.tensors))
+        opened: list[Bound] = []
+
+        def bound(file: str) -> Bound:
+            opened.append(Bound(self.open(file), self.tensors))
+            return opened[-1]
+
+        found = open_generator(self.folder, bound)
+        lacking = set(self.kept.form.record["inputs"] if self.kept.form.record else ()) - {
+            value.name for one in opened for value in one.get_overridable_initializers()
+        }
+        if lacking:  # each graph takes those that it has
+            raise fail("E605", f"no graph of the generation has the input {min(lacking)}, which profiles bring",
+                       Place(str(self.folder)), "the graphs as they were compiled", "another tool may have taken out"
+                       " inputs that have defaults")  # fmt: skip
+        return found
 
     def tensors(self, rows: int) -> Mapping[str, Any]:
         """ONNX Runtime's values of the profiles that this thread generates with, by input name; outside of `generate`
