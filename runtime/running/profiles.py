@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,21 @@ class Profiles:
         self._check_bare(keys)
         found = {} if keys[0] is None else self._known(keys[0])
         yield lambda rows: found
+
+    def check_offered(self, sessions: Iterable[Any]) -> None:
+        """Whether graphs have all inputs that profiles bring, of which each takes its own.
+
+        Args:
+            sessions: of ONNX Runtime.
+
+        Raises:
+            PeltError: E605.
+        """
+        found = {value.name for session in sessions for value in session.get_overridable_initializers()}
+        if lacking := set(self.record["inputs"] if self.record else ()) - found:
+            raise fail("E605", f"no graph has the input {min(lacking)}, which profiles bring", self.place,
+                       "the graphs as they were compiled", "another tool may have taken out inputs with defaults"
+                       )  # fmt: skip
 
     def reserve(self, profiles: int) -> None:
         """Make room for so many profiles at once, where profiles lie in arrays."""

@@ -240,13 +240,7 @@ class Session:
             return opened[-1]
 
         found = open_generator(self.folder, bound)
-        lacking = set(self.kept.form.record["inputs"] if self.kept.form.record else ()) - {
-            value.name for one in opened for value in one.get_overridable_initializers()
-        }
-        if lacking:  # each graph takes those that it has
-            raise fail("E605", f"no graph of the generation has the input {min(lacking)}, which profiles bring",
-                       Place(str(self.folder)), "the graphs as they were compiled", "another tool may have taken out"
-                       " inputs that have defaults")  # fmt: skip
+        self.kept.check_offered(opened)
         return found
 
     def tensors(self, rows: int) -> Mapping[str, Any]:

@@ -129,7 +129,7 @@ def test_inputs_that_are_gone_are_missed(model_folder: Folder, tmp_path: Path) -
     session.add_profile("own", peltc.link(tmp_path / "out", drawn(SPEC, base, 0)))
     with pytest.raises(PeltError, match=r"E612 .*Invalid input name: pelt\.lora"):
         session(profile="own", input_ids=IDS)
-    with pytest.raises(PeltError, match=r"E605 no graph of the generation has the input pelt\.lora"):
+    with pytest.raises(PeltError, match=r"E605 no graph has the input pelt\.lora"):
         session.generate(IDS, profile="own", max_new_tokens=2)
 
 

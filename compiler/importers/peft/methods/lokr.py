@@ -23,7 +23,7 @@ from peltc.compiler.importers.formats import (
     ranked,
     whole_blocks,
 )
-from peltc.compiler.importers.targets import rank_and_alpha
+from peltc.compiler.importers.peft.targets import rank_and_alpha
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 

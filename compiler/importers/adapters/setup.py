@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_folder import LIBRARY, AdapterFolder, read_adapter_folder
+from peltc.compiler.importers.adapters.folder import LIBRARY, AdapterFolder, read_adapter_folder
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module

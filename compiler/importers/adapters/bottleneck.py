@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_folder import Part
-from peltc.compiler.importers.adapters_formats import INERT, LEAVE_OUT, Facts, activation, unsaid, values
-from peltc.compiler.importers.adapters_places import BLOCKS, Places
-from peltc.compiler.importers.adapters_products import PRODUCTS, SHARED, compact, dense, product_values, shared_names
+from peltc.compiler.importers.adapters.folder import Part
+from peltc.compiler.importers.adapters.formats import INERT, LEAVE_OUT, Facts, activation, unsaid, values
+from peltc.compiler.importers.adapters.places import BLOCKS, Places
+from peltc.compiler.importers.adapters.products import PRODUCTS, SHARED, compact, dense, product_values, shared_names
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Config, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.survey.anatomy import Site
