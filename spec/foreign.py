@@ -21,6 +21,9 @@ from peltc.spec.diagnostics import PeltError, Place, fail
 PEFT, ADAPTERS = "Hugging Face PEFT", "the adapters library"
 CONFIG, SETUP = "adapter_config.json", "adapter_setup.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_adapter.bin", "adapter.safetensors")
+AS_TRAINED, FIXED = "as_trained", "fixed"
+QUIRKS = (AS_TRAINED, FIXED)
+"""What becomes of what a library computes otherwise than the method says: it is computed so here too, or not."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin")
 """By which a folder with a config is a whole model's."""
 MAX_CONFIG, MAX_HEADER, MAX_BELOW = 2**20, 2**24, 1000
