@@ -28,7 +28,7 @@ TWICE = Quirk(
     "it is not", "the library's documentation of `Average`: a weighted average of what the adapters make",
 )  # fmt: skip
 MOST = 1e12
-"""How much larger than their sum weights may be."""
+"""How large weights may be, alone and beside their sum."""
 
 
 def shares(weights: Any, count: int, place: Place) -> list[float]:
@@ -39,8 +39,9 @@ def shares(weights: Any, count: int, place: Place) -> list[float]:
     """
     given = [1.0] * count if weights is None else weights
     fine = isinstance(given, list) and len(given) == count and all(type(one) in (int, float) for one in given)
+    fine = fine and all(abs(one) < MOST for one in given)  # which what is no number is not
     total = float(sum(given)) if fine else 0.0
-    if not np.isfinite(total) or not fine or max(map(abs, given)) > MOST * abs(total):
+    if not fine or max(map(abs, given)) >= MOST * abs(total):
         raise fail("E430", f"the weights of the average are {weights!r:.60}", place, f"{count} numbers with a sum")
     return [one / total for one in given]
 
@@ -102,10 +103,11 @@ def _bottlenecks(own: Sequence[Module], factors: Sequence[float], place: Place) 
     maps = [plain(module) for module in own]
     scaled = [{n: _times(f, a) if n.startswith("up") else a for n, a in one.items()}
               for one, f in zip(maps, factors, strict=True)]  # fmt: skip
-    down, down_bias, up = (np.concatenate([one[name] for one in scaled], axis=name == "up") for name in MAPS[:3])
+    down, down_bias, up = (np.concatenate([one[name] for one in scaled], axis=int(name == "up")) for name in MAPS[:3])
     said = {name: options[0][name] for name in ("activation", "reads") if name in options[0]}
-    values = {"down": down, "down_bias": down_bias, "up": up, "up_bias": sum(one["up_bias"] for one in scaled)}
-    entry = Entry("bottleneck", tuple({"size": len(down), **said}.items()))
+    up_bias = np.sum([one["up_bias"] for one in scaled], axis=0)
+    values = {"down": down, "down_bias": down_bias, "up": up, "up_bias": up_bias}
+    entry = Entry("bottleneck", (("size", len(down)), *said.items()))
     return [Module(own[0].site, entry, values, own[0].source)]
 
 

@@ -22,6 +22,7 @@ from peltc.compiler.importers.adapters_prefix import PREFIX
 from peltc.compiler.importers.adapters_prompt import PROMPT
 from peltc.compiler.importers.adapters_reft import REFT
 from peltc.compiler.importers.adapters_setup import Setup
+from peltc.compiler.importers.folder import only
 from peltc.compiler.importers.formats import Config
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module, Read, name_of
@@ -45,6 +46,7 @@ def read_adapter(path: Path, model: Any, base: Base | None, quirks: Quirks, talk
         PeltError: E430 to E433 and E437, as `import_adapter`.
     """
     setup = Setup(path, quirks) if (path / SETUP).is_file() else None
+    path = path if setup else only(path)
     folders = setup.folders if setup else [read_adapter_folder(path)]
     each = [configs_of(folder) for folder in folders]
     last = setup.whole if setup else folders[0]

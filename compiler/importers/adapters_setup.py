@@ -2,8 +2,9 @@
 adapter reads what the one before it gives, a fusion, which attends over what they add, or an average.
 
 A fusion has its own folder beside, whose maps are called after the fusion's name. Its keys and its values are the same
-tensor in the library, so that with `residual_before` both have the residual connection in them. Its values' map has no
-bias, so that it may act before the softmax's mixture or behind it.
+tensor in the library, so that with `residual_before` both have the residual connection in them; in the keys it adds one
+number to all that the softmax reads, which changes nothing. Its values' map has no bias, so that it may act before the
+softmax's mixture or behind it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_average import TWICE, averaged, shares
+from peltc.compiler.importers.adapters_average import averaged, shares
 from peltc.compiler.importers.adapters_bottleneck import MAPS, PLAIN, plain
 from peltc.compiler.importers.adapters_folder import LIBRARY, AdapterFolder, read_adapter_folder
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module
-from peltc.compiler.importers.quirks import Quirk, Quirks
+from peltc.compiler.importers.quirks import Quirks
 from peltc.compiler.importers.stored import read_json, read_tensors
 from peltc.spec.diagnostics import Place, fail, one_of
 from peltc.spec.foreign import SETUP
@@ -41,13 +42,6 @@ BANK = (
 MANY = 64
 """How many adapters a setup has at most."""
 ORDER = "in a setup of several, the library computes something else with it than with the adapter alone"
-RESIDUAL = Quirk(
-    "residual_in_keys", "with `residual_before` the residual connection is added to a fusion's keys too, which are the"
-    " tensor of its values", "it is in the values alone",
-    "arXiv:2005.00247, section 3.2; the library adds it to `value`, as it says",
-)  # fmt: skip
-SETUPS = (RESIDUAL, TWICE)
-"""The quirks of setups."""
 
 
 class FusionKeys:
@@ -131,8 +125,6 @@ class Setup:
 
     def _fused(self, each: Sequence[Sequence[Module]]) -> list[Module]:
         config, maps = self._fusion()
-        before = bool(config.get("residual_before"))
-        apart = before and self.quirks.fixes(RESIDUAL, Place(str(self.path / SETUP)))
         found = []
         by_site = [{module.site.name: module for module in modules} for modules in each]
         if any(sites.keys() != by_site[0].keys() for sites in by_site) or maps.keys() != {
@@ -152,7 +144,7 @@ class Setup:
                     "reads": options[0].get("reads", "raw"),
                     **({"asks": "raw"} if config.get("query_before_ln") else {}),
                     **({} if config.get("value") else {"answers": False}),
-                    **({"before": True} if before else {}), **({"offers": "change"} if apart else {})}  # fmt: skip
+                    **({"before": True} if config.get("residual_before") else {})}  # fmt: skip
             maps_of = [plain(one) for one in own]
             values = {name: np.stack([_padded(one, name, size) for one in maps_of]) for name in MAPS}
             found.append(Module(module.site, Entry("fusion", tuple(said.items())), values | maps[module.source],

@@ -63,7 +63,7 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
 
 TWOFOLD = Misread(
     Quirk("prefix_of_another_layer",
-          "with an encoder, layer l has the keys and values of layer 2 l, counted round; the others were not trained",
+          "with an encoder, layer l of L has the keys and values that are stored for layer 2 l modulo L",
           "each layer has its own", "arXiv:2101.00190, eq. 3; the shape that PEFT stores"),
     twofold,
     plain,
