@@ -1,5 +1,5 @@
-"""Compositions of the `adapters` library that give rows of a batch to different adapters, as profiles of a bank; and its
-average, as a combination."""
+"""Compositions of the `adapters` library that give rows of a batch to different adapters, as profiles of a bank; and
+its average, as a combination."""
 
 from __future__ import annotations
 
