@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_folder import Part
-from peltc.compiler.importers.adapters_formats import COUNT, INERT, LEAVE_OUT, PADDING, Facts, activation, gate, values
-from peltc.compiler.importers.adapters_places import PREFIXES, Places
+from peltc.compiler.importers.adapters.folder import Part
+from peltc.compiler.importers.adapters.formats import COUNT, INERT, LEAVE_OUT, PADDING, Facts, activation, gate, values
+from peltc.compiler.importers.adapters.places import PREFIXES, Places
 from peltc.compiler.importers.formats import SWITCH, Array, Config, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.survey.anatomy import Site

@@ -17,7 +17,7 @@ from peltc.compiler.importers.formats import (
     own_groups,
     patterns_of,
 )
-from peltc.compiler.importers.targets import dotted
+from peltc.compiler.importers.peft.targets import dotted
 from peltc.compiler.survey.anatomy import Site
 
 

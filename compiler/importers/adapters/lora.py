@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_folder import Part
-from peltc.compiler.importers.adapters_formats import COUNT, INERT, LEAVE_OUT, PADDING, Facts, gate, unsaid, values
-from peltc.compiler.importers.adapters_places import Places
-from peltc.compiler.importers.adapters_products import incomplete
+from peltc.compiler.importers.adapters.folder import Part
+from peltc.compiler.importers.adapters.formats import COUNT, INERT, LEAVE_OUT, PADDING, Facts, gate, unsaid, values
+from peltc.compiler.importers.adapters.places import Places
+from peltc.compiler.importers.adapters.products import incomplete
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.importers.quirks import Quirk

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_folder import AdapterFolder, Part
+from peltc.compiler.importers.adapters.folder import AdapterFolder, Part
 from peltc.compiler.importers.formats import Array, Config
 from peltc.spec.diagnostics import PeltError, Place, fail
 

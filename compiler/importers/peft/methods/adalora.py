@@ -25,7 +25,7 @@ from peltc.compiler.importers.formats import (
     Format,
     own_rows,
 )
-from peltc.compiler.importers.hf_lora import LORA
+from peltc.compiler.importers.peft.methods.lora import LORA
 from peltc.compiler.survey.anatomy import Site
 
 

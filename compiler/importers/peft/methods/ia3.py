@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import COMMON, NAMES, TARGETS, Array, Config, Entry, Format, own_rows
-from peltc.compiler.importers.targets import means
+from peltc.compiler.importers.peft.targets import means
 from peltc.compiler.survey.anatomy import Site
 
 

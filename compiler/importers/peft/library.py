@@ -13,17 +13,17 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config, vocabulary_of
 from peltc.compiler.files.talk import Talk
-from peltc.compiler.importers.folder import Folder, read_folder
 from peltc.compiler.importers.formats import CLASSIFIERS, Format
-from peltc.compiler.importers.hf_peft import FORMATS
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module, Read, name_of
-from peltc.compiler.importers.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
+from peltc.compiler.importers.peft.folder import Folder, read_folder
+from peltc.compiler.importers.peft.methods import FORMATS
+from peltc.compiler.importers.peft.parts import ADAPTER, OWN, Part, Placed, parts_of, placed
+from peltc.compiler.importers.peft.targets import targeted
+from peltc.compiler.importers.peft.ties import kept, owner, owners
+from peltc.compiler.importers.peft.tokens import other_tokens
+from peltc.compiler.importers.peft.wrapped import named_owners, named_weights, unwrapped
 from peltc.compiler.importers.quirks import Quirks
-from peltc.compiler.importers.targets import targeted
-from peltc.compiler.importers.ties import kept, owner, owners
-from peltc.compiler.importers.tokens import other_tokens
-from peltc.compiler.importers.wrapped import named_owners, named_weights, unwrapped
 from peltc.spec.diagnostics import Place, fail, one_of
 from peltc.spec.foreign import PEFT
 from peltc.spec.specification import ModelChoice

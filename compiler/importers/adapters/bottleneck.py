@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_folder import Part
-from peltc.compiler.importers.adapters_formats import (
+from peltc.compiler.importers.adapters.folder import Part
+from peltc.compiler.importers.adapters.formats import (
     INERT,
     LEAVE_OUT,
     PADDING,
@@ -30,8 +30,8 @@ from peltc.compiler.importers.adapters_formats import (
     unsaid,
     values,
 )
-from peltc.compiler.importers.adapters_places import BLOCKS, Places
-from peltc.compiler.importers.adapters_products import PRODUCTS, SHARED, compact, dense, product_values, shared_names
+from peltc.compiler.importers.adapters.places import BLOCKS, Places
+from peltc.compiler.importers.adapters.products import PRODUCTS, SHARED, compact, dense, product_values, shared_names
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.survey.anatomy import Site

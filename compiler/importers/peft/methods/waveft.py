@@ -1,5 +1,5 @@
-"""FourierFT as Hugging Face PEFT stores it: the coefficients of a few frequencies, whose places follow from a seed and
-the sizes of the map."""
+"""WaveFT as Hugging Face PEFT stores it: a few wavelet coefficients, whose places follow from a seed and the sizes of
+the map."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peltc.compiler.importers.formats import (
     NUMBER,
     RANK,
     SEED,
+    SWITCH,
     TARGETS,
     Array,
     Config,
@@ -18,15 +19,16 @@ from peltc.compiler.importers.formats import (
     Format,
     patterns_of,
 )
-from peltc.compiler.importers.targets import dotted
-from peltc.compiler.importers.torch_random import places
+from peltc.compiler.importers.peft.targets import patterned
+from peltc.compiler.importers.peft.torch_random import places
 from peltc.compiler.survey.anatomy import Site
 
 
 def entry(config: Config, module: str) -> Entry:
-    """How many frequencies a module has, and the factor."""
-    count = dotted(config.get("n_frequency_pattern"), module, config.get("n_frequency", 1000))
-    return Entry("fourierft", (("n", count), ("scale", config.get("scaling", 150.0))))
+    """How many coefficients a module has, the factor, and whether they are transformed."""
+    count = patterned(config.get("n_frequency_pattern"), module, config.get("n_frequency", 2592))
+    plain = () if config.get("use_idwt", True) else (("transform", False),)
+    return Entry("waveft", (("n", count), ("scale", config.get("scaling", 25.0)), *plain))
 
 
 def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
@@ -40,14 +42,16 @@ def completed(found: dict[str, Array], config: Config, site: Site, outputs: int)
     return {**found, "places": places(outputs, inputs, count, config.get("random_loc_seed", 777))}
 
 
-FOURIERFT = Format(
-    kind="FOURIERFT",
-    tensors={"fourierft_spectrum": "spectrum"},
+WAVEFT = Format(
+    kind="WAVEFT",
+    tensors={"waveft_spectrum": "spectrum"},
     read={**TARGETS, "bias": BIASES, "n_frequency": RANK, "n_frequency_pattern": patterns_of(RANK), "scaling": NUMBER,
-          "random_loc_seed": SEED},
+          "random_loc_seed": SEED, "use_idwt": SWITCH},
     inert=COMMON | {"fan_in_fan_out", "init_weights"},
-    refused={},
-    only={},
+    refused={"proportional_parameters": "how many coefficients a module has is a share of all modules' then"},
+    only={
+        "wavelet_family": (("db1",), "Haar's wavelet is the one that is known here"),
+    },
     entry=entry,
     parameters=parameters,
     completed=completed,

@@ -13,12 +13,12 @@ import numpy as np
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.checkpoint import is_float
-from peltc.compiler.importers.folder import Folder
 from peltc.compiler.importers.formats import Array, Entry, Format, own_rows
-from peltc.compiler.importers.hf_beside import COPY, ORIGINAL, ROWS, SINGLE_ROWS, WHOLE, WRAPPED
+from peltc.compiler.importers.peft.folder import Folder
+from peltc.compiler.importers.peft.methods.beside import COPY, ORIGINAL, ROWS, SINGLE_ROWS, WHOLE, WRAPPED
+from peltc.compiler.importers.peft.ties import tied_sites
+from peltc.compiler.importers.peft.wrapped import key_of, sites_named
 from peltc.compiler.importers.quirks import Config, Quirks
-from peltc.compiler.importers.ties import tied_sites
-from peltc.compiler.importers.wrapped import key_of, sites_named
 from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Place, fail
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.base.base import Base
-from peltc.compiler.importers.adapters_folder import AdapterFolder, Part
+from peltc.compiler.importers.adapters.folder import AdapterFolder, Part
 from peltc.compiler.importers.quirks import Quirk, Quirks
 from peltc.compiler.importers.readings import Reading, readings
 from peltc.compiler.survey.anatomy import Site

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_folder import AdapterFolder, Part
-from peltc.compiler.importers.adapters_places import Places
+from peltc.compiler.importers.adapters.folder import AdapterFolder, Part
+from peltc.compiler.importers.adapters.places import Places
 from peltc.compiler.importers.formats import Array, Config
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.importers.quirks import Quirk

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_average import averaged, shares
-from peltc.compiler.importers.adapters_bottleneck import MAPS, PLAIN, plain
-from peltc.compiler.importers.adapters_folder import LIBRARY, AdapterFolder, read_adapter_folder
+from peltc.compiler.importers.adapters.average import averaged, shares
+from peltc.compiler.importers.adapters.bottleneck import MAPS, PLAIN, plain
+from peltc.compiler.importers.adapters.folder import LIBRARY, AdapterFolder, read_adapter_folder
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from peltc.compiler.base.base import Base
-from peltc.compiler.importers.folder import Folder
+from peltc.compiler.importers.peft.folder import Folder
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import Place, fail
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peltc.compiler.importers.adapters_formats import COUNT, INERT, Facts, values
-from peltc.compiler.importers.adapters_places import Places
+from peltc.compiler.importers.adapters.formats import COUNT, INERT, Facts, values
+from peltc.compiler.importers.adapters.places import Places
 from peltc.compiler.importers.formats import Config, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.spec.diagnostics import Place, fail

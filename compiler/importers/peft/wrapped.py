@@ -14,8 +14,8 @@ from typing import Any
 
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.base.base import Base
-from peltc.compiler.importers.folder import Folder
-from peltc.compiler.importers.hf_beside import WRAPPED
+from peltc.compiler.importers.peft.folder import Folder
+from peltc.compiler.importers.peft.methods.beside import WRAPPED
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.base.base import Base
-from peltc.compiler.importers.adapters_folder import AdapterFolder, Head
-from peltc.compiler.importers.adapters_structure import reads_first, reads_stream, through
+from peltc.compiler.importers.adapters.folder import AdapterFolder, Head
+from peltc.compiler.importers.adapters.structure import reads_first, reads_stream, through
 from peltc.compiler.importers.formats import Array, Entry, own_rows
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.importers.stored import Stored

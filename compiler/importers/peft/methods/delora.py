@@ -17,7 +17,7 @@ from peltc.compiler.importers.formats import (
     Format,
     patterns_of,
 )
-from peltc.compiler.importers.targets import patterned
+from peltc.compiler.importers.peft.targets import patterned
 from peltc.compiler.survey.anatomy import Site
 
 

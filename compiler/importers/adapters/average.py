@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_bottleneck import MAPS, PLAIN, plain
+from peltc.compiler.importers.adapters.bottleneck import MAPS, PLAIN, plain
 from peltc.compiler.importers.formats import Array, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.importers.quirks import Quirk, Quirks

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from peltc.compiler.importers.formats import COMMON, Array, Config, Entry, Format
-from peltc.compiler.importers.hf_prompt import COUNT, SHARED
+from peltc.compiler.importers.peft.methods.prompt import COUNT, SHARED
 from peltc.compiler.importers.quirks import Misread, Quirk, Shapes
 from peltc.compiler.survey.anatomy import Anatomy, Site
 

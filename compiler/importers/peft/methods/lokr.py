@@ -23,8 +23,8 @@ from peltc.compiler.importers.formats import (
     ranked,
     whole_blocks,
 )
+from peltc.compiler.importers.peft.targets import OVERLAP, rank_and_alpha
 from peltc.compiler.importers.quirks import Misread, Quirk
-from peltc.compiler.importers.targets import OVERLAP, rank_and_alpha
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 

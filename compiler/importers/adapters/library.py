@@ -12,20 +12,20 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.source import find_model, read_config
 from peltc.compiler.files.talk import Talk
-from peltc.compiler.importers.adapters_bottleneck import BOTTLENECK
-from peltc.compiler.importers.adapters_folder import LIBRARY, AdapterFolder, named, read_adapter_folder
-from peltc.compiler.importers.adapters_formats import Facts
-from peltc.compiler.importers.adapters_heads import choice_of, head_modules
-from peltc.compiler.importers.adapters_lora import LORA
-from peltc.compiler.importers.adapters_places import Places
-from peltc.compiler.importers.adapters_prefix import PREFIX
-from peltc.compiler.importers.adapters_prompt import PROMPT
-from peltc.compiler.importers.adapters_reft import REFT
-from peltc.compiler.importers.adapters_setup import Setup
-from peltc.compiler.importers.folder import only
+from peltc.compiler.importers.adapters.bottleneck import BOTTLENECK
+from peltc.compiler.importers.adapters.folder import LIBRARY, AdapterFolder, named, read_adapter_folder
+from peltc.compiler.importers.adapters.formats import Facts
+from peltc.compiler.importers.adapters.heads import choice_of, head_modules
+from peltc.compiler.importers.adapters.lora import LORA
+from peltc.compiler.importers.adapters.places import Places
+from peltc.compiler.importers.adapters.prefix import PREFIX
+from peltc.compiler.importers.adapters.prompt import PROMPT
+from peltc.compiler.importers.adapters.reft import REFT
+from peltc.compiler.importers.adapters.setup import Setup
 from peltc.compiler.importers.formats import Config
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module, Read, name_of
+from peltc.compiler.importers.peft.folder import only
 from peltc.compiler.importers.quirks import Quirks
 from peltc.spec.diagnostics import Place, fail, one_of
 from peltc.spec.foreign import SETUP

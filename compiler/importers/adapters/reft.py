@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.importers.adapters_folder import AdapterFolder, Part
-from peltc.compiler.importers.adapters_formats import COUNT, INERT, Facts, activation, unsaid
-from peltc.compiler.importers.adapters_places import Places
+from peltc.compiler.importers.adapters.folder import AdapterFolder, Part
+from peltc.compiler.importers.adapters.formats import COUNT, INERT, Facts, activation, unsaid
+from peltc.compiler.importers.adapters.places import Places
 from peltc.compiler.importers.formats import SWITCH, Array, Config, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.survey.anatomy import Site

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import COMMON, TARGETS, Array, Config, Entry, Format, own_rows, ranked
-from peltc.compiler.importers.targets import OVERLAP, rank_and_alpha
+from peltc.compiler.importers.peft.targets import OVERLAP, rank_and_alpha
 from peltc.compiler.survey.anatomy import Site
 
 
