@@ -246,7 +246,9 @@ def test_a_stack_is_one_attachment_after_another(library: Library, tmp_path: Pat
 @pytest.mark.parametrize(
     ("setup", "words"),
     [
-        ({"type": "Average", "children": []}, "E431 a setup of the kind 'Average' is not imported"),
+        ({"type": "Split", "children": []}, "E431 a setup of the kind 'Split' is not imported"),
+        ({"type": "Parallel", "children": []}, "(?s)E431 a setup of the kind 'Parallel' is.*`mode: bank`"),
+        ({"type": "Average", "children": []}, "E430 the setup has 0 adapters"),
         ({"type": "Stack", "children": [{"type": "Fuse", "children": []}]}, "E431 a setup within a setup"),
         (
             {"type": "Stack", "children": [{"type": "single", "children": ["../one0"]}]},

@@ -20,10 +20,19 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.importers.adapters.folder import Part
-from peltc.compiler.importers.adapters.formats import INERT, LEAVE_OUT, Facts, activation, unsaid, values
+from peltc.compiler.importers.adapters.formats import (
+    INERT,
+    LEAVE_OUT,
+    PADDING,
+    Facts,
+    activation,
+    gate,
+    unsaid,
+    values,
+)
 from peltc.compiler.importers.adapters.places import BLOCKS, Places
 from peltc.compiler.importers.adapters.products import PRODUCTS, SHARED, compact, dense, product_values, shared_names
-from peltc.compiler.importers.formats import NUMBER, SWITCH, Config, Entry
+from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
 from peltc.compiler.importers.modules import Module
 from peltc.compiler.survey.anatomy import Site
 
@@ -92,7 +101,7 @@ def _module(site: Site, part: Part, config: Config, shared: Mapping[str, Any], p
         inside = {"factor": np.full(1, options.pop("scale"), np.float32)}  # it scales less than all that is added
         options["learned"] = "number"
     if config.get("use_gating"):
-        options["gate"] = {"replaces_scale": False}
+        options["gate"] = gate(places, replaces_scale=False)
     if not config.get("phm_layer"):
         own = values(tensors, known, part, folder)
     else:
@@ -180,6 +189,20 @@ def _compacted(options: Mapping[str, Any], config: Config) -> dict[str, Any]:
     return {**options, "n": config.get("phm_dim", 4), "rank": config.get("phm_rank", 1)}
 
 
+MAPS = ("down", "down_bias", "up", "up_bias")
+PLAIN = {"size", "activation", "reads", "scale", "learned"}
+"""The options of adapters that are two maps and a factor, and nothing else."""
+
+
+def plain(module: Module) -> dict[str, Array]:
+    """The maps of an adapter of such options, its factor multiplied into what it adds."""
+    options, found = dict(module.entry.options), {name: module.values[name] for name in MAPS}
+    if "factor" in module.values or "scale" in options:
+        factor = np.asarray(module.values.get("factor", options.get("scale")), np.float32).reshape(-1)
+        found |= {"up": found["up"] * factor[:, None], "up_bias": found["up_bias"] * factor}
+    return found
+
+
 FLAGS = ("mh_adapter", "output_adapter", "cross_adapter", "original_ln_before", "original_ln_after", "ln_before",
          "ln_after", "is_parallel", "use_gating", "adapter_residual_before_ln", "phm_layer", "factorized_phm_W",
          "shared_W_phm", "shared_phm_rule", "factorized_phm_rule", "phm_bias")  # fmt: skip
@@ -202,4 +225,5 @@ BOTTLENECK = Facts(
     modules=modules,
     needed=("reduction_factor", "non_linearity"),
     shared=shared_names,
+    quirks=(PADDING,),
 )  # fmt: skip

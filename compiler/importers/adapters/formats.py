@@ -17,6 +17,7 @@ from peltc.compiler.importers.adapters.folder import AdapterFolder, Part
 from peltc.compiler.importers.adapters.places import Places
 from peltc.compiler.importers.formats import Array, Config
 from peltc.compiler.importers.modules import Module
+from peltc.compiler.importers.quirks import Quirk
 from peltc.spec.diagnostics import PeltError, Place, fail
 
 ACTIVATIONS = {
@@ -43,6 +44,7 @@ class Facts:
         needed: keys that must be there.
         shared: what the adapters of a config share, by the names of `shared_parameters`.
         note: what a config leaves open, for the first line of the spec.
+        quirks: where the library computes something else than the method says.
     """
 
     name: str
@@ -55,10 +57,29 @@ class Facts:
     needed: tuple[str, ...] = ()
     shared: Callable[[Config], set[str]] = lambda config: set()
     note: Callable[[Config], str] = lambda config: ""
+    quirks: tuple[Quirk, ...] = ()
 
 
 INERT = frozenset({"architecture", "init_weights", "init_weights_seed"})
 """Keys of every config that say nothing of the function."""
+
+
+PADDING = Quirk(
+    "gate_over_padding",
+    "a gate is the mean over the sequence's tokens and its padding, so that a text has another gate in another batch",
+    "the mean is over the tokens", "arXiv:2110.07577, section 3.2: a gate is of the input",
+)  # fmt: skip
+
+
+def gate(places: Places, **said: Any) -> Any:
+    """What a spec says of a gate.
+
+    Args:
+        said: the gate's options beside.
+    """
+    if places.fixes(PADDING):
+        said["mask_padding"] = True
+    return said or True
 
 
 def values(tensors: Mapping[str, Any], known: Mapping[str, str], part: Part, folder: AdapterFolder) -> dict[str, Array]:

@@ -25,6 +25,8 @@ from peltc.compiler.importers.adapters.setup import Setup
 from peltc.compiler.importers.formats import Config
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module, Read, name_of
+from peltc.compiler.importers.peft.folder import only
+from peltc.compiler.importers.quirks import Quirks
 from peltc.spec.diagnostics import Place, fail, one_of
 from peltc.spec.foreign import SETUP
 
@@ -32,17 +34,19 @@ FACTS = {facts.name: facts for facts in (BOTTLENECK, LORA, PREFIX, PROMPT, REFT)
 UNION, SHARED = "union", "shared_parameters"
 
 
-def read_adapter(path: Path, model: Any, base: Base | None, talk: Talk) -> Read:
+def read_adapter(path: Path, model: Any, base: Base | None, quirks: Quirks, talk: Talk) -> Read:
     """An adapter's modules, or those of a setup of several, and the base that they are for.
 
     Args:
         model: the base's folder or hub id; the one that the adapter names where absent.
         base: the base, where it is known already.
+        quirks: what becomes of them; those of the adapter are noted.
 
     Raises:
-        PeltError: E430 to E433, as `import_adapter`.
+        PeltError: E430 to E433 and E437, as `import_adapter`.
     """
-    setup = Setup(path) if (path / SETUP).is_file() else None
+    setup = Setup(path, quirks) if (path / SETUP).is_file() else None
+    path = path if setup else only(path)
     folders = setup.folders if setup else [read_adapter_folder(path)]
     each = [configs_of(folder) for folder in folders]
     last = setup.whole if setup else folders[0]
@@ -52,7 +56,7 @@ def read_adapter(path: Path, model: Any, base: Base | None, talk: Talk) -> Read:
     if base is None:
         found = find_model(given)
         base = open_base(found, choice=choice_of(last, read_config(found)), talk=talk)
-    parts = [modules_of(folder, configs, base) for folder, configs in zip(folders, each, strict=True)]
+    parts = [modules_of(folder, configs, base, quirks) for folder, configs in zip(folders, each, strict=True)]
     modules = [*(setup.together(parts) if setup else parts[0]), *head_modules(last, base)]
     known = dict.fromkeys(facts for configs in each for facts in configs)
     kinds = ", ".join([setup.kind] if setup else [facts.name or "bottleneck" for facts in known])
@@ -98,11 +102,13 @@ def configs_of(folder: AdapterFolder) -> dict[Facts, list[Config]]:
     return {FACTS[name]: configs for name, configs in found.items()}
 
 
-def modules_of(folder: AdapterFolder, configs: Mapping[Facts, list[Config]], base: Base) -> list[Module]:
+def modules_of(
+    folder: AdapterFolder, configs: Mapping[Facts, list[Config]], base: Base, quirks: Quirks
+) -> list[Module]:
     """All modules of a folder, its head left aside.
 
     Raises:
-        PeltError: E432, E433.
+        PeltError: E432, E433, E437.
     """
     kinds = {kind for facts in configs for kind in facts.kinds} | {SHARED}
     if left := [part for part in folder.parts if part.kind not in kinds]:
@@ -112,5 +118,5 @@ def modules_of(folder: AdapterFolder, configs: Mapping[Facts, list[Config]], bas
     if extra := [name for part in folder.of(SHARED) for name in part.tensors if name not in shared]:
         raise fail("E433", f"{len(extra)} shared tensors are none of what the config says: {names(extra)}",
                    Place(str(folder.path)), "a file each of whose tensors is used once")  # fmt: skip
-    places = Places(folder, base)
+    places = Places(folder, base, quirks)
     return [module for facts, of in configs.items() for module in facts.modules(of, places)]

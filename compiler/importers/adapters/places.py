@@ -8,6 +8,7 @@ from typing import Any
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.base.base import Base
 from peltc.compiler.importers.adapters.folder import AdapterFolder, Part
+from peltc.compiler.importers.quirks import Quirk, Quirks
 from peltc.compiler.importers.readings import Reading, readings
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import Place, fail
@@ -25,10 +26,10 @@ LAYERED = ("adapters", "loras", "prefix_gates", "refts")
 
 
 class Places:
-    """The sites of a model as the library's names and numbers mean them."""
+    """The sites of a model as the library's names and numbers mean them, for one adapter and its quirks."""
 
-    def __init__(self, folder: AdapterFolder, base: Base):
-        self.base, self.folder = base, folder
+    def __init__(self, folder: AdapterFolder, base: Base, quirks: Quirks):
+        self.base, self.folder, self.quirks = base, folder, quirks
         self.stacks = [s for s in dict.fromkeys(site.stack for site in base.anatomy if site.layer is not None) if s]
         depth = {
             stack: 1 + max(site.layer or 0 for site in base.anatomy if site.stack == stack) for stack in self.stacks
@@ -51,6 +52,14 @@ class Places:
                            f" {self.base.architecture}: {names(missing)}", Place(str(self.folder.path)),
                    "an adapter of this model",
                    f"it says that it is for '{self.folder.base[:120]}'" if self.folder.base else "")  # fmt: skip
+
+    def fixes(self, quirk: Quirk, cannot: str = "") -> bool:
+        """Note that the adapter has a quirk; whether its fixed form is asked for, which it may not have.
+
+        Raises:
+            PeltError: E437.
+        """
+        return self.quirks.fixes(quirk, self.folder.place, cannot)
 
     def sites(self, part: Part) -> list[Site]:
         """The sites that a part of a layer is at; of a fused map, all."""

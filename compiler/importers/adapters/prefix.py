@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.importers.adapters.folder import Part
-from peltc.compiler.importers.adapters.formats import COUNT, INERT, LEAVE_OUT, Facts, activation, values
+from peltc.compiler.importers.adapters.formats import COUNT, INERT, LEAVE_OUT, PADDING, Facts, activation, gate, values
 from peltc.compiler.importers.adapters.places import PREFIXES, Places
 from peltc.compiler.importers.formats import SWITCH, Array, Config, Entry
 from peltc.compiler.importers.modules import Module
@@ -60,10 +60,10 @@ def modules(configs: Sequence[Config], places: Places) -> list[Module]:
         for number, site in enumerate(sites):
             own = _own(shared, site, number, len(sites), by_location[location], places)
             options: dict[str, Any] = _options(config, shared, site, places)
-            if gate := gates.pop(site.name, None):
-                own |= values(gate.tensors, GATE, gate, folder)
+            if of_gate := gates.pop(site.name, None):
+                own |= values(of_gate.tensors, GATE, of_gate, folder)
             if config.get("use_gating"):
-                options["gate"] = True
+                options["gate"] = gate(places)
             found.append(
                 Module(site, Entry("prefix", tuple(options.items())), own, f"prefix_tunings.{location}", location)
             )
@@ -134,4 +134,5 @@ PREFIX = Facts(
     refused={},
     only={"shared_gating": ((True,), "a gate for keys and another for values have no place in `prefix`")},
     modules=modules,
+    quirks=(PADDING,),
 )  # fmt: skip

@@ -1,9 +1,10 @@
 """A setup of several adapters that the `adapters` library saved, each in a folder of its name: a stack, in which each
-adapter reads what the one before it gives, or a fusion, which attends over what they add.
+adapter reads what the one before it gives, a fusion, which attends over what they add, or an average.
 
 A fusion has its own folder beside, whose maps are called after the fusion's name. Its keys and its values are the same
-tensor in the library, so that with `residual_before` both have the residual connection in them. Its values' map has no
-bias, so that it may act before the softmax's mixture or behind it.
+tensor in the library, so that with `residual_before` both have the residual connection in them; in the keys it adds one
+number to all that the softmax reads, which changes nothing. Its values' map has no bias, so that it may act before the
+softmax's mixture or behind it.
 """
 
 from __future__ import annotations
@@ -16,23 +17,30 @@ from typing import Any
 
 import numpy as np
 
+from peltc.compiler.importers.adapters.average import averaged, shares
+from peltc.compiler.importers.adapters.bottleneck import MAPS, PLAIN, plain
 from peltc.compiler.importers.adapters.folder import LIBRARY, AdapterFolder, read_adapter_folder
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
 from peltc.compiler.importers.keys import check_config
 from peltc.compiler.importers.modules import Module
+from peltc.compiler.importers.quirks import Quirks
 from peltc.compiler.importers.stored import read_json, read_tensors
 from peltc.spec.diagnostics import Place, fail, one_of
 from peltc.spec.foreign import SETUP
 
 FUSION_CONFIG, FUSION_TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
 FUSION_PICKLE = "pytorch_model_adapter_fusion.bin"
-MAPS = {"query.weight": "ask", "query.bias": "ask_bias", "key.weight": "offer", "key.bias": "offer_bias",
+FUSION = {"query.weight": "ask", "query.bias": "ask_bias", "key.weight": "offer", "key.bias": "offer_bias",
         "value.weight": "answer"}  # fmt: skip
-STACK, FUSE = "Stack", "Fuse"
+STACK, FUSE, AVERAGE = "Stack", "Fuse", "Average"
+ROWS = ("BatchSplit", "Parallel")
+"""Setups whose adapters have rows of a batch of their own."""
+BANK = (
+    "compile one of its adapters with `mode: bank`, `pelt link` the others, and give each row its profile:"
+    " docs/import.md, 'Rows with adapters of their own'"
+)
 MANY = 64
 """How many adapters a setup has at most."""
-FUSED = {"size", "activation", "reads", "scale", "learned"}
-"""The options of adapters that may be fused: what they add is all that counts."""
 ORDER = "in a setup of several, the library computes something else with it than with the adapter alone"
 
 
@@ -54,18 +62,23 @@ class FusionKeys:
 class Setup:
     """A setup's folder.
 
+    Args:
+        quirks: what becomes of them; those of the setup are noted.
+
     Attributes:
-        kind: `Stack` or `Fuse`.
+        kind: `Stack`, `Fuse` or `Average`.
         folders: the adapters, in their order.
         name: a fusion's.
+        weights: an average's.
     """
 
-    def __init__(self, path: Path):
-        self.path, place = path, Place(str(path / SETUP))
+    def __init__(self, path: Path, quirks: Quirks):
+        self.path, self.quirks, place = path, quirks, Place(str(path / SETUP))
         said = read_json(path / SETUP, LIBRARY).get("adapter_setup")
         self.kind = str(said.get("type"))[:60] if isinstance(said, dict) else ""
-        if not isinstance(said, dict) or self.kind not in (STACK, FUSE):
-            raise fail("E431", f"a setup of the kind {self.kind!r} is not imported", place, one_of([STACK, FUSE]))
+        if not isinstance(said, dict) or self.kind not in (STACK, FUSE, AVERAGE):
+            raise fail("E431", f"a setup of the kind {self.kind!r} is not imported", place,
+                       one_of([STACK, FUSE, AVERAGE]), BANK if self.kind in ROWS else "")  # fmt: skip
         names = [_single(child, place) for child in said.get("children") or ()]
         if not 0 < len(names) <= MANY:
             raise fail("E430", f"the setup has {len(names)} adapters", place, f"one to {MANY}")
@@ -73,6 +86,8 @@ class Setup:
         named = options.get("name") if isinstance(options, dict) else None
         self.name = _safe(named if named is not None else ",".join(names), place)
         self.folders = [read_adapter_folder(path / name) for name in names]
+        weights = options.get("weights") if isinstance(options, dict) else None
+        self.weights = shares(weights, len(names), place) if self.kind == AVERAGE else []
 
     @property
     def whole(self) -> AdapterFolder:
@@ -98,10 +113,14 @@ class Setup:
         Raises:
             PeltError: E431 adapters that the setup changes in ways that are not known here.
         """
+        if self.kind == AVERAGE and not any(module.entry.method == "bottleneck" for own in each for module in own):
+            return averaged(each, self.weights, self.quirks, self.path)
         for folder, modules in zip(self.folders, each, strict=True):
             _check_alone(folder, modules)
         if self.kind == STACK:
             return [_behind(module, number) for number, modules in enumerate(each) for module in modules]
+        if self.kind == AVERAGE:
+            return averaged(each, self.weights, self.quirks, self.path)
         return self._fused(each)
 
     def _fused(self, each: Sequence[Sequence[Module]]) -> list[Module]:
@@ -117,7 +136,7 @@ class Setup:
             own = [sites[module.site.name] for sites in by_site]
             options = [dict(one.entry.options) for one in own]
             same = {(one["activation"], one.get("reads", "raw")) for one in options}
-            if len(same) > 1 or any(one.keys() - FUSED for one in options):
+            if len(same) > 1 or any(one.keys() - PLAIN for one in options):
                 told = f"the adapters at {module.site.name} differ in what they read, or are more than two maps"
                 raise fail("E431", told, Place(str(self.path)), "plain bottlenecks of one kind")
             size = max(one["size"] for one in options)
@@ -126,7 +145,8 @@ class Setup:
                     **({"asks": "raw"} if config.get("query_before_ln") else {}),
                     **({} if config.get("value") else {"answers": False}),
                     **({"before": True} if config.get("residual_before") else {})}  # fmt: skip
-            values = {name: np.stack([_padded(one, name, size) for one in own]) for name in ONE}
+            maps_of = [plain(one) for one in own]
+            values = {name: np.stack([_padded(one, name, size) for one in maps_of]) for name in MAPS}
             found.append(Module(module.site, Entry("fusion", tuple(said.items())), values | maps[module.source],
                                 module.source))  # fmt: skip
         return found
@@ -144,16 +164,12 @@ class Setup:
         found: dict[str, dict[str, Array]] = {}
         for name, stored in tensors.items():
             match = form.fullmatch(name) if len(name) < 1000 else None
-            if match is None or match["rest"] not in MAPS:
+            if match is None or match["rest"] not in FUSION:
                 raise fail("E433", f"'{name[:120]}' is no part of the fusion '{self.name}'", Place(str(folder)),
                            "a file each of whose tensors is used once")  # fmt: skip
             array = np.asarray(stored.array(), np.float32)
-            found.setdefault(f"{match['module']}.adapters", {})[MAPS[match["rest"]]] = array
+            found.setdefault(f"{match['module']}.adapters", {})[FUSION[match["rest"]]] = array
         return config, found
-
-
-ONE = ("down", "down_bias", "up", "up_bias")
-"""What each of the fused adapters has."""
 
 
 def _single(child: Any, place: Place) -> str:
@@ -188,15 +204,9 @@ def _behind(module: Module, number: int) -> Module:
     return replace(module, entry=Entry("bottleneck", options), group=str(number))
 
 
-def _padded(module: Module, name: str, size: int) -> Array:
-    """A map of one of several adapters, as wide as the widest is, its factor multiplied in: what is added reads the
-    further features by zeros."""
-    values, options = module.values, dict(module.entry.options)
-    array = values[name]
-    if name in ("up", "up_bias") and ("factor" in values or "scale" in options):
-        factor = np.asarray(values.get("factor", options.get("scale")), np.float32).reshape(-1)
-        array = array * (factor[:, None] if name == "up" else factor)
-    axis = {"down": 0, "down_bias": 0, "up": 1}.get(name)
+def _padded(maps: Mapping[str, Array], name: str, size: int) -> Array:
+    """A map of one of several adapters, as wide as the widest is: what is added reads the further features by zeros."""
+    array, axis = maps[name], {"down": 0, "down_bias": 0, "up": 1}.get(name)
     if axis is None or array.shape[axis] >= size:
         return array
     wide = [(0, size - array.shape[axis]) if i == axis else (0, 0) for i in range(array.ndim)]

@@ -119,6 +119,6 @@ def only(path: Path) -> Path:
     """
     found = holders(path) if path.is_dir() else []
     if len(found) > 1:
-        raise fail("E430", f"{len(found)} folders below hold adapters: {names([folder.name for folder in found])}",
-                   Place(str(path)), "one of them")  # fmt: skip
+        told = names([str(folder.relative_to(path)) for folder in found])
+        raise fail("E430", f"{len(found)} folders below hold adapters: {told}", Place(str(path)), "one of them")
     return found[0] if found else path

@@ -23,6 +23,7 @@ from peltc.compiler.importers.peft.targets import targeted
 from peltc.compiler.importers.peft.ties import kept, owner, owners
 from peltc.compiler.importers.peft.tokens import other_tokens
 from peltc.compiler.importers.peft.wrapped import named_owners, named_weights, unwrapped
+from peltc.compiler.importers.quirks import Quirks
 from peltc.spec.diagnostics import Place, fail, one_of
 from peltc.spec.foreign import PEFT
 from peltc.spec.specification import ModelChoice
@@ -37,15 +38,16 @@ Reading = Callable[[str], str]
 """From a name in the adapter to the name in the model."""
 
 
-def read_adapter(path: Path, model: Any, base: Base | None, talk: Talk) -> Read:
+def read_adapter(path: Path, model: Any, base: Base | None, quirks: Quirks, talk: Talk) -> Read:
     """An adapter's modules and the base that they are for.
 
     Args:
         model: the base's folder or hub id; the one that the adapter names where absent.
         base: the base, where it is known already.
+        quirks: what becomes of them; those of the adapter are noted.
 
     Raises:
-        PeltError: E430 to E433, as `import_adapter`.
+        PeltError: E430 to E433 and E437, as `import_adapter`.
     """
     folder = read_folder(path)
     known = FORMATS.get(folder.kind)
@@ -72,7 +74,7 @@ def read_adapter(path: Path, model: Any, base: Base | None, talk: Talk) -> Read:
         parts = [part for part in parts if part.role != ADAPTER or part.module in once]
     found: list[Placed] = []
     for part in parts:
-        found += placed(part, read(part.module), folder, known, base, weights.get(part.module, ""))
+        found += placed(part, read(part.module), folder, known, base, quirks, weights.get(part.module, ""))
     version = folder.config.get("peft_version")
     told = f" {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""
     origin = f"'{name_of(folder.path)}', an adapter of {PEFT}{told} ({folder.kind})"

@@ -18,6 +18,7 @@ from peltc.compiler.importers.peft.folder import Folder
 from peltc.compiler.importers.peft.methods.beside import COPY, ORIGINAL, ROWS, SINGLE_ROWS, WHOLE, WRAPPED
 from peltc.compiler.importers.peft.ties import tied_sites
 from peltc.compiler.importers.peft.wrapped import key_of, sites_named
+from peltc.compiler.importers.quirks import Config, Quirks
 from peltc.compiler.survey.anatomy import Rows, Site
 from peltc.spec.diagnostics import Place, fail
 
@@ -103,27 +104,32 @@ def parts_of(folder: Folder, known: Format) -> list[Part]:
     return [Part(module, role, tensors) for (module, role), tensors in found.items()]
 
 
-def placed(part: Part, module: str, folder: Folder, known: Format, base: Base, weight: str = "") -> list[Placed]:
+def placed(
+    part: Part, module: str, folder: Folder, known: Format, base: Base, quirks: Quirks, weight: str = ""
+) -> list[Placed]:
     """A part at its sites, by what a spec says of them; nothing where it holds what the base holds already.
 
     Args:
         module: the module's name in the model.
+        quirks: what becomes of them; those of the part are noted.
         weight: the parameter that a part of the method is about, where the config means it by its own name.
 
     Raises:
         PeltError: E431 a part whose config does not say what it is; E432 a module that is no site; E433 parameters
-            that cannot be replaced.
+            that cannot be replaced; E437 a quirk that cannot be fixed.
     """
     if part.role == ADAPTER and known.sites is not None:
         sites = list(known.sites(folder.config, base.anatomy))
-        return [Placed(part, sites, known.entry(folder.config, ""), partial(_evaluated, known, folder))]
+        config = quirks.read(known.quirks, folder.config, "", _shapes(part, folder), folder.place)
+        return [Placed(part, sites, known.entry(config, ""), partial(_evaluated, known, config))]
     if part.role == ADAPTER:
         if weight:
             sites = sites_named(base, weight)
         else:
             sites = tied_sites(base, module) if known.tied else sites_of(base, module, known.kinds)
         check_tied(folder, sites)
-        return _adapter(part, sites, folder, known, base, key_of(part.module, weight) if weight else part.module)
+        called = key_of(part.module, weight) if weight else part.module
+        return _adapter(part, sites, folder, known, base, called, quirks)
     if part.role == TOKENS:
         sites = sites_of(base, module, ("linear", "table"))
         rows = rows_of(folder, part.module)
@@ -132,17 +138,25 @@ def placed(part: Part, module: str, folder: Folder, known: Format, base: Base, w
     return [own] if own is not None else []
 
 
-def _adapter(part: Part, sites: list[Site], folder: Folder, known: Format, base: Base, called: str) -> list[Placed]:
+def _shapes(part: Part, folder: Folder) -> dict[str, tuple[int, ...]]:
+    """The shapes of a part's tensors."""
+    return {parameter: folder.tensors[name].shape for parameter, name in part.tensors.items()}
+
+
+def _adapter(
+    part: Part, sites: list[Site], folder: Folder, known: Format, base: Base, called: str, quirks: Quirks
+) -> list[Placed]:
     """Tensors of the method at the sites of a module, which the config's patterns know as it is `called`."""
     shared = frozenset(known.shared.values())
+    shapes = _shapes(part, folder)
+    config = quirks.read(known.quirks, folder.config, called, shapes, folder.place)
 
     def values(stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
         common = {ours: folder.values(theirs) for theirs, ours in known.shared.items() if theirs in folder.tensors}
         found = known.parameters({**common, **stored}, site)
-        return known.completed(found, folder.config, site, outputs(base, site))
+        return known.completed(found, config, site, outputs(base, site))
 
-    stated = known.entry(folder.config, called)
-    shapes = {parameter: folder.tensors[name].shape for parameter, name in part.tensors.items()}
+    stated = known.entry(config, called)
     groups: dict[tuple[str, Rows | None], tuple[Entry, list[Site]]] = {}
     for site in sites:
         entry = replace(stated, options=(*stated.options, *known.measured(shapes, site).items()))
@@ -199,9 +213,9 @@ def _own(part: Part, module: str, folder: Folder, base: Base) -> Placed | None:
     return Placed(part, sites, Entry(whole.method, (*left, *tied)), values)
 
 
-def _evaluated(known: Format, folder: Folder, stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
+def _evaluated(known: Format, config: Config, stored: Mapping[str, Array], site: Site) -> dict[str, Array]:
     """A site's parameters of what the config makes of the tensors."""
-    whole = stored if known.evaluated is None else known.evaluated(folder.config, stored)
+    whole = stored if known.evaluated is None else known.evaluated(config, stored)
     return known.parameters(whole, site)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from peltc.compiler.importers.quirks import Misread, Quirk, Shapes
 from peltc.spec.diagnostics import fail
 
 ALL_LINEAR = "all-linear"
@@ -67,6 +68,25 @@ def patterned(patterns: Any, module: str, otherwise: Any) -> Any:
         if compiled(rf"(.*\.)?({pattern})$").match(module):
             return patterns[pattern]
     return otherwise
+
+
+def disagree(patterns: Any, module: str) -> bool:
+    """Whether several patterns with different values fit a module's name."""
+    fitting = [value for key, value in (patterns or {}).items() if compiled(rf"(.*\.)?({key})$").match(module)]
+    return any(value != fitting[0] for value in fitting)
+
+
+def overlap(config: Mapping[str, Any], module: str, shapes: Shapes) -> bool:
+    """Whether it is left open which alpha a module was trained with; which rank stands in its tensors."""
+    return disagree(config.get("alpha_pattern"), module)
+
+
+OVERLAP = Misread(
+    Quirk("overlapping_patterns",
+          "where several of `alpha_pattern` fit a module, a folder that is loaded takes the first by the alphabet",
+          "", "training took the first in the order of the config, and PEFT sorts the keys when it saves it"),
+    overlap,
+)  # fmt: skip
 
 
 def dotted(patterns: Any, module: str, otherwise: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peltc.compiler.importers.formats import BIASES, COMMON, TARGETS, Array, Config, Entry, Format, Shapes, own_rows
+from peltc.compiler.importers.quirks import Misread, Quirk
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -31,6 +32,17 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
     return {name: own_rows(array, site) if name == "s" else array for name, array in tensors.items()}
 
 
+def fewer(config: Config, module: str, shapes: Shapes) -> bool:
+    """Whether there are fewer factors than the config says."""
+    found = shapes.get("R", ())
+    return len(found) == 4 and found[0] < config.get("boft_n_butterfly_factor", 1)
+
+
+FEWER = Misread(
+    Quirk("one_factor", "one factor is trained, whatever `boft_n_butterfly_factor` says, where PEFT cannot compile its"
+          " own kernel", "", "the others were never there"),
+    fewer,
+)  # fmt: skip
 SIZE = {"type": "integer", "minimum": 0}
 BOFT = Format(
     kind="BOFT",
@@ -42,4 +54,5 @@ BOFT = Format(
     entry=entry,
     parameters=parameters,
     measured=measured,
+    quirks=(FEWER,),
 )

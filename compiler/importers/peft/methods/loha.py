@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peltc.compiler.importers.formats import COMMON, TARGETS, Array, Config, Entry, Format, own_rows, ranked
-from peltc.compiler.importers.peft.targets import rank_and_alpha
+from peltc.compiler.importers.peft.targets import OVERLAP, rank_and_alpha
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -31,4 +31,5 @@ LOHA = Format(
     only={},
     entry=entry,
     parameters=parameters,
+    quirks=(OVERLAP,),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 ΔW = (alpha / r) w1 ⊗ w2        each a matrix, or a product of rank r
 
 Which of them are products, and how large they are, follows from the rank, `decompose_both` and `decompose_factor`, and
-stands in the shapes of the tensors. The scale is alpha / r even where w2 is no product.
+stands in the shapes of the tensors. The scale is alpha / r even where neither is a product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from peltc.compiler.importers.formats import (
     ranked,
     whole_blocks,
 )
-from peltc.compiler.importers.peft.targets import rank_and_alpha
+from peltc.compiler.importers.peft.targets import OVERLAP, rank_and_alpha
+from peltc.compiler.importers.quirks import Misread, Quirk
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 
@@ -73,6 +74,24 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
     }
 
 
+def scaled(config: Config, module: str, shapes: Shapes) -> bool:
+    """Whether a change of which no factor is a product is scaled."""
+    said = rank_and_alpha(config, module, "alpha")
+    return {"w1", "w2"} <= shapes.keys() and said["alpha"] != said["r"]
+
+
+def unscaled(config: Config, module: str) -> Config:
+    """A config whose scale at a module is 1."""
+    return {**config, "alpha": rank_and_alpha(config, module, "alpha")["r"], "alpha_pattern": None}
+
+
+SCALED = Misread(
+    Quirk("scale_of_whole_factors", "w1 ⊗ w2 is scaled by alpha / r where both are whole, and have no rank r",
+          "(alpha / r) is left out there",
+          "arXiv:2309.14859; the authors' code, LyCORIS, sets alpha to r there"),
+    scaled,
+    unscaled,
+)  # fmt: skip
 LOKR = Format(
     kind="LOKR",
     tensors={f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
@@ -83,4 +102,5 @@ LOKR = Format(
     entry=entry,
     parameters=parameters,
     measured=measured,
+    quirks=(OVERLAP, SCALED),
 )

@@ -27,7 +27,7 @@ from peltc.compiler.importers.formats import (
     own_rows,
     ranked,
 )
-from peltc.compiler.importers.peft.targets import rank_and_alpha
+from peltc.compiler.importers.peft.targets import OVERLAP, rank_and_alpha
 from peltc.compiler.survey.anatomy import Site
 
 
@@ -82,4 +82,5 @@ LORA = Format(
     entry=entry,
     parameters=parameters,
     kinds=("linear", "table"),
+    quirks=(OVERLAP,),
 )  # fmt: skip

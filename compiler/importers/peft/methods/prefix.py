@@ -14,6 +14,7 @@ import numpy as np
 
 from peltc.compiler.importers.formats import COMMON, Array, Config, Entry, Format
 from peltc.compiler.importers.peft.methods.prompt import COUNT, SHARED
+from peltc.compiler.importers.quirks import Misread, Quirk, Shapes
 from peltc.compiler.survey.anatomy import Anatomy, Site
 
 
@@ -27,6 +28,16 @@ def entry(config: Config, module: str) -> Entry:
     """How many tokens a prefix has."""
     return Entry("prefix", (("length", config.get("num_virtual_tokens")), ("reparameterise", False),
                             ("positions", "shifted")))  # fmt: skip
+
+
+def twofold(config: Config, module: str, shapes: Shapes) -> bool:
+    """Whether layers get what is stored for others."""
+    return (config.get("num_transformer_submodules") or 1) > 1 and config["num_layers"] > 1
+
+
+def plain(config: Config, module: str) -> Config:
+    """A config by which each layer gets what is stored for it."""
+    return {**config, "num_transformer_submodules": 1}
 
 
 def layered(config: Config, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -50,6 +61,13 @@ def parameters(tensors: Mapping[str, Array], site: Site) -> dict[str, Array]:
     return {name: part.reshape(-1, heads, size).swapaxes(0, 1) for name, part in zip("KV", found[layer], strict=True)}
 
 
+TWOFOLD = Misread(
+    Quirk("prefix_of_another_layer",
+          "with an encoder, layer l of L has the keys and values that are stored for layer 2 l modulo L",
+          "each layer has its own", "arXiv:2101.00190, eq. 3; the shape that PEFT stores"),
+    twofold,
+    plain,
+)  # fmt: skip
 PREFIX = Format(
     kind="PREFIX_TUNING",
     tensors={"prompt_embeddings": "P"},
@@ -61,4 +79,5 @@ PREFIX = Format(
     parameters=parameters,
     sites=sites,
     evaluated=layered,
+    quirks=(TWOFOLD,),
 )
