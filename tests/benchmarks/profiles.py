@@ -148,7 +148,7 @@ def measure(base: Path, folder: Path) -> list[tuple[str, str, str, str, str]]:
         rows.append((f"BERT-base's shape, {TEXTS} × {TOKENS} tokens, {what}", f"{statistics.median(times[name]):.2f} s",
                      f"base {statistics.median(times['base']):.2f} s", f"{ratio:.3f} × the latency", goal))  # fmt: skip
 
-    rows += million(mixed, inputs)
+    rows += million(mixed, inputs) + sharing(adapters, bare, inputs)
     maker, one = Linker(bank), None
     few = {name: array[:4, :32] for name, array in inputs.items()}
     before = best_of(lambda: lora(profile=each[:4], **few), 15)
@@ -200,3 +200,26 @@ def million(session: Any, inputs: dict[str, Any]) -> list[tuple[str, str, str, s
         ("BERT-base's shape, 4 × 32 tokens, any 4 of them", f"{1000 * after:.1f} ms",
          f"of {TEXTS}: {1000 * before:.1f} ms", f"{before / after:.2f} × the throughput", "≥ 0.95 ×"),
     ]  # fmt: skip
+
+
+def sharing(first: Path, other: Path, inputs: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """What a further artifact on the same base takes of memory, and a run of time, where sessions share weights."""
+    import peltc
+
+    taken, sessions = [], []
+    for shares in (False, True):
+        peltc.Session(first, ["CPUExecutionProvider"], spinning=False, share_weights=shares)  # what is loaded once
+        kept = peltc.Session(first, ["CPUExecutionProvider"], spinning=False, share_weights=shares)
+        before = resident()
+        sessions.append(peltc.Session(other, ["CPUExecutionProvider"], spinning=False, share_weights=shares))
+        sessions[-1](**{name: array[:1, :8] for name, array in inputs.items()})
+        taken.append((resident() - before) / 2**20)
+        del kept
+    ratios = []
+    for length in (8, TOKENS):
+        one = {name: array[:1, :length] for name, array in inputs.items()}
+        pairs = [[best_of(lambda s=s: s(**one), 1) for s in sessions] for _ in range(25)]
+        ratios.append(statistics.median(b / a for a, b in pairs))
+    return [("BERT-base's shape, a further artifact on the base, `share_weights`", f"{taken[1]:.0f} MiB more",
+             f"without: {taken[0]:.0f} MiB", f"{ratios[0]:.2f} × the latency at 1 × 8 tokens,"
+             f" {ratios[1]:.2f} × at 1 × {TOKENS}", "")]  # fmt: skip
