@@ -218,7 +218,7 @@ def sharing(first: Path, other: Path, inputs: dict[str, Any]) -> list[tuple[str,
     ratios = []
     for length in (8, TOKENS):
         one = {name: array[:1, :length] for name, array in inputs.items()}
-        pairs = [[best_of(lambda s=s: s(**one), 1) for s in sessions] for _ in range(25)]
+        pairs = [[best_of(lambda s=s, one=one: s(**one), 1) for s in sessions] for _ in range(25)]
         ratios.append(statistics.median(b / a for a, b in pairs))
     return [("BERT-base's shape, a further artifact on the base, `share_weights`", f"{taken[1]:.0f} MiB more",
              f"without: {taken[0]:.0f} MiB", f"{ratios[0]:.2f} × the latency at 1 × 8 tokens,"
