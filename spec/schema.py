@@ -13,6 +13,8 @@ from peltc.spec.recipe import COMMON, Recipe, recipes
 from peltc.spec.validation import NUMBERS, one_value
 
 PRECISIONS = ("checkpoint", "float32", "float16", "bfloat16")
+TIMES = ("prefill",)
+"""When what is computed of a whole text is computed, where the text grows."""
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SELECTOR = {
@@ -210,6 +212,19 @@ def spec_schema(
                         "type": "boolean",
                         "default": False,
                         "description": "graphs with a cache of keys and values, for `Session.generate`",
+                    },
+                    "gates": {
+                        "type": "object",
+                        "description": "gates, and whatever else is computed of a whole text, while the text grows",
+                        "additionalProperties": False,
+                        "required": ["at"],
+                        "properties": {
+                            "at": {
+                                "enum": list(TIMES),
+                                "description": "they are computed from the prompt, each text's own, and kept with the"
+                                " cache while tokens are generated",
+                            },
+                        },
                     },
                     "freeze_gates": {
                         "type": "string",

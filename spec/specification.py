@@ -113,7 +113,13 @@ AS_IT_SAYS = ModelChoice()
 
 @dataclass(frozen=True)
 class Spec:
-    """The validated description of an adaptation; `places` says where the value of each of its keys stands."""
+    """The validated description of an adaptation.
+
+    Attributes:
+        gates: when what is computed of a whole text, as gates are, is computed where the text grows: at `prefill`, from
+            the prompt alone; "" for no such time.
+        places: where the value of each of its keys stands.
+    """
 
     name: str
     attach: tuple[Attachment, ...]
@@ -122,6 +128,7 @@ class Spec:
     mode: str = "fold"
     precision: str = "checkpoint"
     freeze_gates: str = ""
+    gates: str = ""
     generation: bool = False
     seed: int = 0
     path: str = ""
@@ -191,6 +198,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         mode=deploy.get("mode", "fold"),
         precision=deploy.get("precision", "checkpoint"),
         freeze_gates=deploy.get("freeze_gates", ""),
+        gates=(deploy.get("gates") or {}).get("at", ""),
         generation=deploy.get("generation", False),
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",

@@ -64,6 +64,7 @@ class _Planner:
         self.checks.prepends(claims)
         self.checks.takes(claims)
         self.checks.generates(claims)
+        self.checks.holds(claims)
         if (total := sum(math.prod(tensor.shape) for tensor in self.shared.values())) > MAX_TOTAL:
             self.find("E205", f"the modules have {total:,} values", self.spec.attach[0].place, f"at most {MAX_TOTAL:,}")
         if self.findings:
