@@ -34,6 +34,8 @@ class Keeper:
 
     def __init__(self, graph: ir.Graph):
         self.graph, self.width = graph, 0
+        assert graph.inputs[0].shape is not None
+        self.batch = graph.inputs[0].shape[0]
         self.given = ir.Value(name=GIVEN + KEPT, type=ir.TensorType(FLOAT))
         self.kept: list[ir.Value] = []
 
@@ -56,19 +58,17 @@ class Keeper:
         first = emitter.node("Slice", [every, *(emitter.integers([n]) for n in (0, 1, 1))])
         self.kept.append(cast(first, FLOAT, emitter))
         value = emitter.node("Reshape", [first, emitter.integers([0, *sizes])])
-        value.shape = ir.Shape([None, *sizes])
+        value.shape = ir.Shape([self.batch, *sizes])
         return value
 
     def close(self) -> None:
         """Give the graph the input and the output, where something is kept."""
         if not self.kept:
             return
-        batch = self.graph.inputs[0].shape
-        assert batch is not None
-        self.given.shape = ir.Shape([batch[0], KEPT, self.width])
+        self.given.shape = ir.Shape([self.batch, KEPT, self.width])
         self.graph.inputs.append(self.given)
         grown = Emitter(self.graph, FLOAT, f"pelt.{KEPT}", {}).node("Concat", self.kept, {"axis": 2})
-        grown.name, grown.shape = GROWN + KEPT, ir.Shape([batch[0], 1, self.width])
+        grown.name, grown.shape = GROWN + KEPT, ir.Shape([self.batch, 1, self.width])
         self.graph.outputs.insert(0, grown)  # whoever reads the others counts them from the end
 
 

@@ -296,6 +296,10 @@ class Plan:
                 groups[claim.attachment, claim.follows] = groups.get((claim.attachment, claim.follows), 1) + 1
         told = [f"'{name}' at {site} acts in {count} places, which share these parameters"
                 for (name, site), count in groups.items()]  # fmt: skip
+        if self.held:
+            names = ", ".join(f"'{name}'" for name in dict.fromkeys(claim.attachment for claim in self.held))
+            told.append(f"what {names} makes of a whole text is computed from the prompt, and kept while tokens are"
+                        " generated")  # fmt: skip
         mirrored = {(c.attachment, c.site.path) for c in self.claims if c.mirrors is not None}
         for claim in self.claims:
             if claim.site.ties and claim.mirrors is None:

@@ -201,12 +201,12 @@ class _Generator:
             leaves |= self._empty(batch, given.get("encoder_outputs"))
         leaves |= {KEPT: self._kept(batch, cache if past else None)} if self._width else {}
         with translating(shown({name: given[name] for name in self.takes if name in given})):
-            result, kept = runner(**leaves)
+            result, first = runner(**leaves)
         _count_text(result["past_key_values"], self._starts)
         if self._encoder is not None:
             result = self._joined(result, leaves, cache if past else None)
-        if kept is not None:
-            carry(result["past_key_values"], {KEPT: kept})
+        if first is not None:
+            carry(result["past_key_values"], {KEPT: first})
         if "logits_to_keep" not in known and len(kept) < length:
             result["logits"] = result["logits"][:, kept]
         if given.get("use_cache") is False:
