@@ -6,7 +6,8 @@ alone, so that the value is kept, and goes wherever the rows of the cache go: to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -14,23 +15,23 @@ from peltc.spec.diagnostics import fail
 
 KEPT = "pelt_kept"
 """The attribute of a cache that holds them: values [B, ...] by key."""
-ROWS = {
+ROWS: Mapping[str, Callable[[Any, Any], Any]] = {
     "reorder_cache": lambda value, rows: value.index_select(0, rows.to(value.device)),
     "batch_select_indices": lambda value, rows: value[rows.to(value.device)],
     "batch_repeat_interleave": lambda value, count: value.repeat_interleave(count, dim=0),
 }
 """What a cache does with its rows, and what then becomes of a value for each of them, by the method's name."""
-ONE_PROMPT = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-"""Options of `generate` by which a model reads a part of a prompt, or a prompt and guesses of what follows, at once."""
-NO_PROMPT = "what is kept from the prompt is made of it as a whole, and it alone"
+WHOLE = "what is kept from the prompt is made of it as a whole, and of it alone"
 
 
 def carry(cache: Any, values: Mapping[Any, Any]) -> None:
     """Let a cache carry values [B, ...] by key, in place of those that it has carried so far."""
     setattr(cache, KEPT, dict(values))
     for name in ROWS:
-        if hasattr(type(cache), name):  # bound so that a copy of the cache has its own
-            setattr(cache, name, partial(_on_rows, cache, name))
+        if hasattr(type(cache), name):
+            method: Any = partial(_on_rows, cache, name)  # a copy of the cache binds its own
+            method.__name__ = name
+            setattr(cache, name, method)
 
 
 def _on_rows(cache: Any, name: str, argument: Any) -> Any:
@@ -56,17 +57,35 @@ def check_generate(model: Any, options: Mapping[str, Any], code: str) -> None:
     Raises:
         PeltError: it does not.
     """
-    configs = (options.get("generation_config"), getattr(model, "generation_config", None))
+    configs = [options.get("generation_config"), getattr(model, "generation_config", None)]
+    assisted = (has_guesses(config, options) for config in configs if config is not None)
 
     def said(name: str) -> Any:
         values = [options.get(name), *(getattr(config, name, None) for config in configs)]
         return next((value for value in values if value is not None), None)
 
-    name = next((name for name in ONE_PROMPT if said(name)), "")
-    name = "assistant_model" if not name and options.get("assistant_model") is not None else name
-    if name:
-        raise fail(code, f"'{name}' lets the model read a part of a prompt, or more than a prompt, and {NO_PROMPT}",
-                   expected=f"`generate` without '{name}'")  # fmt: skip
-    if said("use_cache") is False:
-        raise fail(code, "'use_cache' is false: the model reads the prompt and what follows as one text for each token,"
-                         f" and {NO_PROMPT}", expected="`generate` with a cache")  # fmt: skip
+    reason = ""
+    if said("prefill_chunk_size"):
+        reason = "by 'prefill_chunk_size' the model reads a part of the prompt at a time"
+    elif any(assisted):
+        reason = "in assisted generation the model reads guesses of what follows together with the prompt"
+    elif said("use_cache") is False:
+        reason = "with 'use_cache' false the model reads the prompt and what follows as one text"
+    if reason:
+        raise fail(code, f"{reason}, and {WHOLE}", expected="a prompt that is read at once, and a cache afterwards")
+
+
+def has_guesses(config: Any, options: Mapping[str, Any]) -> bool:
+    """Whether `generate` is assisted: by a smaller model, or by whatever else guesses tokens that the model checks.
+
+    Args:
+        config: of the generation.
+        options: what `generate` is called with, which the config has less say than.
+    """
+    from transformers.generation.configuration_utils import GenerationMode
+
+    effective = copy(config)
+    for name, value in options.items():
+        if value is not None and hasattr(effective, name):
+            setattr(effective, name, value)
+    return bool(effective.get_generation_mode(options.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION)

@@ -124,6 +124,14 @@ class Evaluation(nn.Module):
 
         return hook
 
+    def reading(self) -> Callable[..., None]:
+        """A hook that sees whether a model goes on from a cache."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.keeping.open(named_arguments(module, args, kwargs))
+
+        return hook
+
     def closing(self) -> Callable[..., None]:
         """Every module must have taken part: a site that the forward pass goes around is an error, not a no-op."""
         expected = {claim.site.key for claim in self.plan.claims if not claim.follows}

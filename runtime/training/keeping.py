@@ -40,6 +40,8 @@ class Keeping:
 
     def __init__(self, plan: Plan):
         self.plan, self.keeps = plan, bool(plan.held)
+        self.places = {(claim.attachment, claim.site.key, effect): {expr: i for i, expr in enumerate(found)}
+                       for claim in plan.held for effect, found in claim.summaries.items()}  # fmt: skip
         self.begun, self.generating = False, 0
         self.values: dict[Key, Tensor] = {}
         self.counts: Counter[tuple[Any, ...]] = Counter()
@@ -51,6 +53,11 @@ class Keeping:
         """Why the modules cannot read new tokens alone, and what to do; None where they can."""
         found = (needs_text(claim, self.plan.spec.gates) for claim in self.plan.claims)
         return next((each for each in found if each), None)
+
+    @cached_property
+    def concerned(self) -> bool:
+        """Whether a cache makes a difference to the modules."""
+        return any(claim.mixed and claim.grows for claim in self.plan.claims)
 
     def open(self, given: Mapping[str, Any]) -> None:
         """See what a model is called with.
@@ -95,10 +102,10 @@ class Keeping:
 
     def of(self, claim: Claim, effect: str) -> Mapping[Expr, Callable[[Callable[[], Any]], Any]] | None:
         """What stands in the place of a claim's summaries of the text; see `Interpreter.held`."""
-        if not self.keeps or not claim.holds:
+        if not self.keeps:
             return None
         where = claim.attachment, claim.site.key, effect
-        return {expr: partial(self.keep, (*where, i)) for i, expr in enumerate(claim.summaries.get(effect, ()))}
+        return {expr: partial(self.keep, (*where, i)) for expr, i in self.places.get(where, {}).items()}
 
     def keep(self, place: tuple[str, str, str, int], compute: Callable[[], Any]) -> Any:
         """A summary as the prompt gives it. What layers share runs several times in a pass, and has one for each."""

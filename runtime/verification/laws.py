@@ -152,12 +152,12 @@ def _laws(plan: Plan, base: Base) -> Iterator[Law]:
               {name: shown & last[:, None] for name, shown in seen.items()}, last)  # fmt: skip
 
 
-def kept(model: Any, prompt: Inputs) -> AbstractContextManager[None]:
-    """A context in which a model's modules have what they keep from a prompt, where they keep anything."""
+def kept(model: Any, begun: Inputs) -> AbstractContextManager[None]:
+    """A context in which a model's modules have what they keep of a text that is begun, where they keep anything."""
     keeping = getattr(getattr(model, "pelt", None), "keeping", None)
     if keeping is None or not keeping.keeps:
         return nullcontext()
-    reference(model, prompt)
+    reference(model, begun)
     found: AbstractContextManager[None] = keeping.prompted()
     return found
 
@@ -176,15 +176,15 @@ def _cached(model: Any, base: Base, answered: Answers | None) -> float:
     batch, length, padding, tokens = GENERATED
     inputs = {n: a for n, a in example(base, batch, length, padding, 7).items() if n != "token_type_ids"}
     whole = inputs["attention_mask"].all(1)  # a model may count the positions of padded texts in another way
-    prompt = dict(inputs)
+    begun = dict(inputs)
     if "decoder_input_ids" in inputs:
         inputs["decoder_input_ids"], first = answered.texts, 1
-        prompt["decoder_input_ids"] = answered.texts[:, :first]
+        begun["decoder_input_ids"] = answered.texts[:, :first]
     else:
         more = np.ones((batch, tokens), np.int64)
         inputs["attention_mask"] = np.concatenate([inputs["attention_mask"], more], 1)
         inputs["input_ids"], first = answered.texts, length
     steps = np.stack(answered.logits, 1)
-    with kept(model, prompt):
+    with kept(model, begun):
         logits = reference(model, inputs)["logits"][:, first - 1 : first - 1 + steps.shape[1]]
     return relative(*apart(steps[whole], logits[whole]))

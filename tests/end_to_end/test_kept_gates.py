@@ -1,7 +1,7 @@
 """Gates that are computed from the prompt and kept while the text grows, against bare models without any cache.
 
-The reference knows nothing of keeping: gates, and whatever else is made of the whole prompt, are read off a forward pass
-over the prompt as in training; then they are constants of another spec, with which each step reads its whole text.
+The reference knows nothing of keeping: gates, and whatever else is made of the whole prompt, are read off a forward
+pass over the prompt as in training; then they are constants of another spec, with which each step reads its whole text.
 """
 
 from __future__ import annotations
@@ -123,16 +123,17 @@ def measured(plan: Any, base: Any, tensors: Any, given: dict[str, Any]) -> dict[
     return found
 
 
-def step_by_step(compiled: tuple[Any, ...], texts: torch.Tensor, prompts: dict[str, Any] | None = None) -> torch.Tensor:
+def step_by_step(compiled: tuple[Any, ...], texts: torch.Tensor, turned: int = 0) -> torch.Tensor:
     """The logits of every generated token [B, T, V]: each text by itself, without a cache, constants in its modules.
 
     Args:
         texts: with the tokens that were generated [B, S].
-        prompts: whose summaries are the constants; the texts' own where absent.
+        turned: how many texts before its own the constants of each are of.
     """
     _, plan, base, tensors = compiled
     given, first = prompt(base), texts.shape[1] - NEW
-    summaries = measured(plan, base, tensors, whole(base, prompts or given, texts[:, :first]))
+    own = measured(plan, base, tensors, whole(base, given, texts[:, :first]))
+    summaries = {name: np.roll(value, turned, 0) for name, value in own.items()}
     training = peltc.load_spec(content(ATTACH, {}, pooled=POOLED))
     entries = constants([entry.entry() for entry in training.attach])
     spec = peltc.load_spec(content(entries, {}, given=GIVEN))
@@ -167,10 +168,7 @@ def test_each_step_has_the_gates_of_its_prompt(compiled: tuple[Any, ...]) -> Non
     theirs = torch_model(compiled).generate(**given, **options(base))
     assert torch.equal(theirs.sequences, found.sequences)
     assert same(torch.stack(theirs.logits, 1), expected)
-    # The witness: the gates of another text are others.
-    turned = {name: value.roll(1, 0) for name, value in given.items()}
-    if not base.config.get("is_encoder_decoder"):
-        assert not same(step_by_step(compiled, found.sequences, turned), expected)
+    assert not same(step_by_step(compiled, found.sequences, turned=1), expected), "the witness: another text's gates"
 
 
 def test_beams_and_going_on(compiled: tuple[Any, ...]) -> None:
@@ -226,10 +224,10 @@ def test_verification_finds_gates_of_single_tokens(compiled: tuple[Any, ...], tm
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"prefill_chunk_size": 2}, "'prefill_chunk_size' lets the model read a part"),
-        ({"prompt_lookup_num_tokens": 2}, "'prompt_lookup_num_tokens' lets"),
-        ({"use_cache": False}, "'use_cache' is false"),
-        ({"generation_config": "chunks"}, "'prefill_chunk_size' lets"),
+        ({"prefill_chunk_size": 2}, "by 'prefill_chunk_size' the model reads a part"),
+        ({"prompt_lookup_num_tokens": 2}, "in assisted generation the model reads guesses"),
+        ({"use_cache": False}, "with 'use_cache' false the model reads the prompt and what follows"),
+        ({"generation_config": "chunks"}, "by 'prefill_chunk_size' the model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -296,6 +294,8 @@ def test_torch_computes_nothing_from_new_tokens_alone(
         with pytest.raises(PeltError, match=r"E208 'own' at .* reads the whole sequence by") as error:
             model(input_ids=ids[:, :1], past_key_values=first.past_key_values)
         assert hint in str(error.value) and "use_cache=False" in str(error.value)
+        with pytest.raises(PeltError, match="E208"):
+            model.model(input_ids=ids[:, :1], past_key_values=first.past_key_values)
         with pytest.raises(PeltError, match="E208"):
             model.generate(ids, max_new_tokens=3, min_new_tokens=3)
         assert model.generate(ids, max_new_tokens=3, min_new_tokens=3, use_cache=False).shape == (1, 10)
