@@ -215,14 +215,14 @@ def spec_schema(
                     },
                     "gates": {
                         "type": "object",
-                        "description": "gates, and whatever else is computed of a whole text, while the text grows",
+                        "description": "`{at: prefill}`: gates, and whatever else is computed of a whole text, are"
+                        " computed from the prompt and kept with the cache while tokens are generated",
                         "additionalProperties": False,
                         "required": ["at"],
                         "properties": {
                             "at": {
                                 "enum": list(TIMES),
-                                "description": "they are computed from the prompt, each text's own, and kept with the"
-                                " cache while tokens are generated",
+                                "description": "when they are computed: with the prompt, each text's from its own",
                             },
                         },
                     },

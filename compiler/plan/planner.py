@@ -42,8 +42,9 @@ def make_plan(spec: Spec, anatomy: Anatomy, fingerprint: str, mode: str | None =
 
     Raises:
         PeltError: every finding: E203 a selector that matches nothing, E204 another number of sites than expected,
-            E205 sizes that do not fit, E206 two claims that need an order, E207 a mode that is not there, E214 some of
-            the sites that share parameters, E310 a formula's shapes.
+            E205 sizes that do not fit, E206 two claims that need an order, E207 a mode that is not there, E208 what
+            does not work there, E212 nothing to keep from a prompt, E214 some of the sites that share parameters, E310
+            a formula's shapes.
     """
     return _Planner(spec, anatomy, fingerprint, mode).plan()
 

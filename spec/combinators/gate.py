@@ -92,5 +92,6 @@ GATE = Combinator(
     ),
     rewrite,
     notes="The mean is over one sequence, so that splitting a batch changes nothing. It includes padding, as in the"
-    " authors' code: the same text with more padding gives another result. `mask_padding` repairs that.",
+    " authors' code: the same text with more padding gives another result. `mask_padding` repairs that. Of a text that"
+    " grows token by token it is undefined, until `deploy: {gates: {at: prefill}}` says that it is the prompt's.",
 )  # fmt: skip
