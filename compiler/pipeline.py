@@ -130,7 +130,7 @@ def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:
     """
     for claim in plan.claims if sites else ():
         where = f"'{claim.attachment}' at {claim.site.name}"
-        if found := not_generated(claim):
+        if found := not_generated(claim, plan.spec.gates):
             raise fail("E208", found[0], hint=found[1])
         if not any(claim.site.key in named for named in sites.values()):
             raise fail("E208", f"{where} has no place in the graphs that generation takes",

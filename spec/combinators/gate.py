@@ -113,6 +113,7 @@ GATE = Combinator(
     ),
     rewrite,
     notes="The mean is over one sequence, so that splitting a batch changes nothing. It includes padding, as in the"
-    " authors' code: the same text with more padding gives another result. `mask_padding` repairs that."
+    " authors' code: the same text with more padding gives another result. `mask_padding` repairs that. Of a text that"
+    " grows token by token it is undefined, until `deploy: {gates: {at: prefill}}` says that it is the prompt's."
     " A central gate's softmax is over its outputs, after the mean.",
 )  # fmt: skip
