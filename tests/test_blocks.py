@@ -155,8 +155,12 @@ def unknown(words: list[str]) -> list[str]:
         return [] if verb == "--help" else [verb]
     if verb not in cli.commands:
         return [verb]
-    options = {"-h", "--help"}
-    for parameter in cli.commands[verb].params:
+    options, command = {"-h", "--help"}, cli.commands[verb]
+    if isinstance(command, click.Group):
+        if not rest or rest[0] not in command.commands:
+            return rest[:1] or [verb]
+        command = command.commands[rest.pop(0)]
+    for parameter in command.params:
         if isinstance(parameter, click.Option):
             options |= {*parameter.opts, *parameter.secondary_opts}
     return [word for word in rest if word.startswith("-") and word.partition("=")[0] not in options]
@@ -169,5 +173,6 @@ def test_commands_exist(page: str) -> None:
 
 def test_commands_that_there_are_not_are_seen() -> None:
     assert unknown(["pelt", "compile", "a", "b", "--nothing", "-o", "out"]) == ["--nothing"]
+    assert unknown(["pelt", "profiles", "fly"]) == ["fly"]
     assert unknown(["pelt", "fly"]) == ["fly"] and unknown(["pelt-compile", "a", "b", "-o", "out"]) == []
     assert sum(len(list(commands(page))) for page in PAGES) > 15

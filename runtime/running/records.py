@@ -238,9 +238,9 @@ class Records:
         keys = ("profiles", "bytes", "tenants", "file", "free")
         return {key: int(value) for key, value in zip(keys, (*row, pages * size, free * size), strict=True)}
 
-    def check(self) -> list[Diagnostic]:
+    def check(self) -> tuple[Diagnostic, ...]:
         """Read everything and hold it against its checksums; what is found, empty where all is well."""
-        findings: list[Diagnostic] = []
+        findings: tuple[Diagnostic, ...] = ()
         try:
             with self._open() as db:
                 rows = [str(row[0]) for row in db.execute("PRAGMA integrity_check(20)")]
@@ -248,7 +248,8 @@ class Records:
                 held = db.execute("SELECT tenant, records, bytes FROM tenant WHERE records > 0 ORDER BY tenant")
                 if counted.fetchall() != held.fetchall():
                     rows.append("the numbers of some tenant are not those of its profiles")
-            findings += [self._database.damaged(row).diagnostics[0] for row in rows if row != "ok"]
+            for row in rows:
+                findings += self._database.damaged(row).diagnostics if row != "ok" else ()
             for record in self.list():
                 try:
                     self.get(record.name)
@@ -256,7 +257,7 @@ class Records:
                     findings += error.diagnostics
         except PeltError as error:
             findings += error.diagnostics
-        return list(dict.fromkeys(findings))
+        return tuple(dict.fromkeys(findings))
 
     def absent(self, name: str) -> PeltError:
         """The finding for a name that is not there."""
