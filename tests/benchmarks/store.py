@@ -1,5 +1,5 @@
-"""A store of profiles beside files in folders: a million small records, LoRA profiles of 1.2 MB, and a session that takes
-its profiles from a store beside one to which they were added.
+"""A store of profiles beside files in folders: a million small records, LoRA profiles of 1.2 MB, and a session with a
+store beside one to which its profiles were added.
 
 Latencies are medians of interleaved runs in one process.
 """
