@@ -1,0 +1,26 @@
+"""What a server takes of requests and does with them at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServingLimits:
+    """Bounds of requests, of the queue, and of batches.
+
+    Attributes:
+        body: bytes of a request.
+        rows: texts of a request, and of a batch.
+        tokens: of a batch and of a request, padding included.
+        queue: texts that wait; a request that would make them more is refused (429).
+        delay: seconds that the first request of a batch waits for others to join it.
+        grace: seconds that requests have to end when the server is stopped.
+    """
+
+    body: int = 16 << 20
+    rows: int = 64
+    tokens: int = 32_768
+    queue: int = 512
+    delay: float = 0.002
+    grace: float = 30.0
