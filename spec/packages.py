@@ -13,9 +13,16 @@ PACKAGES = {
     "networkx": "networkx", "yaml": "pyyaml", "jsonschema": "jsonschema", "numpy": "numpy", "ml_dtypes": "ml_dtypes",
     "click": "click", "tqdm": "tqdm", "tokenizers": "tokenizers", "starlette": "starlette",
     "uvicorn": "uvicorn", "prometheus_client": "prometheus-client",
+    "grpc": "grpcio", "tritonclient": "tritonclient",
 }  # fmt: skip
 """What `pip` calls the packages that the project imports, by what Python calls them."""
-EXTRAS = {"starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
+EXTRAS = {
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "grpc": "serve",
+    "tritonclient": "serve",
+}
 """Those that the project installs when they are asked for alone, and by what name."""
 
 

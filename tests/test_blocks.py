@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import shlex
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import peltc
 from peltc.compiler.linking.linker import Linker
 from peltc.runtime.commands.cli import cli, run
 from peltc.runtime.running.form import write_profile
+from peltc.runtime.serving.server import serve
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -98,9 +101,21 @@ def profiles(folder: Path) -> dict[str, Any]:
     return {**given, "feeds": {"input_ids": ids, "attention_mask": given["mask"], "token_type_ids": 0 * ids}}
 
 
+def serving(folder: Path) -> dict[str, Any]:
+    """A server, which ends with the tests."""
+    peltc.compile({**ATTACHED, "name": "minilm"}, models.save("bert", folder / "model"), folder / "out", verify=False,
+                  mode="bank")  # fmt: skip
+    store, addresses = peltc.ProfileStore(folder / "STORE", folder / "out"), queue.SimpleQueue[str]()
+    store.put("acme/ada", folder / "out/profiles/minilm.onnx_adapter")
+    session = peltc.Session(folder / "out", store=store)
+    threading.Thread(target=serve, args=(session,), kwargs={"port": 0, "ready": addresses.put}, daemon=True).start()
+    return {"address": addresses.get(timeout=60).split("/")[2]}
+
+
 PREPARED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "README.md": readme, "docs/artifact.md": artifact, "docs/generation.md": generation,
     "docs/training.md": training, "docs/models.md": own_module, "docs/profiles.md": profiles,
+    "docs/serving.md": serving,
 }  # fmt: skip
 """What stands ready in a page's folder, and the names that its blocks do not make themselves."""
 

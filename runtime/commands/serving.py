@@ -18,7 +18,8 @@ from peltc.spec.packages import needing
 @click.option("--resident", type=click.IntRange(1), default=64, show_default=True, help="Profiles in memory at most.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 for one that is free.")
-@click.option("--allow", metavar="MODULE:FUNCTION", help="Whether a request may use a profile: f(request, profile).")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Listen for gRPC too.")
+@click.option("--allow", metavar="MODULE:FUNCTION", help="Whether a request may use a profile: f(caller, profile).")
 @click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Texts of a batch at most.")
 @click.option("--tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens of a batch at most.")
 @click.option("--queue", type=click.IntRange(1), default=512, show_default=True, help="Texts that wait at most.")
@@ -29,8 +30,8 @@ from peltc.spec.packages import needing
               help="Seconds that requests have to end when the server is stopped.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of one operator.")
 def serve_command(
-    out: Path, store: Path | None, resident: int, host: str, port: int, allow: str | None, threads: int | None,
-    **limits: Any,
+    out: Path, store: Path | None, resident: int, host: str, port: int, grpc_port: int | None, allow: str | None,
+    threads: int | None, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve the artifact OUT by the Open Inference Protocol, version 2.
 
@@ -44,10 +45,7 @@ def serve_command(
     hook = None if allow is None else _named(allow)
     session = Session(out, threads=threads, spinning=False, store=store, resident=resident)
 
-    def told(address: str) -> None:
-        click.echo(f"{address}/v2/models/{session.manifest['name']}/infer")
-
-    serve(session, host, port, ServingLimits(**limits), hook, told)
+    serve(session, host, port, grpc_port, ServingLimits(**limits), hook, click.echo)
 
 
 def _named(name: str) -> Any:

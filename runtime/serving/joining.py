@@ -60,8 +60,7 @@ class Joiner:
         self.padded = masked if named <= known else set()
         self.joins = all(axes[:1] == [ROWS] for axes in outputs.values())
         """Whether outputs can be taken apart at all."""
-        record = session.kept.record
-        self.mixes = bool(record) and record["mode"] == BANK
+        self.mixes = (session.kept.record or {}).get("mode") == BANK
         """Whether rows of one batch may have different profiles."""
         self.padding = _padding(session)
 

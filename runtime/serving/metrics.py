@@ -24,7 +24,7 @@ class Metrics:
     def __init__(self, session: Session):
         self.session, self.registry = session, CollectorRegistry()
         self.queue = Gauge("pelt_queue_rows", "Texts that wait in the queue.", registry=self.registry)
-        self.requests = Counter("pelt_requests", "Requests by HTTP status.", ["status"], registry=self.registry)
+        self.requests = Counter("pelt_requests", "Requests by HTTP status.", ["door", "status"], registry=self.registry)
         self.seconds = Histogram("pelt_request_seconds", "From a request's last byte to its answer.", buckets=SECONDS,
                                  registry=self.registry)  # fmt: skip
         self.waits = Histogram("pelt_queue_seconds", "How long a request waits in the queue.", buckets=SECONDS,

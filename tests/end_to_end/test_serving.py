@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
 
 import peltc
 from peltc.compiler.linking.linker import Linker
+from peltc.runtime.commands.cli import run
 from peltc.runtime.serving.batching import Batcher
 from peltc.runtime.serving.joining import Ask, Joiner
 from peltc.runtime.serving.limits import ServingLimits
@@ -35,9 +38,11 @@ Folder = Callable[..., Path]
 Array = np.ndarray[Any, Any]
 CPU = ["CPUExecutionProvider"]
 NAMES = [f"t{i % 2}/{i}" for i in range(6)]
+GRPC: dict[str, str] = {}
+"""The address for gRPC of the server at an address for HTTP."""
 HOOK = """
-async def allow(request, profile):
-    tenant = request.headers.get("x-tenant")
+async def allow(caller, profile):
+    tenant = caller.headers.get("x-tenant")
     return tenant is None or (profile is not None and profile.startswith(tenant + "/"))
 """
 
@@ -76,7 +81,9 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
 @pytest.fixture(scope="module")
 def server(artifact: Path) -> Iterator[str]:
     options = ("--resident", "4", "--allow", "hook:allow", "--rows", "16", "--tokens", "160", "--body", "100000")
-    with serving(artifact, *options) as (_, address):
+    with serving(artifact, *options, "--grpc-port", "0") as (process, address):
+        assert process.stdout is not None
+        GRPC[address] = process.stdout.readline().strip().removeprefix("grpc://")
         yield address
 
 
@@ -146,7 +153,7 @@ def test_each_row_is_answered_as_its_profile_alone(server: str, alone: Any) -> N
     counted = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
     assert counted["pelt_batch_requests_sum"] >= 128 > counted["pelt_batch_requests_count"]
     assert counted["pelt_profiles_resident"] <= 4 and counted["pelt_profile_evictions_total"] > 0
-    assert counted['pelt_requests_total{status="200"}'] >= 128 and counted["pelt_queue_rows"] == 0
+    assert counted['pelt_requests_total{door="http",status="200"}'] >= 128 and counted["pelt_queue_rows"] == 0
 
 
 def test_health_and_metadata(server: str) -> None:
@@ -213,6 +220,60 @@ def test_bytes_that_are_no_tensors(server: str) -> None:
                        (head, "9999"), (head + ids.tobytes(), "1_0")):  # fmt: skip
         status, found, _ = ask(server, body, {"Inference-Header-Content-Length": str(size)})
         assert status == 400 and "E801" in found["error"]
+
+
+def test_grpc_answers_the_same(server: str, alone: Any) -> None:
+    """The protocol's own client again; bytes and values, what is refused, and the hook."""
+    with triton_grpc.InferenceServerClient(GRPC[server]) as served:
+        assert served.is_server_live() and served.is_server_ready() and served.is_model_ready("toy")
+        assert not served.is_model_ready("other")
+        assert [i.name for i in served.get_model_metadata("toy").inputs][-1] == "profile"
+        ids = np.array([[5, 6, 7], [8, 9, 4]])
+        text = triton_grpc.InferInput("input_ids", [2, 3], "INT64")
+        text.set_data_from_numpy(ids)
+        names = triton_grpc.InferInput("profile", [2], "BYTES")
+        names.set_data_from_numpy(np.array(["t0/0", ""], object))
+        found = served.infer("toy", [text, names], request_id="a").as_numpy("logits")
+        assert close(found, np.concatenate([alone([[5, 6, 7]], "t0/0"), alone([[8, 9, 4]], None)]))
+        found = served.infer("toy", [text], parameters={"profile": "t1/1"}, headers={"x-tenant": "t1"})
+        assert close(found.as_numpy("logits"), alone(ids.tolist(), "t1/1"))
+        for given, options, code, message in (
+            ([text], {"parameters": {"profile": "t0/absent"}}, "NOT_FOUND", "E626"),
+            ([text], {"headers": {"x-tenant": "t1"}}, "PERMISSION_DENIED", "E804"),
+            ([text, text], {}, "INVALID_ARGUMENT", "E801 the input 'input_ids' stands twice"),
+            ([names], {}, "INVALID_ARGUMENT", "E606 the input 'input_ids' is missing"),
+            ([text], {"outputs": [triton_grpc.InferRequestedOutput("nothing")]}, "INVALID_ARGUMENT", "E801"),
+        ):
+            with pytest.raises(InferenceServerException, match=message) as caught:
+                served.infer("toy", given, **options)
+            assert code in str(caught.value.status())
+        with pytest.raises(InferenceServerException, match="E805 there is no model 'other'"):
+            served.infer("other", [text])
+        large = triton_grpc.InferInput("input_ids", [1, 20_000], "INT64")
+        large.set_data_from_numpy(np.ones((1, 20_000), np.int64))
+        with pytest.raises(InferenceServerException, match="larger than max"):
+            served.infer("toy", [large])
+    from tritonclient.grpc import service_pb2 as messages
+
+    from peltc.runtime.serving.grpc_door import read
+
+    asked = messages.ModelInferRequest(model_name="toy")  # values in place of bytes, which that client does not send
+    asked.inputs.add(name="input_ids", datatype="INT64", shape=[1, 2]).contents.int64_contents.extend([3, 4])
+    assert np.array_equal(read(asked).inputs["input_ids"], [[3, 4]])
+    asked.inputs[0].contents.int64_contents.append(5)
+    with pytest.raises(PeltError, match=r"E801 .* has the shape"):
+        read(asked)
+    asked.raw_input_contents.append(b"12345678")
+    with pytest.raises(PeltError, match=r"E801 .* has contents beside raw_input_contents"):
+        read(asked)
+
+
+def test_an_address_that_is_taken(server: str, artifact: Path, capsys: Any) -> None:
+    port, other = server.split(":")[1], GRPC[server].split(":")[1]
+    assert run(["serve", str(artifact / "out"), "--port", port]) == 1
+    assert "E808 cannot listen at 127.0.0.1" in capsys.readouterr().err
+    assert run(["serve", str(artifact / "out"), "--port", "0", "--grpc-port", other]) == 1
+    assert "E808 cannot listen at 127.0.0.1" in capsys.readouterr().err
 
 
 def test_only_what_the_hook_allows(server: str) -> None:
