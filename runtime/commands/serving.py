@@ -26,6 +26,7 @@ from peltc.spec.packages import needing
 @click.option("--delay", type=click.FloatRange(0, 10), default=0.002, show_default=True,
               help="Seconds that a batch waits for more.")  # fmt: skip
 @click.option("--body", type=click.IntRange(1), default=16 << 20, show_default=True, help="Bytes of a request at most.")
+@click.option("--connections", type=click.IntRange(1), default=1024, show_default=True, help="At once at most.")
 @click.option("--grace", type=click.FloatRange(0), default=30.0, show_default=True,
               help="Seconds that requests have to end when the server is stopped.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of one operator.")

@@ -139,7 +139,7 @@ class Records:
                 self._count(db, name, tenant, 1, len(content))
 
     def delete(self, *names: str) -> None:
-        """Delete records, all of them or none; their bytes are overwritten.
+        """Delete records, all of them or none; their bytes are overwritten, where nobody reads an older state just now.
 
         Raises:
             PeltError: E626 there is none of a name; E602, E635 as `put`.
@@ -149,6 +149,8 @@ class Records:
             for name, (tenant, own) in zip(names, split, strict=True):
                 if not self._drop(db, tenant, own):
                     raise self.absent(name)
+        with self._open() as db:
+            self._database.settle(db)
 
     def compact(self) -> tuple[int, int]:
         """Write the file anew without the room that was given up; needs as much room again while it lasts.
@@ -157,9 +159,11 @@ class Records:
             Bytes of the file before and after.
         """
         with self._open() as db:
+            self._database.settle(db)
             before = self.path.stat().st_size
             db.execute("VACUUM")
             self._database.writes += 1
+            self._database.settle(db)
             return before, self.path.stat().st_size
 
     # reading

@@ -51,7 +51,8 @@ async def listen(service: Service, address: str) -> tuple[Any, int]:
         PeltError: E808 the address cannot be listened at.
     """
     most = service.limits.body
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", most), ("grpc.so_reuseport", 0)])
+    options = [("grpc.max_receive_message_length", most), ("grpc.so_reuseport", 0)]
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=service.limits.connections)
     generated.add_GRPCInferenceServiceServicer_to_server(Door(service), server)
     try:
         port = server.add_insecure_port(address)

@@ -15,6 +15,7 @@ class ServingLimits:
         tokens: of a batch and of a request, padding included.
         queue: texts that wait; a request that would make them more is refused (429).
         delay: seconds that the first request of a batch waits for others to join it.
+        connections: through one door, at once; one more is refused (503).
         grace: seconds that requests have to end when the server is stopped.
     """
 
@@ -23,4 +24,5 @@ class ServingLimits:
     tokens: int = 32_768
     queue: int = 512
     delay: float = 0.002
+    connections: int = 1024
     grace: float = 30.0

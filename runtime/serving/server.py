@@ -15,6 +15,7 @@ from peltc.runtime.serving.app import build
 from peltc.runtime.serving.limits import ServingLimits
 from peltc.runtime.serving.service import Allow, Service
 from peltc.spec.diagnostics import PeltError, fail
+from peltc.spec.packages import needing
 
 
 def serve(
@@ -50,9 +51,9 @@ def serve(
         async def beside() -> Callable[[], Awaitable[object]] | None:
             server, number = None, 0
             if grpc_port is not None:
-                from peltc.runtime.serving.grpc_door import listen
-
                 try:
+                    with needing("a server for gRPC"):
+                        from peltc.runtime.serving.grpc_door import listen
                     server, number = await listen(service, f"{shown}:{grpc_port}")
                 except PeltError as error:
                     failed.append(error)
@@ -65,6 +66,7 @@ def serve(
             return partial(server.stop, service.limits.grace)
 
         config = uvicorn.Config(build(service, beside), log_level="warning", ws="none", server_header=False,
+                                limit_concurrency=service.limits.connections,
                                 timeout_graceful_shutdown=max(1, round(service.limits.grace)))  # fmt: skip
         runner = uvicorn.Server(config)
         with suppress(KeyboardInterrupt):  # the signal that uvicorn has heard, passed on when all was answered
