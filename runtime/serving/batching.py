@@ -121,16 +121,21 @@ class Batcher:
             return batch
 
     def _fitting(self) -> list[Waiting]:
-        """The first request that waits, and those that can be joined with it."""
-        batch: list[Waiting] = []
-        rows, length, profiles = 0, 0, set[str | None]()
-        for one in self._queue:
-            more = rows + one.ask.rows
-            longest, names = max(length, one.ask.length), {*profiles, *one.ask.profiles} - {None}
-            fits = more <= self.limits.rows and more * longest <= self.limits.tokens and len(names) <= self.profiles
-            if not batch or (fits and one.kind == batch[0].kind):
+        """The first request that waits, and those that can be joined with it: those of nearest length before others,
+        for a batch may have so much padding and no more."""
+        first, limits = self._queue[0], self.limits
+        alike = [one for one in self._queue[1:] if one.kind == first.kind]
+        alike.sort(key=lambda one: abs(one.ask.length - first.ask.length))
+        batch, rows, length, own = [first], first.ask.rows, first.ask.length, first.ask.rows * first.ask.length
+        profiles = {*first.ask.profiles} - {None}
+        for one in alike:
+            more, longest = rows + one.ask.rows, max(length, one.ask.length)
+            tokens, real = more * longest, own + one.ask.rows * one.ask.length
+            names = profiles | {*one.ask.profiles} - {None}
+            if (more <= limits.rows and tokens <= limits.tokens and tokens - real <= limits.padding * tokens
+                    and len(names) <= self.profiles):  # fmt: skip
                 batch.append(one)
-                rows, length, profiles = more, longest, names
+                rows, length, own, profiles = more, longest, real, names
         return batch
 
     def _answer(self, batch: Sequence[Waiting]) -> None:

@@ -277,6 +277,14 @@ class Bench:
         os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
         return [Row(*row) for row in store.measure(self.bert_base(), self.folder / "store")]
 
+    def serving(self) -> list[Row]:
+        """Requests in common batches: see serving.py beside."""
+        sys.path.insert(0, str(Path(__file__).parent))
+        import serving
+
+        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
+        return [Row(*row) for row in serving.measure(self.minilm(), self.folder / "serving")]
+
     def bert_base(self) -> Path:
         folder = self.folder / "bert-base"
         if not (folder / "config.json").is_file():
@@ -366,7 +374,7 @@ def write_page(text: str) -> None:
 
 def main() -> None:
     names = ("warm_minilm", "cold_llama", "warm_llama", "imported", "verify_llama", "latency", "unipelt", "profiles",
-             "store")  # fmt: skip
+             "store", "serving")  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")

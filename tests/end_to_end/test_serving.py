@@ -324,7 +324,7 @@ def asked(session: peltc.Session, ids: list[list[int]], *names: str | None) -> A
 
 def test_what_is_joined(session: peltc.Session, alone: Any) -> None:
     """One batch as far as rows, tokens and profiles allow, in the order of arrival; outputs without the padding."""
-    limits = ServingLimits(rows=4, tokens=24, delay=0.3)
+    limits = ServingLimits(rows=4, tokens=24, delay=0.3, padding=1)
     batcher, metrics = Batcher(session, limits, m := Metrics(session)), m
     texts = [([[5, 6, 7]], NAMES[0]), ([[8, 9, 4, 3, 2]], NAMES[1]), ([[1]], None), ([[7, 7]], NAMES[2])]
     answers = [batcher.submit(asked(session, ids, name)) for ids, name in texts]
@@ -341,6 +341,13 @@ def test_what_is_joined(session: peltc.Session, alone: Any) -> None:
     assert all(close(a.result(10)["logits"], alone([[1, 2]], n)) for a, n in zip(answers, NAMES, strict=False))
     with pytest.raises(PeltError, match="E802 the request has 4 profiles"):
         batcher.submit(asked(session, [[1]] * 4, *NAMES[:4]))
+    batcher.close()
+    batcher = Batcher(session, ServingLimits(delay=0.3, padding=0.25), metrics := Metrics(session))
+    answers = [batcher.submit(asked(session, [[1] * length], None)) for length in (8, 3, 7, 6, 2, 9)]
+    assert all(
+        close(a.result(10)["logits"], alone([[1] * n], None)) for a, n in zip(answers, (8, 3, 7, 6, 2, 9), strict=True)
+    )
+    assert metrics.registry.get_sample_value("pelt_batch_rows_count") == 2  # 8, 7, 9 and 6; then 3 and 2
     cancelled = batcher.submit(asked(session, [[1, 2]], None))
     assert cancelled.cancel()
     waiting = batcher.submit(asked(session, [[1, 2]], None))
