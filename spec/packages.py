@@ -11,9 +11,19 @@ PACKAGES = {
     "torch": "torch", "transformers": "transformers", "accelerate": "accelerate", "psutil": "psutil", "onnx": "onnx",
     "onnx_ir": "onnx-ir", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime", "safetensors": "safetensors",
     "networkx": "networkx", "yaml": "pyyaml", "jsonschema": "jsonschema", "numpy": "numpy", "ml_dtypes": "ml_dtypes",
-    "click": "click", "tqdm": "tqdm", "tokenizers": "tokenizers",
+    "click": "click", "tqdm": "tqdm", "tokenizers": "tokenizers", "starlette": "starlette",
+    "uvicorn": "uvicorn", "prometheus_client": "prometheus-client",
+    "grpc": "grpcio", "tritonclient": "tritonclient",
 }  # fmt: skip
 """What `pip` calls the packages that the project imports, by what Python calls them."""
+EXTRAS = {
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "grpc": "serve",
+    "tritonclient": "serve",
+}
+"""Those that the project installs when they are asked for alone, and by what name."""
 
 
 @contextmanager
@@ -39,6 +49,9 @@ def missing(error: ModuleNotFoundError, use: str) -> PeltError | None:
     name = (error.name or "").partition(".")[0]
     if name not in PACKAGES:
         return None
+    if extra := EXTRAS.get(name):
+        return fail("E623", f"{use} needs the package '{name}', which is not installed",
+                    expected=f"a package of the extra `{extra}`", hint=f"pip install 'peltc[{extra}]'")  # fmt: skip
     also = ", or onnxruntime-gpu" if name == "onnxruntime" else ""
     return fail("E623", f"{use} needs the package '{name}', which is not installed",
                 expected="a package of those that peltc installs, unless by --no-deps",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import shlex
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import peltc
 from peltc.compiler.linking.linker import Linker
 from peltc.runtime.commands.cli import cli, run
 from peltc.runtime.running.form import write_profile
+from peltc.runtime.serving.server import serve
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -98,9 +101,21 @@ def profiles(folder: Path) -> dict[str, Any]:
     return {**given, "feeds": {"input_ids": ids, "attention_mask": given["mask"], "token_type_ids": 0 * ids}}
 
 
+def serving(folder: Path) -> dict[str, Any]:
+    """A server, which ends with the tests."""
+    peltc.compile({**ATTACHED, "name": "minilm"}, models.save("bert", folder / "model"), folder / "out", verify=False,
+                  mode="bank")  # fmt: skip
+    store, addresses = peltc.ProfileStore(folder / "STORE", folder / "out"), queue.SimpleQueue[str]()
+    store.put("acme/ada", folder / "out/profiles/minilm.onnx_adapter")
+    session = peltc.Session(folder / "out", store=store)
+    threading.Thread(target=serve, args=(session,), kwargs={"port": 0, "ready": addresses.put}, daemon=True).start()
+    return {"address": addresses.get(timeout=60).split("/")[2]}
+
+
 PREPARED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "README.md": readme, "docs/artifact.md": artifact, "docs/generation.md": generation,
     "docs/training.md": training, "docs/models.md": own_module, "docs/profiles.md": profiles,
+    "docs/serving.md": serving,
 }  # fmt: skip
 """What stands ready in a page's folder, and the names that its blocks do not make themselves."""
 
@@ -155,8 +170,12 @@ def unknown(words: list[str]) -> list[str]:
         return [] if verb == "--help" else [verb]
     if verb not in cli.commands:
         return [verb]
-    options = {"-h", "--help"}
-    for parameter in cli.commands[verb].params:
+    options, command = {"-h", "--help"}, cli.commands[verb]
+    if isinstance(command, click.Group):
+        if not rest or rest[0] not in command.commands:
+            return rest[:1] or [verb]
+        command = command.commands[rest.pop(0)]
+    for parameter in command.params:
         if isinstance(parameter, click.Option):
             options |= {*parameter.opts, *parameter.secondary_opts}
     return [word for word in rest if word.startswith("-") and word.partition("=")[0] not in options]
@@ -169,5 +188,6 @@ def test_commands_exist(page: str) -> None:
 
 def test_commands_that_there_are_not_are_seen() -> None:
     assert unknown(["pelt", "compile", "a", "b", "--nothing", "-o", "out"]) == ["--nothing"]
+    assert unknown(["pelt", "profiles", "fly"]) == ["fly"]
     assert unknown(["pelt", "fly"]) == ["fly"] and unknown(["pelt-compile", "a", "b", "-o", "out"]) == []
     assert sum(len(list(commands(page))) for page in PAGES) > 15

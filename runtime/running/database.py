@@ -1,15 +1,14 @@
 """A file of SQLite that a process killed at any moment leaves whole.
 
-SQLite does what is hard: a change is there wholly or not at all, many processes may read while one writes, and room
-that was given up is used again. LMDB, the other embedded store of that rank, reads faster, through a memory map. It was
-not taken since a changed byte in its tree ends the process that reads it, its file has a size that is chosen beforehand
+SQLite does what is hard: a change is there wholly or not at all, many processes read while one writes, and room that
+was given up is used again. LMDB, the other embedded store of that rank, reads faster, through a memory map. It was not
+taken since a changed byte in its tree ends the process that reads it, its file has a size that is chosen beforehand
 (and taken at once on Windows) and never shrinks, and it is one more package to ship, where SQLite comes with Python on
 every platform.
 
-Three of SQLite's choices matter here. The journal is the one that is undone after a crash and deleted after a commit,
-so that at rest there is one file, readable in folders that cannot be written to; a log that is written ahead would lose
-its last commits without a word where one of its bytes is damaged. What is acknowledged is on the disk before. And the
-file is read, not mapped, for a mapped file that somebody cuts short ends the process.
+Changes are written ahead, to a log beside the file (`-wal`), so that readers never wait for who writes. What is
+acknowledged is on the disk before, in the log at first; SQLite moves it to the file, and after the last process has
+closed it there is one file. The file is read, not mapped, for a mapped file that somebody cuts short ends the process.
 """
 
 from __future__ import annotations
@@ -25,10 +24,9 @@ from peltc.spec.diagnostics import PeltError, Place, fail
 
 APPLICATION, VERSION = 0x50454C54, 1
 """What tells our files from other databases: "PELT" in the file's header, and the version of the tables."""
-SETTINGS = ("trusted_schema = OFF", "cell_size_check = ON", "journal_mode = DELETE", "synchronous = EXTRA",
-            "secure_delete = ON", "cache_spill = OFF")  # fmt: skip
-"""Nothing in the file is run; damage is looked for; one file at rest, safe against losing power; what is deleted is
-overwritten; readers wait for the end of a transaction alone, whose pages stay in memory till then."""
+SETTINGS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL", "secure_delete = ON")
+"""Nothing in the file is run; damage is looked for; a change is on the disk when it is acknowledged; what is deleted is
+overwritten."""
 BUSY, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 5, 8, 10, 11, 13, 14, 26
 """SQLite's codes of what goes wrong."""
 
@@ -99,6 +97,7 @@ class Database:
             rows: statements and their values.
         """
         if not _statements(db):
+            db.execute("PRAGMA journal_mode = WAL")  # which the file remembers
             with self.writing(db):
                 if not _statements(db):  # nobody was faster
                     db.execute(f"PRAGMA application_id = {APPLICATION}")
@@ -107,6 +106,10 @@ class Database:
                         db.execute(table)
                     for statement, values in rows:
                         db.execute(statement, values)
+
+    def settle(self, db: sqlite3.Connection) -> None:
+        """Move the log into the file, as far as nobody reads what is older."""
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def check(self, db: sqlite3.Connection, tables: Sequence[str]) -> None:
         """Whether the tables are ours to the letter, so that nothing in the file acts of itself.
@@ -127,17 +130,22 @@ class Database:
         )
 
     def _connected(self) -> sqlite3.Connection:
-        writable = os.access(self.path if self.path.exists() else self.path.parent, os.W_OK)
-        uri = f"{self.path.resolve().as_uri()}?mode={'rwc' if writable else 'ro'}"
-        db = sqlite3.connect(uri, uri=True, timeout=self.wait, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(f"{self.path.resolve().as_uri()}?{self._how()}", uri=True, timeout=self.wait,
+                             isolation_level=None, check_same_thread=False)  # fmt: skip
         try:
             for setting in SETTINGS:
-                if writable or not setting.startswith("journal_mode"):
-                    db.execute(f"PRAGMA {setting}")
+                db.execute(f"PRAGMA {setting}")
         except sqlite3.Error:
             db.close()
             raise
         return db
+
+    def _how(self) -> str:
+        """How the file is opened. Where nothing can be written and there is no log, nobody else writes either: SQLite
+        needs neither locks nor files beside it then."""
+        writable = os.access(self.path.parent, os.W_OK) and (not self.path.exists() or os.access(self.path, os.W_OK))
+        logged = self.path.with_name(f"{self.path.name}-wal").exists()
+        return "mode=rwc" if writable else "mode=ro" if logged else "mode=ro&immutable=1"
 
     def _told(self, error: Exception, name: str) -> PeltError:
         """What went wrong in SQLite, in our words."""

@@ -100,6 +100,14 @@ class Profiles:
                              "`mode: bank` has another profile for each row")  # fmt: skip
         return [chosen]
 
+    def check(self, chosen: Chosen, texts: int | None) -> None:
+        """Whether there are the profiles that are chosen; raises as `taken`."""
+        each = self.each(chosen, texts)
+        self.check_bare(each)
+        for name in each:
+            if name is not None:
+                self._known(name)
+
     @contextmanager
     def taken(self, chosen: Chosen, texts: int | None) -> Iterator[Taken]:
         """What runs take of profiles, as they are now: whatever is added or removed meanwhile changes nothing of it.
@@ -126,7 +134,7 @@ class Profiles:
         Args:
             alone: whether the one key is for all texts.
         """
-        self._check_bare(keys)
+        self.check_bare(keys)
         found = {} if keys[0] is None else self._known(keys[0])
         yield lambda rows: found
 
@@ -159,7 +167,12 @@ class Profiles:
         for i, name in enumerate(names):
             self.take(name, {key: array[i] for key, array in arrays.items()})
 
-    def _check_bare(self, keys: Sequence[Hashable]) -> None:
+    def check_bare(self, keys: Sequence[Hashable]) -> None:
+        """Whether the bare base may be asked for, where it is.
+
+        Raises:
+            PeltError: E627.
+        """
         if None in keys and self.record and (why := self.record["no_bare_base"]):
             raise fail("E627", f"no profile is named, and this artifact has no bare base: {why}", self.place,
                        "profile=NAME", "session.add_profile(name, file)")  # fmt: skip
@@ -253,7 +266,7 @@ class Bank(Profiles):
     def lent(self, keys: Sequence[Hashable], alone: bool) -> Iterator[Taken]:
         import onnxruntime as ort
 
-        self._check_bare(keys)
+        self.check_bare(keys)
         with self.lock:
             used = [0 if key is None else self._known(key) for key in keys]
             stacked, picked = self.stacked, np.array(used, np.int64) - 1

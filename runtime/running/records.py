@@ -139,7 +139,7 @@ class Records:
                 self._count(db, name, tenant, 1, len(content))
 
     def delete(self, *names: str) -> None:
-        """Delete records, all of them or none; their bytes are overwritten.
+        """Delete records, all of them or none; their bytes are overwritten, where nobody reads an older state just now.
 
         Raises:
             PeltError: E626 there is none of a name; E602, E635 as `put`.
@@ -149,6 +149,8 @@ class Records:
             for name, (tenant, own) in zip(names, split, strict=True):
                 if not self._drop(db, tenant, own):
                     raise self.absent(name)
+        with self._open() as db:
+            self._database.settle(db)
 
     def compact(self) -> tuple[int, int]:
         """Write the file anew without the room that was given up; needs as much room again while it lasts.
@@ -157,9 +159,11 @@ class Records:
             Bytes of the file before and after.
         """
         with self._open() as db:
+            self._database.settle(db)
             before = self.path.stat().st_size
             db.execute("VACUUM")
             self._database.writes += 1
+            self._database.settle(db)
             return before, self.path.stat().st_size
 
     # reading
@@ -238,9 +242,9 @@ class Records:
         keys = ("profiles", "bytes", "tenants", "file", "free")
         return {key: int(value) for key, value in zip(keys, (*row, pages * size, free * size), strict=True)}
 
-    def check(self) -> list[Diagnostic]:
+    def check(self) -> tuple[Diagnostic, ...]:
         """Read everything and hold it against its checksums; what is found, empty where all is well."""
-        findings: list[Diagnostic] = []
+        findings: tuple[Diagnostic, ...] = ()
         try:
             with self._open() as db:
                 rows = [str(row[0]) for row in db.execute("PRAGMA integrity_check(20)")]
@@ -248,7 +252,8 @@ class Records:
                 held = db.execute("SELECT tenant, records, bytes FROM tenant WHERE records > 0 ORDER BY tenant")
                 if counted.fetchall() != held.fetchall():
                     rows.append("the numbers of some tenant are not those of its profiles")
-            findings += [self._database.damaged(row).diagnostics[0] for row in rows if row != "ok"]
+            for row in rows:
+                findings += self._database.damaged(row).diagnostics if row != "ok" else ()
             for record in self.list():
                 try:
                     self.get(record.name)
@@ -256,7 +261,7 @@ class Records:
                     findings += error.diagnostics
         except PeltError as error:
             findings += error.diagnostics
-        return list(dict.fromkeys(findings))
+        return tuple(dict.fromkeys(findings))
 
     def absent(self, name: str) -> PeltError:
         """The finding for a name that is not there."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,14 @@ class Residents:
         (`misses`), and how many went for lack of room or were outdated (`evictions`)."""
         with self.changed:
             return {"resident": len(self.entries), **self.counts}
+
+    def check(self, chosen: Chosen, texts: int | None) -> None:
+        """Whether there are the profiles that are chosen, in memory or in the store; raises as `taken`, but E634."""
+        each = self.profiles.each(chosen, texts)
+        self.profiles.check_bare(each)
+        for name in dict.fromkeys(each):
+            if name is not None and name not in self.profiles.held:
+                self.store.records.digest(name)
 
     @contextmanager
     def taken(self, chosen: Chosen, texts: int | None) -> Iterator[Taken]:
@@ -157,3 +166,16 @@ class Residents:
         self.entries[key] = Entry(0, (-1, -1))  # so that the store is asked once more
         self.digests[key[0]] = key[1]
         self.counts["misses"] += 1
+
+
+def residents_of(profiles: Profiles, store: ProfileStore | str | Path, most: int, folder: Path) -> Residents:
+    """What a session has in memory of a store, which may be given by its path.
+
+    Args:
+        folder: of the session's artifact.
+
+    Raises:
+        PeltError: as `Residents`; E630 the file is no store; E631 there is none.
+    """
+    held = store if isinstance(store, ProfileStore) else ProfileStore(store, folder, create=False)
+    return Residents(profiles, held, most)

@@ -83,7 +83,11 @@ class Session:
             check_shared(self.engine, self.manifest)
         self.weights: dict[str, Weight] = {}
         self.kept = profiles_of(self.manifest, self.folder)
-        self.residents = None if store is None else self._residents(store, resident)
+        self.residents: Residents | None = None
+        if store is not None:
+            from peltc.runtime.running.residents import residents_of
+
+            self.residents = residents_of(self.kept, store, resident, self.folder)
         self.profile: Chosen = None
         self.generating = threading.local()
         if "decode" not in self.manifest.get("graphs", ()):
@@ -114,13 +118,6 @@ class Session:
     def profiles(self) -> list[str]:
         """The names of the profiles that were added; a store lists its own."""
         return self.kept.names
-
-    def _residents(self, store: Any, most: int) -> Residents:
-        from peltc.runtime.running.residents import Residents
-        from peltc.runtime.running.store import ProfileStore
-
-        held = store if isinstance(store, ProfileStore) else ProfileStore(store, self.folder, create=False)
-        return Residents(self.kept, held, most)
 
     def taken(self, chosen: Chosen, texts: int | None) -> AbstractContextManager[Taken]:
         """What runs take of profiles; see `Profiles.taken` and `Residents.taken`."""
@@ -155,6 +152,14 @@ class Session:
             PeltError: E626 there is none of that name.
         """
         self.kept.remove(name)
+
+    def check_profiles(self, chosen: Chosen, texts: int) -> None:
+        """Whether there are the profiles that a run would ask for; none is brought into memory.
+
+        Raises:
+            PeltError: E216, E626, E632 as a run.
+        """
+        (self.residents or self.kept).check(chosen, texts)
 
     def open(self, file: str) -> Any:
         """ONNX Runtime's session of one of the artifact's graphs.
@@ -272,12 +277,25 @@ class Session:
         if texts:
             hint = "session(**inputs)" if isinstance(texts[0], Mapping) else TOKENIZED
             raise wrong_type("what the model reads", texts[0], f"inputs by name: {', '.join(self.inputs)}", hint)
+        return self.run(self.feeds(inputs), profile)
+
+    def feeds(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        """Inputs in the graph's order and types, held against it and against the model's tables, with a mask and token
+        types where they are left out; takes and raises what a call does."""
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise fail("E606", f"the model takes no input '{unknown[0]}'", expected=", ".join(self.inputs))
         feeds = self._filled({name: converted(name, value, self.inputs[name].type)
                               for name, value in inputs.items() if value is not None})  # fmt: skip
         check(feeds, {name: self.inputs[name].shape for name in feeds}, self.limits)
+        return feeds
+
+    def run(self, feeds: Mapping[str, Array], profile: Chosen = None) -> dict[str, Array]:
+        """Run the model on what `feeds` made.
+
+        Raises:
+            PeltError: E612 what ONNX Runtime says; what is wrong with the choice of profiles.
+        """
         with translating(shown(feeds), str(self.folder)):
             results = self.answer(feeds, profile if profile is not None else self.profile)
         return dict(zip(self.outputs, results, strict=True))

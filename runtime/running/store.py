@@ -158,7 +158,7 @@ class ProfileStore:
         """
         return self.records.compact()
 
-    def check(self) -> list[Diagnostic]:
+    def check(self) -> tuple[Diagnostic, ...]:
         """Hold every profile against its checksum, and the file against its own structure.
 
         Returns:

@@ -269,6 +269,22 @@ class Bench:
         cost = best(command, self.env)
         return [Row("BERT-base's shape, `pelt link` as a command", str(cost), "", "", "≤ 0.5 s"), *found]
 
+    def store(self) -> list[Row]:
+        """Many profiles on disk: see store.py beside."""
+        sys.path.insert(0, str(Path(__file__).parent))
+        import store
+
+        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
+        return [Row(*row) for row in store.measure(self.bert_base(), self.folder / "store")]
+
+    def serving(self) -> list[Row]:
+        """Requests in common batches: see serving.py beside."""
+        sys.path.insert(0, str(Path(__file__).parent))
+        import serving
+
+        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
+        return [Row(*row) for row in serving.measure(self.minilm(), self.folder / "serving")]
+
     def bert_base(self) -> Path:
         folder = self.folder / "bert-base"
         if not (folder / "config.json").is_file():
@@ -357,7 +373,8 @@ def write_page(text: str) -> None:
 
 
 def main() -> None:
-    names = ("warm_minilm", "cold_llama", "warm_llama", "imported", "verify_llama", "latency", "unipelt", "profiles")
+    names = ("warm_minilm", "cold_llama", "warm_llama", "imported", "verify_llama", "latency", "unipelt", "profiles",
+             "store", "serving")  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")

@@ -181,6 +181,20 @@ def test_a_list_of_profiles_has_one_for_each_text(bank: Path) -> None:
             session.generate(torch.tensor(IDS * (texts // 2)), profile=["a"] * names, num_beams=beams, **OPTIONS)
 
 
+def test_generation_with_profiles_of_a_store(bank: Path, model_folder: Folder, tmp_path: Path) -> None:
+    """Each text of a batch with its own, though there is room for two alone; the others are brought in meanwhile."""
+    store = peltc.ProfileStore(tmp_path / "store", bank)
+    added, held = peltc.Session(bank, CPU), peltc.Session(bank, CPU, store=store, resident=2)
+    for seed in range(3):
+        arrays = peltc.link(bank, drawn(spec_of(LORA), model_folder("llama"), seed))
+        store.put(f"t/{seed}", arrays)
+        added.add_profile(f"t/{seed}", arrays)
+    for names in (["t/0", "t/1"], ["t/2", None], ["t/1", "t/0"]):
+        found = held.generate(torch.tensor(IDS), profile=names, **OPTIONS)
+        assert torch.equal(found, added.generate(torch.tensor(IDS), profile=names, **OPTIONS))
+    assert held.residents is not None and held.residents.stats()["evictions"] == 2
+
+
 def test_generations_in_several_threads(bank: Path, model_folder: Folder) -> None:
     """Each with its own profiles to its last token, though they are removed and others added; and whoever asks
     meanwhile without a profile has none."""

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import peltc
 from peltc.spec.diagnostics import PeltError
-from peltc.spec.packages import PACKAGES
+from peltc.spec.packages import EXTRAS, PACKAGES
 
 ROOT = Path(__file__).parents[3]
 
@@ -85,7 +85,7 @@ def test_a_provider_that_raises_is_at_fault_where_the_cpu_opens_the_graph(
 def test_who_asks_for_none_is_told_where_it_runs(
     out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("peltc.runtime.running.session._has_gpu", lambda: True)
+    monkeypatch.setattr("peltc.runtime.running.device._has_gpu", lambda: True)
     with caplog.at_level("WARNING", "peltc"):
         session = peltc.Session(out)
     assert "CUDAExecutionProvider cannot be used on this machine" in caplog.text
@@ -238,8 +238,15 @@ def test_a_package_that_is_missing_is_named(out: Path, tmp_path: Path, package: 
     assert found.startswith(said) and f"hint: pip install {package}" in found
 
 
-@pytest.mark.parametrize(("package", "arguments"), [("click", ["--help"]), ("tqdm", ["sites", "nowhere"])])
-def test_the_command_line_names_what_is_missing(package: str, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("package", "arguments", "install"),
+    [
+        ("click", ["--help"], "click"),
+        ("tqdm", ["sites", "nowhere"], "tqdm"),
+        ("uvicorn", ["serve", "nowhere"], "'peltc[serve]'"),
+    ],
+)
+def test_the_command_line_names_what_is_missing(package: str, arguments: list[str], install: str) -> None:
     program = f"""
 import io, contextlib
 from peltc.__main__ import main
@@ -252,10 +259,12 @@ except SystemExit as end:
     print(end.code, said.getvalue())
 """
     found = without({package}, program)
-    assert f"needs the package '{package}', which is not installed" in found and f"pip install {package}" in found
+    assert f"needs the package '{package}', which is not installed" in found and f"pip install {install}" in found
 
 
 def test_packages_are_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {re.split(r"[>=]", line)[0] for line in project["dependencies"]} - {"onnxruntime-gpu"}
-    assert set(PACKAGES.values()) == named | {"tokenizers"}, "tokenizers comes with transformers"
+    extra = {re.split(r"[>=]", line)[0] for line in project["optional-dependencies"]["serve"]}
+    assert set(PACKAGES.values()) == named | extra | {"tokenizers"}, "tokenizers comes with transformers"
+    assert {PACKAGES[name] for name in EXTRAS} == extra

@@ -1,0 +1,1 @@
+"""An artifact behind a server: requests for many profiles, answered in common batches."""
