@@ -152,6 +152,7 @@ OTHERS: dict[str, tuple[str, Said, Said]] = {
     "low rank on a model that has hooks": ("qwen2", lora(**EVERYWHERE), {}),
     "bottlenecks on hooks": ("qwen2", bottleneck(mh_adapter=True), {}),
     "beside hooks": ("qwen2", bottleneck("ParBnConfig"), {}),
+    "behind a layer whose sub-layers end in norms": ("gemma2", config("LoReftConfig", r=2), {}),
     "magnitudes with a gate": ("bert", lora("DoRAConfig", use_gating=True), {}),
 }  # fmt: skip
 
