@@ -471,6 +471,11 @@ def test_each_layer_of_a_decoder_has_its_own_prefix(tmp_path: Path) -> None:
         trained = live(**inputs).logits.numpy()
         wide = transformers.T5ForConditionalGeneration.from_pretrained(base).double().eval()
         expected = wide(**inputs, past_key_values=EncoderDecoderCache(own, DynamicCache())).logits.numpy()
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    bare = shutil.copytree(tmp_path / "adapter", tmp_path / "bare")
+    (bare / "adapter_config.json").write_text(json.dumps({n: said[n] for n in said if n != "num_layers"}))
+    with pytest.raises(PeltError, match="E433 'K' of 'PREFIX_TUNING' is missing"):
+        import_adapter(bare, base)
     mask = np.ones((2, 5))
     assert distance(trained, expected, mask) > EFFECT
     for asked, mode in ((AS_TRAINED, "fold"), (FIXED, "fold"), (FIXED, "static")):
