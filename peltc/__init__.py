@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from peltc.runtime.building.adapters import export_peft as export_peft
     from peltc.runtime.building.compile import compile as compile
     from peltc.runtime.building.compile import verify as verify
+    from peltc.runtime.running.records import StoreLimits as StoreLimits
     from peltc.runtime.running.session import Session as Session
+    from peltc.runtime.running.store import ProfileStore as ProfileStore
     from peltc.runtime.training.attach import attach as attach
     from peltc.runtime.training.loop import consistency_loss as consistency_loss
     from peltc.runtime.training.loop import parameter_groups as parameter_groups
@@ -52,13 +54,16 @@ _WHERE = {
     "verify": "peltc.runtime.building.compile",
     "attach": "peltc.runtime.training.attach",
     "Session": "peltc.runtime.running.session",
+    "ProfileStore": "peltc.runtime.running.store",
+    "StoreLimits": "peltc.runtime.running.records",
     "consistency_loss": "peltc.runtime.training.loop",
     "parameter_groups": "peltc.runtime.training.loop",
 }
 
 __all__ = [
-    "Anatomy", "Diagnostic", "PeltError", "Plan", "Session", "Site", "Spec", "attach", "combine", "compile",
-    "consistency_loss", "export_peft", "link", "load_spec", "parameter_groups", "plan", "survey", "verify",
+    "Anatomy", "Diagnostic", "PeltError", "Plan", "ProfileStore", "Session", "Site", "Spec", "StoreLimits", "attach",
+    "combine", "compile", "consistency_loss", "export_peft", "link", "load_spec", "parameter_groups", "plan", "survey",
+    "verify",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from tokenizers.models import WordLevel
 import peltc
 from peltc.compiler.linking.linker import Linker
 from peltc.runtime.commands.cli import cli, run
-from peltc.runtime.running.profiles import write_profile
+from peltc.runtime.running.form import write_profile
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}

@@ -17,9 +17,10 @@ from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.provenance import provenance
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.talk import Talk, logged
-from peltc.compiler.importers import adapters_library, hf_library
+from peltc.compiler.importers.adapters import library as adapters_library
 from peltc.compiler.importers.formats import Array
 from peltc.compiler.importers.modules import Read, attachments, fill, name_of
+from peltc.compiler.importers.peft import library as peft_library
 from peltc.compiler.importers.quirks import Quirks
 from peltc.compiler.importers.recorded import metadata
 from peltc.compiler.plan.claims import Plan
@@ -88,7 +89,7 @@ def import_adapter(
     if model is not None and not isinstance(model, (str, Path)):
         raise wrong_type("the base of an adapter's folder", model, "the folder or hub id that it was loaded from")
     given = recognised(path) if path.is_dir() else None
-    library = adapters_library if given is not None and given.library == ADAPTERS else hf_library
+    library = adapters_library if given is not None and given.library == ADAPTERS else peft_library
     met = Quirks(quirks)
     found = imported(library.read_adapter(path, model, base, met, talk), met)
     if met.names or met.asked != AS_TRAINED:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from peltc.compiler.importers.adapters_average import TWICE
-from peltc.compiler.importers.adapters_library import FACTS
-from peltc.compiler.importers.hf_peft import FORMATS
+from peltc.compiler.importers.adapters.average import TWICE
+from peltc.compiler.importers.adapters.library import FACTS
+from peltc.compiler.importers.peft.methods import FORMATS
 from peltc.compiler.importers.quirks import Quirk
 from peltc.spec.foreign import ADAPTERS, PEFT
 from peltc.spec.table import insert, link, markdown

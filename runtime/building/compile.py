@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from peltc.compiler.base.source import check_order, find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
-from peltc.compiler.files.manifest import ADAPTER, MANIFEST, PROFILES, read_manifest, write_manifest
+from peltc.compiler.files.manifest import ADAPTER, GIVEN, GROWN, KEPT, MANIFEST, PROFILES, read_manifest, write_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
 from peltc.compiler.importers.recorded import recorded
@@ -194,6 +195,7 @@ def _compile(
         if "decode" in staged_bases and plan.prepends:
             manifest["tokens_before"] = begin(folder, plan, tensors, staged_bases["decode"], talk)
         manifest["frozen_gates"], manifest["imported"] = gates, imported
+        manifest["kept"] = kept_record(plan) if "decode" in staged_bases else None
         write_manifest(folder, manifest)
         save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))
         if manifest["profiles"]:
@@ -217,10 +219,23 @@ def _compile(
     return manifest
 
 
+def kept_record(plan: Plan) -> dict[str, Any] | None:
+    """What the graph that generates keeps from the prompt: how many values for a text, by module; None where nothing
+    is kept."""
+    modules = {
+        f"{claim.attachment}.{claim.site.name}": sum(
+            prod(sizes) for found in claim.summaries.values() for sizes in found.values()
+        )
+        for claim in plan.held
+    }
+    names = {"input": GIVEN + KEPT, "output": GROWN + KEPT}
+    return {"at": plan.spec.gates, **names, "values": sum(modules.values()), "modules": modules} if modules else None
+
+
 def first_profile(folder: Path, plan: Plan, tensors: Mapping[str, Array]) -> None:
     """Write what a compilation was given as the artifact's first profile, named like the spec."""
     from peltc.compiler.linking.linker import Linker
-    from peltc.runtime.running.profiles import SUFFIX, write_profile
+    from peltc.runtime.running.form import SUFFIX, write_profile
 
     linker = Linker(folder)
     file = folder / PROFILES / f"{plan.spec.name}{SUFFIX}"

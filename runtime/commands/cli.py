@@ -14,12 +14,12 @@ from typing import Any
 
 import click
 
-from peltc.runtime.commands import compiling, describing, exporting, importing, looking
+from peltc.runtime.commands import compiling, describing, exporting, importing, looking, storing
 from peltc.runtime.commands.shell import cli
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.packages import missing
 
-COMMANDS = (compiling, looking, describing, importing, exporting)
+COMMANDS = (compiling, looking, describing, importing, storing, exporting)
 """The modules whose commands there are; each adds its own when it is imported."""
 
 INPUT, USAGE, BUG, INTERRUPTED = 1, 2, 70, 130

@@ -45,7 +45,7 @@ def import_command(adapter: Path, model: str | None, out: Path, quirks: str | No
 def link_command(artifact: Path, weights: Path, out: Path) -> None:
     """Make a profile for ARTIFACT, which was compiled with `mode: swappable`; its model is not touched."""
     from peltc.compiler.linking.linker import Linker
-    from peltc.runtime.running.profiles import write_profile
+    from peltc.runtime.running.form import write_profile
 
     linker = Linker(artifact)
     tensors = linker.link(weights)

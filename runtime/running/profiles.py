@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
-import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peltc.compiler.files.manifest import LINK, PROFILE, STARTS
+from peltc.runtime.running.form import Form, Source
 from peltc.spec.diagnostics import PeltError, Place, fail, one_of, wrong_type
 from peltc.spec.modes import BANK
 from peltc.spec.packages import needing
 
 Array = np.ndarray[Any, Any]
-SUFFIX = ".onnx_adapter"
-VERSION = 1
 FIRST_ROOM = 8
 """For how many profiles a bank has room at first."""
 Chosen = str | Sequence[str | None] | None
 """The profile of a run: a name, none, or one of these for each row of a batch."""
 Taken = Callable[[int], Mapping[str, Any]]
 """ONNX Runtime's values by input name that a run takes of profiles, from the number of its rows."""
-ROOM = 1 << 20
-"""How many bytes a profile's file may have beside its tensors."""
-
-
-def number_of(fingerprint: str) -> int:
-    """A fingerprint as the number that a profile's file has room for; 31 bits, for ONNX Runtime keeps signed ones."""
-    return int(fingerprint[:8], 16) & 0x7FFFFFFF
-
-
-def write_profile(file: Path, tensors: Mapping[str, Array], fingerprint: str) -> None:
-    """Write a profile in ONNX Runtime's own format, which its `LoraAdapter` reads too, whatever the method.
-
-    Args:
-        fingerprint: of what the profile belongs to.
-    """
-    import onnxruntime as ort
-
-    from peltc.compiler.files.manifest import write_whole
-
-    form = ort.AdapterFormat()
-    form.set_adapter_version(VERSION)
-    form.set_model_version(number_of(fingerprint))
-    form.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.part")
-    form.export_adapter(str(new))
-    write_whole(file, new.read_bytes())
-    new.unlink()
 
 
 class Profiles:
@@ -62,13 +32,22 @@ class Profiles:
     Args:
         record: what the artifact's manifest says of profiles; None where its modules are fixed.
         folder: the artifact's.
+
+    Attributes:
+        held: what is kept of each profile, by its name, or by a key that is no text for those of a store.
     """
 
     def __init__(self, record: Mapping[str, Any] | None, folder: Path):
         self.record, self.place = record, Place(str(folder))
-        self.held: dict[str, Any] = {}
+        self.form = Form(record, self.place)
+        self.held: dict[Hashable, Any] = {}
 
-    def add(self, name: str, source: str | Path | Mapping[str, Array]) -> None:
+    @property
+    def names(self) -> list[str]:
+        """The names of the profiles that were added."""
+        return [name for name in list(self.held) if isinstance(name, str)]
+
+    def add(self, name: str, source: Source) -> None:
         """Add a profile, or replace the one of that name.
 
         Args:
@@ -80,21 +59,24 @@ class Profiles:
         """
         if not isinstance(name, str) or not name:
             raise wrong_type("a profile's name", name, "a text")
-        inputs = self._inputs()
-        if not isinstance(source, (str, PathLike, Mapping)):
-            raise wrong_type("a profile", source, "a file that `pelt link` wrote, or the arrays that `peltc.link` gave")
-        arrays = dict(source) if isinstance(source, Mapping) else self._read(Path(source))
-        if set(arrays) != set(inputs):
-            raise self._foreign(name, "has other tensors than")
-        for key, array in arrays.items():
-            if not isinstance(array, np.ndarray) or list(array.shape) != inputs[key] or array.dtype != np.float32:
-                found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-                raise self._foreign(name, f"has {key} as {found}, which is float32 {inputs[key]} in")
-            if not np.isfinite(array).all():
-                raise self._foreign(name, f"has values in {key} that are no numbers, for")
-        self._take(name, arrays)
+        self.take(name, self.form.arrays(name, source))
 
-    def remove(self, name: str) -> None:
+    def add_all(self, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
+        """Add profiles, or replace those of these names: all, or none.
+
+        Args:
+            arrays: by input name, [profiles, ...].
+
+        Raises:
+            PeltError: E216 something else than different names; E624, E625 as `add`.
+        """
+        wrong = isinstance(names, str) or not all(isinstance(name, str) and name for name in names)
+        if wrong or len(set(names)) < len(names):
+            raise wrong_type("the names of profiles", names, "a list of different texts")
+        if names:
+            self.take_all(names, self.form.stacked(names, arrays))
+
+    def remove(self, name: Hashable) -> None:
         """Forget a profile.
 
         Raises:
@@ -103,84 +85,97 @@ class Profiles:
         self._known(name)
         del self.held[name]
 
+    def each(self, chosen: Chosen, texts: int | None) -> list[str | None]:
+        """What is chosen as a list of names: one alone where the choice is for all texts.
+
+        Args:
+            chosen: the name of a profile, or None.
+            texts: how many texts the batch has; None where that is not known.
+
+        Raises:
+            PeltError: E216 several profiles, where one is taken at a time; another number of profiles than of texts.
+        """
+        if chosen is not None and not isinstance(chosen, str):
+            raise wrong_type("the profile of a run", chosen, "one name, in an artifact of `mode: swappable`",
+                             "`mode: bank` has another profile for each row")  # fmt: skip
+        return [chosen]
+
     @contextmanager
     def taken(self, chosen: Chosen, texts: int | None) -> Iterator[Taken]:
         """What runs take of profiles, as they are now: whatever is added or removed meanwhile changes nothing of it.
 
         Args:
-            chosen: the name of a profile, or None.
+            chosen: the name of a profile, None for the bare base, or, where each row of a batch picks its own, a list
+                with one of these for each text: all rows of a text, as its beams, have its profile.
             texts: how many texts the batch has; None where that is not known.
 
         Returns:
             ONNX Runtime's values by input name, from a run's number of rows; none where no profile is meant.
 
         Raises:
-            PeltError: E216 several profiles, where one is taken at a time; E626 there is no profile of that name; E627
-                none is meant, and the modules change the base whatever their values.
+            PeltError: E216 as `each`; E626 there is no profile of that name; E627 none is meant, and the modules change
+                the base whatever their values.
         """
-        if chosen is not None and not isinstance(chosen, str):
-            raise wrong_type("the profile of a run", chosen, "one name, in an artifact of `mode: swappable`",
-                             "`mode: bank` has another profile for each row")  # fmt: skip
-        if chosen is None:
-            self._check_bare()
-        found = {} if chosen is None else self._known(chosen)
+        with self.lent(self.each(chosen, texts), _is_one(chosen)) as taken:
+            yield taken
+
+    @contextmanager
+    def lent(self, keys: Sequence[Hashable], alone: bool) -> Iterator[Taken]:
+        """What runs take of the profiles of these keys; see `taken`.
+
+        Args:
+            alone: whether the one key is for all texts.
+        """
+        self._check_bare(keys)
+        found = {} if keys[0] is None else self._known(keys[0])
         yield lambda rows: found
 
-    def _take(self, name: str, arrays: Mapping[str, Array]) -> None:
+    def check_offered(self, sessions: Iterable[Any]) -> None:
+        """Whether graphs have all inputs that profiles bring, of which each takes its own.
+
+        Args:
+            sessions: of ONNX Runtime.
+
+        Raises:
+            PeltError: E605.
+        """
+        found = {value.name for session in sessions for value in session.get_overridable_initializers()}
+        if lacking := set(self.record["inputs"] if self.record else ()) - found:
+            raise fail("E605", f"no graph has the input {min(lacking)}, which profiles bring", self.place,
+                       "the graphs as they were compiled", "another tool may have taken out inputs with defaults"
+                       )  # fmt: skip
+
+    def reserve(self, profiles: int) -> None:
+        """Make room for so many profiles at once, where profiles lie in arrays."""
+
+    def take(self, name: Hashable, arrays: Mapping[str, Array]) -> None:
+        """Keep a profile whose tensors were held against the form."""
         import onnxruntime as ort
 
         self.held[name] = {key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
 
-    def _check_bare(self) -> None:
-        if self.record and (why := self.record["no_bare_base"]):
+    def take_all(self, names: Sequence[Hashable], arrays: Mapping[str, Array]) -> None:
+        """Keep profiles whose tensors, stacked, were held against the form."""
+        for i, name in enumerate(names):
+            self.take(name, {key: array[i] for key, array in arrays.items()})
+
+    def _check_bare(self, keys: Sequence[Hashable]) -> None:
+        if None in keys and self.record and (why := self.record["no_bare_base"]):
             raise fail("E627", f"no profile is named, and this artifact has no bare base: {why}", self.place,
                        "profile=NAME", "session.add_profile(name, file)")  # fmt: skip
 
-    def _known(self, name: str) -> Any:
-        if not isinstance(name, str) or name not in self.held:
+    def _known(self, name: Hashable) -> Any:
+        if not isinstance(name, Hashable) or name not in self.held:
             raise fail("E626", f"there is no profile {name!r:.80}", self.place,
-                       one_of(sorted(self.held)) if self.held else "a profile that was added",
+                       one_of(sorted(self.names)) if self.names else "a profile that was added",
                        "session.add_profile(name, file)")  # fmt: skip
         return self.held[name]
-
-    def _inputs(self) -> dict[str, list[int]]:
-        if not self.record:
-            raise fail("E624", "the modules of this artifact are fixed in it", self.place,
-                       "an artifact compiled with `mode: swappable` or `mode: bank`")  # fmt: skip
-        return dict(self.record["inputs"])
-
-    def _read(self, file: Path) -> dict[str, Array]:
-        import onnxruntime as ort
-
-        assert self.record is not None
-        most = ROOM + sum(4 * int(np.prod(shape)) for shape in self.record["inputs"].values())
-        try:
-            status = file.stat()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise fail("E625", f"cannot read the profile: {reason}", Place(str(file))) from None
-        if status.st_size > most:
-            raise self._foreign(file.name, f"has {status.st_size:,} bytes, more than any of")
-        try:
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("no file")
-            form = ort.AdapterFormat.read_adapter(str(file))
-            version, found = form.get_model_version(), form.get_parameters()
-            arrays = {name: np.array(value.numpy()) for name, value in found.items()}  # the file is let go
-        except Exception:  # bytes that others wrote: ONNX Runtime and its bindings say it in many ways
-            raise fail("E625", "the file is no profile", Place(str(file)), "what `pelt link` wrote") from None
-        if version != number_of(self.record["fingerprint"]):
-            raise self._foreign(file.name, "was made for another artifact than")
-        return arrays
-
-    def _foreign(self, name: str, what: str) -> Exception:
-        return fail("E625", f"the profile {name!r:.80} {what} this artifact", self.place,
-                    "a profile that was linked for it", "pelt link OUT --weights FILE -o PROFILE")  # fmt: skip
 
 
 class Bank(Profiles):
     """Profiles stacked in one array for each input, so that each row of a batch picks its own. Row 0 is the modules at
-    their start values. A profile is added by writing its rows; what runs meanwhile goes on reading the others."""
+    their start values. A profile is added by writing its rows; what runs meanwhile goes on reading the others, and a
+    row is written again when no run reads it any more."""
 
     def __init__(self, record: Mapping[str, Any], folder: Path):
         super().__init__(record, folder)
@@ -189,9 +184,13 @@ class Bank(Profiles):
 
         starts = load_file(folder / LINK / STARTS)
         self.arrays = {name: np.ascontiguousarray(starts[name][None]) for name in record["inputs"]}
-        self.lock, self.running = threading.Lock(), 0
+        self.lock = threading.Lock()
+        self.rows = 1
+        self.running: Counter[int] = Counter()
+        """How many runs read a row."""
         self.free: list[int] = []
-        self.left: list[int] = []  # rows of profiles that were removed, which a run may still read
+        self.left: set[int] = set()
+        """Rows of profiles that were removed, which a run still reads."""
         self._bind()
 
     def _bind(self) -> None:
@@ -199,65 +198,70 @@ class Bank(Profiles):
 
         self.stacked = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
 
-    def _take(self, name: str, arrays: Mapping[str, Array]) -> None:
-        with self.lock:
-            if not self.free:
-                self._grow()
-            row = self.free.pop()
-            for key, array in arrays.items():
-                self.arrays[key][row] = array
-            before = self.held.get(name)
-            self.held[name] = row
-            if before is not None:
-                self._leave(before)
+    def take(self, name: Hashable, arrays: Mapping[str, Array]) -> None:
+        self.take_all([name], {key: array[None] for key, array in arrays.items()})
 
-    def _grow(self) -> None:
-        """Twice the room, in new arrays: a run that has the old ones keeps them."""
-        rows = len(next(iter(self.arrays.values()))) if self.arrays else 1
-        room = max(2 * rows, FIRST_ROOM)
+    def take_all(self, names: Sequence[Hashable], arrays: Mapping[str, Array]) -> None:
+        with self.lock:
+            if (missing := len(names) - len(self.free)) > 0:
+                self._grow(max(2 * self.rows, self.rows + missing, FIRST_ROOM))
+            rows = [self.free.pop() for _ in names]
+            for key, array in arrays.items():
+                self.arrays[key][rows] = array
+            before = [self.held[name] for name in names if name in self.held]
+            self.held.update(zip(names, rows, strict=True))
+            for row in before:
+                self._leave(row)
+
+    def reserve(self, profiles: int) -> None:
+        with self.lock:
+            if (missing := profiles - len(self.free)) > 0:
+                self._grow(self.rows + missing)
+
+    def _grow(self, room: int) -> None:
+        """Room for more rows, in new arrays: a run that has the old ones keeps them. The system gives memory to rows
+        that are written, and to no others."""
+        grown = {name: np.zeros((room, *array.shape[1:]), array.dtype) for name, array in self.arrays.items()}
         for name, array in self.arrays.items():
-            self.arrays[name] = np.concatenate([array, np.zeros((room - rows, *array.shape[1:]), array.dtype)])
-        self.free += range(rows, room)
+            grown[name][: self.rows] = array
+        self.arrays = grown
+        self.free = [*range(room - 1, self.rows - 1, -1), *self.free]
+        self.rows = room
         self._bind()
 
     def _leave(self, row: int) -> None:
-        self.left.append(row)
-        if not self.running:
-            self.free, self.left = self.free + self.left, []
+        if self.running[row]:
+            self.left.add(row)
+        else:
+            self.free.append(row)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: Hashable) -> None:
         with self.lock:
             self._leave(self._known(name))
             del self.held[name]
 
-    @contextmanager
-    def taken(self, chosen: Chosen, texts: int | None) -> Iterator[Taken]:
-        """The profiles of all rows, and which one each row has: of texts with several rows, as beams, each its text's.
-
-        Args:
-            chosen: one name for all texts, None for the bare base, or a list with one of these for each text.
-
-        Raises:
-            PeltError: E216 another number of profiles than of texts; E626, E627 as for one profile.
-        """
-        import onnxruntime as ort
-
-        alone = chosen is None or isinstance(chosen, str)
+    def each(self, chosen: Chosen, texts: int | None) -> list[str | None]:
+        alone = _is_one(chosen)
         listed = not alone and isinstance(chosen, (Sequence, np.ndarray))
         each: list[Any] = [*chosen] if listed else [chosen]  # type: ignore[misc]
         fitting = alone or (listed and bool(each) and texts in (None, len(each)))
         if not fitting or not all(name is None or isinstance(name, str) for name in each):
             raise _none_for_each(chosen, texts)
-        if None in each:
-            self._check_bare()
+        return each
+
+    @contextmanager
+    def lent(self, keys: Sequence[Hashable], alone: bool) -> Iterator[Taken]:
+        import onnxruntime as ort
+
+        self._check_bare(keys)
         with self.lock:
-            picked = np.array([-1 if name is None else self._known(name) - 1 for name in each], np.int64)
-            stacked = self.stacked
-            self.running += 1
+            used = [0 if key is None else self._known(key) for key in keys]
+            stacked, picked = self.stacked, np.array(used, np.int64) - 1
+            self.running.update(used)
 
         def values(rows: int) -> dict[str, Any]:
             if not alone and rows % len(picked):
-                raise _none_for_each(chosen, rows)
+                raise _none_for_each(keys, rows)
             of_rows = picked if alone else np.repeat(picked, rows // len(picked))
             return {**stacked, PROFILE: ort.OrtValue.ortvalue_from_numpy(of_rows)}
 
@@ -265,9 +269,15 @@ class Bank(Profiles):
             yield values
         finally:
             with self.lock:
-                self.running -= 1
-                if not self.running and self.left:
-                    self.free, self.left = self.free + self.left, []
+                self.running.subtract(used)
+                self.running += Counter()  # without those that nobody reads any more
+                done = [row for row in self.left if not self.running[row]]
+                self.free += done
+                self.left.difference_update(done)
+
+
+def _is_one(chosen: Chosen) -> bool:
+    return chosen is None or isinstance(chosen, str)
 
 
 def _none_for_each(chosen: object, texts: int | None) -> PeltError:

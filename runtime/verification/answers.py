@@ -14,7 +14,7 @@ import numpy as np
 
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.manifest import PROFILES
-from peltc.runtime.running.profiles import SUFFIX
+from peltc.runtime.running.form import SUFFIX
 from peltc.runtime.running.session import Session
 from peltc.runtime.verification.samples import GENERATED, cases, example
 from peltc.spec.diagnostics import PeltError, Place, fail

@@ -231,4 +231,4 @@ def test_generations_in_several_threads(bank: Path, model_folder: Folder) -> Non
     for thread in threads:
         thread.join()
     assert not wrong
-    assert session.kept.running == 0 and not session.kept.left  # type: ignore[attr-defined]
+    assert not session.kept.running and not session.kept.left  # type: ignore[attr-defined]
