@@ -52,6 +52,8 @@ FOLDERS: dict[str, tuple[str, Any, Any]] = {
     "magnitudes": ("bert", DORA, {}),
     "magnitudes with gates": ("bert", lora("DoRAConfig", use_gating=True), {}),
     "low rank": ("bert", lora(), {}),
+    "the first map": ("llama", lora(intermediate_lora=True), {}),
+    "both maps": ("llama", lora(intermediate_lora=True, output_lora=True), {}),
     "an average": ("bert", {}, average(lora(), lora())),
     "an average of vectors": ("bert", {}, average(config("IA3Config", intermediate_lora=False), config(
         "IA3Config", intermediate_lora=False))),
@@ -63,9 +65,10 @@ class Library:
     """What the library saved and answered, by the name of the case."""
 
     def __init__(self, root: Path, toys: Any):
-        self.base = toys.base("bert").folder
+        self.bases = {name: toys.base(family).folder for name, (family, _, _) in FOLDERS.items()}
+        self.base = self.bases["low rank"]
         self.model = toys.model("bert").double()
-        cases.write(FOLDERS, lambda family: self.base, root)
+        cases.write(FOLDERS, lambda family: toys.base(family).folder, root)
         self.places = {name: root / str(number) for number, name in enumerate(FOLDERS)}
 
     def folder(self, name: str) -> Path:
@@ -81,7 +84,7 @@ class Library:
         return {n: array.astype(np.float64) for n, array in found.items()}
 
     def import_(self, name: str, quirks: str) -> Imported:
-        return import_adapter(self.folder(name), self.base, quirks=quirks)
+        return import_adapter(self.folder(name), self.bases[name], quirks=quirks)
 
 
 @pytest.fixture(scope="session")
@@ -320,6 +323,12 @@ def test_without_quirks_both_are_the_same(library: Library, tmp_path: Path) -> N
 
 
 def test_what_has_no_fixed_form_is_refused(library: Library, tmp_path: Path) -> None:
+    assert library.import_("the first map", AS_TRAINED).quirks.names == ["maps_swapped"]
+    assert library.import_("both maps", FIXED).quirks.names == []
+    with pytest.raises(
+        PeltError, match="E437 the quirk 'maps_swapped' has no fixed form: the trained tensors do not fit"
+    ):
+        library.import_("the first map", FIXED)
     library.import_("magnitudes with gates", AS_TRAINED)
     with pytest.raises(PeltError, match="E437 the quirk 'magnitudes_scale_the_bias' has no fixed form: its magnitudes"):
         library.import_("magnitudes with gates", FIXED)
@@ -357,6 +366,19 @@ def test_the_spec_and_the_manifest_say_it(library: Library, tmp_path: Path) -> N
         "asked": FIXED, "found": ["magnitudes_scale_the_bias", "norm_without_scale"]}}  # fmt: skip
     assert run(["compile", folder, base, "-o", str(tmp_path / "two"), "--quirks", "fixed", "-q", "--no-verify"]) == 0
     assert json.loads((tmp_path / "two/pelt.json").read_text())["imported"] == imported
+
+
+def test_profiles_are_linked_as_the_artifact_was_compiled(library: Library, tmp_path: Path) -> None:
+    folder = library.folder("magnitudes")
+    trained, given = cases.answers(library.places["magnitudes"])
+    mask = given["attention_mask"]
+    fixed = by_hand(library, magnitudes(library.tensors("magnitudes"), mask), given)
+    for asked, expected in ((AS_TRAINED, trained), (FIXED, fixed)):
+        peltc.compile(folder, library.base, tmp_path / asked, mode="swappable", verify=False, quirks=asked)
+        session = peltc.Session(tmp_path / asked, ["CPUExecutionProvider"])
+        session.add_profile("one", peltc.link(tmp_path / asked, folder))
+        found = session(**given, profile="one")["last_hidden_state"]
+        assert distance(found, expected, mask) < TOLERANCE["float32"]
 
 
 def test_what_a_file_says_of_its_import_is_held_against_the_schema(library: Library, tmp_path: Path) -> None:
@@ -449,6 +471,11 @@ def test_each_layer_of_a_decoder_has_its_own_prefix(tmp_path: Path) -> None:
         trained = live(**inputs).logits.numpy()
         wide = transformers.T5ForConditionalGeneration.from_pretrained(base).double().eval()
         expected = wide(**inputs, past_key_values=EncoderDecoderCache(own, DynamicCache())).logits.numpy()
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    bare = shutil.copytree(tmp_path / "adapter", tmp_path / "bare")
+    (bare / "adapter_config.json").write_text(json.dumps({n: said[n] for n in said if n != "num_layers"}))
+    with pytest.raises(PeltError, match="E433 'K' of 'PREFIX_TUNING' is missing"):
+        import_adapter(bare, base)
     mask = np.ones((2, 5))
     assert distance(trained, expected, mask) > EFFECT
     for asked, mode in ((AS_TRAINED, "fold"), (FIXED, "fold"), (FIXED, "static")):

@@ -30,6 +30,7 @@ from peltc.compiler.importers.adapters.formats import (
     unsaid,
     values,
 )
+from peltc.compiler.importers.adapters.interface import check_hooks
 from peltc.compiler.importers.adapters.places import BLOCKS, Places
 from peltc.compiler.importers.adapters.products import PRODUCTS, SHARED, compact, dense, product_values, shared_names
 from peltc.compiler.importers.formats import NUMBER, SWITCH, Array, Config, Entry
@@ -66,6 +67,9 @@ def modules(configs: Sequence[Config], places: Places) -> list[Module]:
         (site,) = places.sites(part)
         met.append(site)
         config = _config(configs, site, places)
+        if config is not None and places.folder.interface is not None:
+            layer = places.read(part.module).rpartition(".")[0]
+            check_hooks(places.folder.interface, site, layer, config, places.folder.path)
         if config is not None:
             found.append(_module(site, part, config, shared, places))
     places.check(wanted, met)

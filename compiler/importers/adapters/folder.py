@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from peltc.compiler.adapter.mismatch import names
+from peltc.compiler.importers.adapters.interface import LIBRARY as LIBRARY
+from peltc.compiler.importers.adapters.interface import read_interface
 from peltc.compiler.importers.stored import Stored, read_json, read_tensors
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.foreign import CONFIG
 
-LIBRARY = "the adapters library"
 TENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_CONFIG, HEAD_TENSORS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
-INTERFACE = "adapter_interface.json"
 KINDS = ("adapters", "loras", "prefix_tunings", "prefix_gates", "prompt_tunings", "refts", "shared_parameters",
          "invertible_adapters")  # fmt: skip
 """The kinds of parts, as they stand before the adapter's name."""
-HOOKED = "with the library's own interface for models it does not know, it reads another layer's norm"
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ class AdapterFolder:
         config: the method's own part of it.
         parts: the tensors.
         head: the prediction head, where one was saved beside.
+        interface: which modules the library hangs its hooks on, where it knows the model by these alone.
     """
 
     path: Path
@@ -77,6 +77,7 @@ class AdapterFolder:
     config: Mapping[str, Any]
     parts: tuple[Part, ...]
     head: Head | None
+    interface: Mapping[str, Any] | None = None
 
     @property
     def place(self) -> Place:
@@ -104,18 +105,17 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     """Read an adapter's folder.
 
     Raises:
-        PeltError: E430 what of it cannot be read; E431 an adapter of a model that the library hooks; E401 a tensors'
-            file that is no safetensors file; E433 tensors that are no part of the adapter.
+        PeltError: E430 what of it cannot be read; E401 a tensors' file that is no safetensors file; E433 tensors that
+            are no part of the adapter.
     """
     place = Place(str(path / CONFIG))
     said = read_json(path / CONFIG, LIBRARY)
     config, name = said.get("config"), said.get("name")
     if not isinstance(config, dict) or not isinstance(name, str) or not name:
         raise fail("E430", "the adapter's config names no method", place, "keys 'config' and 'name'")
-    if (path / INTERFACE).exists():
-        raise fail("E431", f"the folder has {INTERFACE}: {HOOKED}", Place(str(path)), "a model that the library knows")
     tensors = read_tensors(path, TENSORS, PICKLE)
-    return AdapterFolder(path, said, config, sorted_parts(tensors, name, Place(str(path))), read_head(path))
+    parts = sorted_parts(tensors, name, Place(str(path)))
+    return AdapterFolder(path, said, config, parts, read_head(path), read_interface(path))
 
 
 def read_head(path: Path) -> Head | None:

@@ -50,8 +50,12 @@ class Places:
         missing = [part.module for part in parts if not self._found(part, str)]
         raise fail("E432", f"{len(missing)} of the adapter's {len(parts)} modules are not in the"
                            f" {self.base.architecture}: {names(missing)}", Place(str(self.folder.path)),
-                   "an adapter of this model",
-                   f"it says that it is for '{self.folder.base[:120]}'" if self.folder.base else "")  # fmt: skip
+                   "an adapter of this model", self._hint())  # fmt: skip
+
+    def _hint(self) -> str:
+        if self.folder.interface is not None:
+            return "where a norm ends a sub-layer, the library's bottlenecks stand before it, and none here do"
+        return f"it says that it is for '{self.folder.base[:120]}'" if self.folder.base else ""
 
     def fixes(self, quirk: Quirk, cannot: str = "") -> bool:
         """Note that the adapter has a quirk; whether its fixed form is asked for, which it may not have.
@@ -74,7 +78,8 @@ class Places:
             return [s for s in self.base.anatomy if s.kind == "attention" and s.parameters["query"].startswith(inner)]
         layer, _, last = module.rpartition(".")
         if part.kind == "refts":
-            own = {s.layer_path for s in self.base.anatomy if s.values.get("linear", "").startswith(f"{layer}.")}
+            own = {s.layer_path for s in self.base.anatomy if s.layer is not None
+                   and any(name.startswith(f"{layer}.") for name in s.parameters.values())}  # fmt: skip
             return [s for s in self.base.anatomy if s.kind == "block" and s.path in own]
         role = OUTSIDE.get(last, "")
         start = f"{layer if role else module}."

@@ -113,14 +113,13 @@ class Setup:
         Raises:
             PeltError: E431 adapters that the setup changes in ways that are not known here.
         """
-        if self.kind == AVERAGE and not any(module.entry.method == "bottleneck" for own in each for module in own):
-            return averaged(each, self.weights, self.quirks, self.path)
-        for folder, modules in zip(self.folders, each, strict=True):
-            _check_alone(folder, modules)
-        if self.kind == STACK:
-            return [_behind(module, number) for number, modules in enumerate(each) for module in modules]
+        if self.kind != AVERAGE or any(module.entry.method == "bottleneck" for own in each for module in own):
+            for folder, modules in zip(self.folders, each, strict=True):
+                _check_alone(folder, modules)
         if self.kind == AVERAGE:
             return averaged(each, self.weights, self.quirks, self.path)
+        if self.kind == STACK:
+            return [_behind(module, number) for number, modules in enumerate(each) for module in modules]
         return self._fused(each)
 
     def _fused(self, each: Sequence[Sequence[Module]]) -> list[Module]:

@@ -32,7 +32,7 @@ def entry(config: Config, module: str) -> Entry:
 
 def twofold(config: Config, module: str, shapes: Shapes) -> bool:
     """Whether layers get what is stored for others."""
-    return (config.get("num_transformer_submodules") or 1) > 1 and config["num_layers"] > 1
+    return (config.get("num_transformer_submodules") or 1) > 1 and (config.get("num_layers") or 1) > 1
 
 
 def plain(config: Config, module: str) -> Config:
@@ -42,8 +42,8 @@ def plain(config: Config, module: str) -> Config:
 
 def layered(config: Config, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
     """Keys and values by layer [L, 2, P, H Dh]; none where the tensor cannot be cut into them."""
-    flat, layers, parts = tensors["P"], config["num_layers"], config.get("num_transformer_submodules") or 1
-    if flat.ndim != 2 or flat.shape[1] % (2 * layers):
+    flat, layers, parts = tensors["P"], config.get("num_layers"), config.get("num_transformer_submodules") or 1
+    if not layers or flat.ndim != 2 or flat.shape[1] % (2 * layers):
         return {}
     rows = flat.reshape(len(flat), 2 * layers, -1).swapaxes(0, 1)
     first = 2 * parts * np.arange(layers) % (2 * layers)
