@@ -78,7 +78,7 @@ class Checks:
                       "`gates` or `freeze_gates`")  # fmt: skip
         holding = [claim for claim in claims if claim.holds]
         if not holding:
-            self.find("E212", "nothing is computed of a whole text that grows, so nothing can be kept from a prompt",
+            self.find("E212", "no module makes one value of a whole text that grows, so nothing is kept from a prompt",
                       place, "an attachment with `gate:` in a decoder", "leave out deploy.gates")  # fmt: skip
         before = [c for c in claims if c.takes or "prepend" in c.effects] if self.spec.generation else []
         for claim in [c for c in before if c.site.stack != "encoder"][:1] if holding else ():

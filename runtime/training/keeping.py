@@ -96,6 +96,7 @@ class Keeping:
         cache = self.cache if cache is None and hasattr(self.cache, "get_seq_length") else cache
         if cache is not None:
             carry(cache, self.values)
+            self.values = {key: value.detach() for key, value in self.values.items()}  # what made them can go
         elif self.generating:
             raise fail("E209", "the model gives no cache, which would carry what the modules keep of the prompt",
                        expected="a model that generates with a cache of keys and values")  # fmt: skip

@@ -282,7 +282,7 @@ def test_torch_computes_nothing_from_new_tokens_alone(
     method = {"site": "linear", "parameters": {"A": {"shape": ["out", "in"], "init": "normal(0.1)"}}, "delta": formula}
     spec = content([{"method": "own", "at": "attention.query"}], deploy, own=method)
     if deploy and not hint:
-        with pytest.raises(PeltError, match="E212 nothing is computed of a whole text"):
+        with pytest.raises(PeltError, match="E212 no module makes one value of a whole text"):
             peltc.attach(llama, spec)
         return
     model, ids = peltc.attach(llama, spec), torch.arange(5, 12)[None]
@@ -312,7 +312,7 @@ GATED = {"method": "lora", "at": "attention.query", "r": 2, "gate": {}}
 @pytest.mark.parametrize(
     ("attach", "deploy", "words"),
     [
-        ([{"method": "lora", "at": "attention.query"}], KEEP, "E212 nothing is computed of a whole text"),
+        ([{"method": "lora", "at": "attention.query"}], KEEP, "E212 no module makes one value of a whole text"),
         ([{**GATED, "at": "head"}], KEEP, "E208 'lora' at head reads the whole sequence"),
         ([GATED], {**KEEP, "freeze_gates": "texts.txt"}, "E212 gates are to be kept(.|\n)*`gates` or `freeze_gates`"),
         ([GATED, {"method": "prompt", "at": "embedding.word", "length": 2}], KEEP, "E208 .* tokens of 'prompt' too"),
