@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,11 @@ Array = np.ndarray[Any, Any]
 Read = Callable[[str], Array]
 
 
-def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
+def load_tensors(plan: Plan, file: Path, apart: Mapping[str, Array] | None = None) -> dict[str, Array]:
     """The tensors that a plan asks for, float32; a profile's masks are unpacked.
+
+    Args:
+        apart: what `sourced` gave, where many files are read by one plan.
 
     Raises:
         PeltError: E401 no safetensors file; E402 missing, E403 left-over, E404 misshapen tensors, all of them; E407
@@ -37,12 +41,12 @@ def load_tensors(plan: Plan, file: Path) -> dict[str, Array]:
     place = Place(str(file))
     stored = read_header(file)
     if is_profile(file):
-        apart = sourced(plan)
-        return sound(plan, unpack(plan, file, apart) | apart, place)
-    apart = sourced(plan, stored)
+        apart = sourced(plan) if apart is None else apart
+        return sound(plan, unpack(plan, file, apart), place, apart)
+    apart = sourced(plan, stored) if apart is None else apart
     check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, place)
     own = {name: np.array(stored[name].array(), np.float32) for name in stored}
-    return sound(plan, {name: own[name] if name in own else apart[name] for name in plan.tensors}, place)
+    return sound(plan, own, place, apart)
 
 
 def overridden(plan: Plan, given: Iterable[str]) -> frozenset[str]:
@@ -82,26 +86,36 @@ def _unread(name: str) -> Array:
     raise KeyError(f"a start value that the seed decides cannot read '{name}'")
 
 
-def check_arrays(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
+def check_arrays(plan: Plan, arrays: Mapping[str, Array], apart: Mapping[str, Array] | None = None) -> dict[str, Array]:
     """Arrays by tensor name, held against a plan; float32.
+
+    Args:
+        apart: what `sourced` gave, where many adapters are read by one plan.
 
     Raises:
         PeltError: E402, E403, E404; E410 another library's tensors.
     """
     refuse(arrays, "weights", Place("<arrays>"))
     check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
-    apart = sourced(plan, arrays)
-    full = {name: arrays[name] if name in arrays else apart[name] for name in plan.tensors}
-    return sound(plan, {name: np.asarray(array, np.float32) for name, array in full.items()}, Place("<arrays>"))
+    apart = sourced(plan, arrays) if apart is None else apart
+    own = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    return sound(plan, own, Place("<arrays>"), apart)
 
 
-def sound(plan: Plan, tensors: dict[str, Array], place: Place) -> dict[str, Array]:
-    """The tensors, all of whose values are numbers, and places of a matrix where they should be.
+def sound(
+    plan: Plan, given: dict[str, Array], place: Place, apart: Mapping[str, Array] = MappingProxyType({})
+) -> dict[str, Array]:
+    """All tensors of a plan: those that are given, all of whose values are numbers, and places of a matrix where they
+    should be, and the others.
+
+    Args:
+        apart: the others, which were found sound before.
 
     Raises:
         PeltError: E404.
     """
-    finite(tensors, place)
+    finite(given, place)
+    tensors = {name: given[name] if name in given else apart[name] for name in plan.tensors}
     if bad := misplaced(plan, tensors):
         raise fail("E404", f"the tensor {names(bad[:1])} holds what are not different places of its matrix", place,
                    "a row and a column each, counted from 0, and none twice")  # fmt: skip

@@ -88,7 +88,7 @@ class Emitter:
         kind = None
         if values.dtype.kind == "f" or values.dtype.name == "bfloat16":
             kind = dtype or self.dtype
-            values = values.astype(np.float32 if kind in HALF else kind.numpy())
+            values = values.astype(np.float32 if kind in HALF else kind.numpy(), copy=False)
         label = self.unique(name)
         tensor = ir.tensor(np.ascontiguousarray(values) if values.ndim else values, name=label)
         value_type = ir.TensorType(kind or tensor.dtype)

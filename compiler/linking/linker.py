@@ -20,7 +20,7 @@ from peltc.compiler.adapter.identity import BaseRecord, public_name, stored_samp
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import check_file, other_mathematics
-from peltc.compiler.adapter.weights import check_arrays, load_tensors
+from peltc.compiler.adapter.weights import check_arrays, load_tensors, sourced
 from peltc.compiler.base.opening import read_base
 from peltc.compiler.files.checkpoint import open_checkpoint
 from peltc.compiler.files.manifest import ADAPTER, LINK, MANIFEST, read_manifest
@@ -84,18 +84,18 @@ class Linker:
         if not isinstance(weights, (str, PathLike, Mapping)):
             raise wrong_type("an adapter", weights, "a file or a folder, or arrays by tensor name")
         if isinstance(weights, Mapping):
-            tensors = check_arrays(self.plan, weights)
+            tensors = check_arrays(self.plan, weights, self._apart)
         elif imports(weights):
             found = import_adapter(Path(weights), base=self.base, quirks=self.quirks)
             theirs, own = mathematics(found.plan), mathematics(self.plan)
             if theirs.digest != own.digest:
                 raise PeltError(other_mathematics(self.plan, "the adapter", theirs, own))
-            tensors = check_arrays(self.plan, found.tensors)
+            tensors = check_arrays(self.plan, found.tensors, self._apart)
         else:
             here = BaseRecord(self.base.architecture, public_name(str(self.folder)))
             for sentence in check_file(self.plan, Path(weights), here, stored_samples(self.base)):
                 talk(f"warning: {sentence}")
-            tensors = load_tensors(self.plan, Path(weights))
+            tensors = load_tensors(self.plan, Path(weights), self._apart)
         made, end = self._written(tensors), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
         profile = {name: np.ascontiguousarray(made.pop(name.removesuffix(end))) for name in self.record["inputs"]}
         self._check_fixed(tensors, made)
@@ -104,7 +104,12 @@ class Linker:
     @cached_property
     def _held(self) -> dict[str, Array]:
         """The adapter that the artifact was compiled with; read once, however many profiles are linked."""
-        return load_tensors(self.plan, self.folder / ADAPTER)
+        return load_tensors(self.plan, self.folder / ADAPTER, self._apart)
+
+    @cached_property
+    def _apart(self) -> dict[str, Array]:
+        """The tensors that no adapter brings, a bank's for instance; made once, however many profiles are linked."""
+        return sourced(self.plan)
 
     def _written(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The constants of the graph with the modules in it, by name."""
@@ -137,6 +142,8 @@ class Linker:
 
 def _equal(one: Array, other: Array) -> bool:
     """Whether two computations of the same may differ so, on whatever machines."""
+    if one is other:
+        return True
     if one.shape != other.shape or one.dtype.kind != "f":
         return np.array_equal(one, other)
     return bool(np.abs(one - other).max(initial=0) <= SAME * np.abs(other).max(initial=0))

@@ -388,3 +388,21 @@ def test_many_profiles_are_added_at_once(model_folder: Folder, tmp_path: Path) -
     with pytest.raises(PeltError, match="E216 the names of profiles"):
         many.add_profiles(names[:11] + names[:1], stacked)
     assert many.profiles == names
+
+
+def test_a_store_keeps_masks(model_folder: Folder, tmp_path: Path) -> None:
+    base, spec = model_folder("bert"), masked(20, 9)
+    peltc.compile(spec, base, tmp_path / "out", drawn(spec, base, 0), verify=False)
+    linked = peltc.link(tmp_path / "out", drawn(spec, base, 1))
+    with peltc.ProfileStore(tmp_path / "store", tmp_path / "out") as store:
+        store.put("a/linked", linked)
+        save_file(drawn(spec, base, 1), tmp_path / "adapter.safetensors")
+        store.put("a/adapter", tmp_path / "adapter.safetensors")
+        with pytest.raises(PeltError, match=r"E625 .* does not choose 9 of 20"):
+            store.put("a/wrong", {name: array | 255 for name, array in linked.items()})
+    session = peltc.Session(tmp_path / "out", CPU, store=tmp_path / "store")
+    plain = peltc.Session(tmp_path / "out", CPU)
+    plain.add_profile("linked", linked)
+    inputs = {"input_ids": [[5, 6, 7, 8]] * 2}
+    found = session(profile=["a/linked", "a/adapter"], **inputs)["logits"]
+    assert np.array_equal(found, plain(profile="linked", **inputs)["logits"])
