@@ -28,6 +28,7 @@ from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.offer import offer
+from peltc.compiler.passes.packing import masks_of
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.passes.rows import by_rows
 from peltc.compiler.passes.stand_in import ids_of
@@ -80,7 +81,7 @@ def build(
     sites = {"model": {site.key: site for site in source.anatomy}}
     sites |= {name: stage.anatomy.named_as(base.anatomy) for name, stage in stages.items()}
     check_stages(plan, {name: sites[name] for name in stages})
-    fixed, offered = tensors, dict[str, Array]()
+    fixed, offered, masks = tensors, dict[str, Array](), dict[str, tuple[int, int]]()
     if plan.exchange:
         check_exchange(plan)
         fixed, offered = without(plan, tensors, base.array), {}
@@ -89,6 +90,7 @@ def build(
         model, begun = rewritten(one, plan, sites[name], fixed, base)
         if plan.exchange:
             offered |= brought(plan, fixed, model, partial(rewritten, one, plan, sites[name], base=base))
+            masks |= masks_of(model)
         graphs[name], starts = model, starts | begun
         values = dict(stored)
         for entry in taken:
@@ -102,7 +104,7 @@ def build(
         hold(model.graph)
     profiles = None
     if plan.exchange:
-        profiles = record(plan, base, fixed, offered)
+        profiles = record(plan, base, fixed, offered, masks)
         if profiles["no_bare_base"] and all(leaves_the_base(model.graph, offered) for model in graphs.values()):
             profiles["no_bare_base"], offered = None, zeroed(graphs.values(), offered)
         called = dict(zip(offered, profiles["inputs"], strict=True))
@@ -128,7 +130,7 @@ def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:
     """
     for claim in plan.claims if sites else ():
         where = f"'{claim.attachment}' at {claim.site.name}"
-        if found := not_generated(claim):
+        if found := not_generated(claim, plan.spec.gates):
             raise fail("E208", found[0], hint=found[1])
         if not any(claim.site.key in named for named in sites.values()):
             raise fail("E208", f"{where} has no place in the graphs that generation takes",

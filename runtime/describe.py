@@ -177,6 +177,8 @@ def describe(
     for entry in spec.attach:
         claims = [claim for claim in plan.claims if claim.attachment == entry.name]
         row = _row(entry, spec, [claim.site.path.removeprefix(only) for claim in claims])
+        if any(claim in plan.held for claim in claims):
+            row["inter_connectivity"] += ", of the prompt while tokens are generated"
         numbers = _numbers(plan, claims, size, width, entry.name)
         folded = sum(bool(claim.absorbed) for claim in claims)
         modules.append(_module(entry, row, numbers, tuple(claim.site.name for claim in claims), folded))

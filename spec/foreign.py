@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,13 @@ from peltc.spec.diagnostics import PeltError, Place, fail
 PEFT, ADAPTERS = "Hugging Face PEFT", "the adapters library"
 CONFIG, SETUP = "adapter_config.json", "adapter_setup.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_adapter.bin", "adapter.safetensors")
+AS_TRAINED, FIXED = "as_trained", "fixed"
+QUIRKS = (AS_TRAINED, FIXED)
+"""What becomes of what a library computes otherwise than the method says: it is computed so here too, or not."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin")
 """By which a folder with a config is a whole model's."""
+CHECKPOINT = "checkpoint-"
+"""How the name of a folder begins that a Trainer saved in between."""
 MAX_CONFIG, MAX_HEADER, MAX_BELOW = 2**20, 2**24, 1000
 OURS = {
     "LORA": "lora",
@@ -161,7 +166,8 @@ def _on_disk(path: Path) -> Foreign | None:
 
 def holders(folder: Path) -> list[Path]:
     """The folder with an adapter in it that is given, or else those right below it. PEFT leaves adapters that are not
-    called `default` there, a Trainer its checkpoints, and sentence-transformers its modules.
+    called `default` there, a Trainer its checkpoints, and sentence-transformers its modules; the trainer of the
+    `adapters` library leaves its own below those checkpoints.
 
     A model's folder, which has its weights beside its config, has none.
     """
@@ -170,8 +176,18 @@ def holders(folder: Path) -> list[Path]:
         return []
     if (folder / CONFIG).is_file():
         return [folder]
-    below = [] if model else sorted(islice((path for path in folder.iterdir() if path.is_dir()), MAX_BELOW))
-    return [path for path in below if (path / CONFIG).is_file() and path.resolve().parent == folder.resolve()]
+    below = [] if model else _within(folder)
+    found = [path for path in below if (path / CONFIG).is_file()]
+    if found:
+        return found
+    later = chain.from_iterable(_within(path) for path in below if path.name.startswith(CHECKPOINT))
+    return [path for path in islice(later, MAX_BELOW) if (path / CONFIG).is_file()]
+
+
+def _within(folder: Path) -> list[Path]:
+    """The folders right below one, links elsewhere aside."""
+    found = sorted(islice((path for path in folder.iterdir() if path.is_dir()), MAX_BELOW))
+    return [path for path in found if path.resolve().parent == folder.resolve()]
 
 
 def _of_file(file: Path) -> Foreign | None:

@@ -16,6 +16,8 @@ from peltc.spec.shelf import Shelf
 
 COMMON = ("recipe", "name", "layers", "mode")
 """Keys of a recipe's entry in a spec that are not options of the recipe."""
+SHARED = (("generate", "network"), ("gate", "central"))
+"""Options of combinators that name what several attachments share: a recipe's name goes before these names too."""
 _REFERENCE = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 
 
@@ -64,8 +66,9 @@ class Recipe:
                 if "after" in filled:
                     filled["after"] = _prefixed(filled["after"], entry["name"])
                 filled["name"], origins["name"] = f"{entry['name']}_{filled.get('name', filled['method'])}", "name"
-                if isinstance(filled.get("generate"), dict) and filled["generate"].get("network"):
-                    filled["generate"]["network"] = f"{entry['name']}_{filled['generate']['network']}"
+                for combinator, key in SHARED:
+                    if isinstance(settings := filled.get(combinator), dict) and settings.get(key):
+                        settings[key] = f"{entry['name']}_{settings[key]}"
             found.append((filled, origins))
         return found
 

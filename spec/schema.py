@@ -8,11 +8,13 @@ from typing import Any
 from peltc import schemas
 from peltc.spec.combinators import COMBINATORS, Combinator
 from peltc.spec.method import Method, Option
-from peltc.spec.modes import MODES
+from peltc.spec.modes import MIXED, MODES, PACKED
 from peltc.spec.recipe import COMMON, Recipe, recipes
 from peltc.spec.validation import NUMBERS, one_value
 
 PRECISIONS = ("checkpoint", "float32", "float16", "bfloat16")
+TIMES = ("prefill",)
+"""When what is computed of a whole text is computed, where the text grows."""
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SELECTOR = {
@@ -210,6 +212,25 @@ def spec_schema(
                         "type": "boolean",
                         "default": False,
                         "description": "graphs with a cache of keys and values, for `Session.generate`",
+                    },
+                    "masks": {
+                        "enum": [PACKED, MIXED],
+                        "default": PACKED,
+                        "description": "of attachments with `bank:`, in mode bank: a profile is its masks, by which the"
+                        " graph mixes the modules on each run (packed), or it is the modules that they mix (mixed)",
+                    },
+                    "gates": {
+                        "type": "object",
+                        "description": "`{at: prefill}`: gates, and whatever else is computed of a whole text, are"
+                        " computed from the prompt and kept with the cache while tokens are generated",
+                        "additionalProperties": False,
+                        "required": ["at"],
+                        "properties": {
+                            "at": {
+                                "enum": list(TIMES),
+                                "description": "when they are computed: with the prompt, each text's from its own",
+                            },
+                        },
                     },
                     "freeze_gates": {
                         "type": "string",

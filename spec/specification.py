@@ -14,6 +14,7 @@ from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, 
 from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.foreign import refuse
 from peltc.spec.method import Method, shipped
+from peltc.spec.modes import PACKED
 from peltc.spec.own import held, own_methods, own_recipes
 from peltc.spec.recipe import Recipe, recipes
 from peltc.spec.schema import RESERVED, spec_schema
@@ -113,7 +114,13 @@ AS_IT_SAYS = ModelChoice()
 
 @dataclass(frozen=True)
 class Spec:
-    """The validated description of an adaptation; `places` says where the value of each of its keys stands."""
+    """The validated description of an adaptation.
+
+    Attributes:
+        gates: when what is computed of a whole text, as gates are, is computed where the text grows: at `prefill`, from
+            the prompt alone; "" for no such time.
+        places: where the value of each of its keys stands.
+    """
 
     name: str
     attach: tuple[Attachment, ...]
@@ -122,7 +129,9 @@ class Spec:
     mode: str = "fold"
     precision: str = "checkpoint"
     freeze_gates: str = ""
+    gates: str = ""
     generation: bool = False
+    masks: str = PACKED
     seed: int = 0
     path: str = ""
     text: str = ""
@@ -191,7 +200,9 @@ def build_spec(document: Document, text: str = "") -> Spec:
         mode=deploy.get("mode", "fold"),
         precision=deploy.get("precision", "checkpoint"),
         freeze_gates=deploy.get("freeze_gates", ""),
+        gates=(deploy.get("gates") or {}).get("at", ""),
         generation=deploy.get("generation", False),
+        masks=deploy.get("masks", PACKED),
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",
         text=text or document.text,

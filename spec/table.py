@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peltc.spec.combinators import COMBINATORS
@@ -43,14 +43,18 @@ def link(source: str) -> str:
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
 
 
-def insert(text: str) -> str:
+def insert(text: str, contents: Mapping[str, str] | None = None) -> str:
     """A Markdown text with each table between its markers, where it has these.
+
+    Args:
+        contents: the tables by the names of their markers; `tables()` where absent.
 
     Raises:
         ValueError: the text has the markers of no table, or one of a pair.
     """
     before, places = text, 0
-    for name, content in tables().items():
+    contents = tables() if contents is None else contents
+    for name, content in contents.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if begin not in text and end not in text:
             continue
@@ -60,7 +64,9 @@ def insert(text: str) -> str:
             raise ValueError(f"no place for the table of {name}: the text lacks {begin} or {end}")
         text, places = f"{head}{begin}\n{content}\n{end}{tail}", places + 1
     if not places:
-        raise ValueError(f"no place for a table: the text has no <!-- methods:begin -->: {before[:60]!r}")
+        raise ValueError(
+            f"no place for a table: the text has no <!-- {next(iter(contents))}:begin -->: {before[:60]!r}"
+        )
     return text
 
 

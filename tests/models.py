@@ -45,6 +45,12 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Phi3Config",
         {**SMALL, **TEXT, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     ),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**SMALL, **TEXT, "num_key_value_heads": 2}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**SMALL, **TEXT, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
+    ),
     "llama-tied": (
         "LlamaForCausalLM", "LlamaConfig", {**SMALL, **TEXT, "num_key_value_heads": 2, "tie_word_embeddings": True},
     ),

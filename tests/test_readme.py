@@ -31,13 +31,12 @@ def section(page: str, title: str) -> str:
 
 def code_map() -> Iterator[tuple[str, str]]:
     """Paths in the code map, with what is said of each."""
-    folder = ""
+    above: list[str] = []
     for line in section("CONTRIBUTING.md", "Code map").split("```")[1].splitlines()[1:]:
         if found := re.match(r"( *)(\S+)\s+(\S.*)", line):
             indent, name, text = found.groups()
-            folder = "" if not indent else folder
-            yield folder + name, text
-            folder = folder or name
+            above = [*above[: len(indent) // 2], name]
+            yield "".join(above), text
 
 
 def test_tables_are_up_to_date() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 OPSET = 20
-GRAPHS = ("decode", "encoder")
+DECODE = "decode"
+GRAPHS = (DECODE, "encoder")
 """The variants of a model that generates: graphs with a cache of keys and values; see `generation`."""
 BATCH, SEQUENCE, TARGET = 2, 8, 6
 """Example sizes: at least 2, since torch takes an axis of size 1 for a constant."""

@@ -16,9 +16,9 @@ from peltc.compiler.exporters.forms import computed, fits
 from peltc.compiler.exporters.hf_peft import FORMS, Form, Part, Stored, config
 from peltc.compiler.exporters.naming import endings, every_module, patterns, targets
 from peltc.compiler.files.manifest import write_whole
-from peltc.compiler.importers.folder import PREFIX, TENSORS
 from peltc.compiler.importers.formats import CLASSIFIERS
-from peltc.compiler.importers.hf_library import TASKS
+from peltc.compiler.importers.peft.folder import PREFIX, TENSORS
+from peltc.compiler.importers.peft.library import TASKS
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import places_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from peltc.compiler.importers.targets import means, patterned, targeted
+from peltc.compiler.importers.peft.targets import means, patterned, targeted
 
 
 def every_module(parameters: Iterable[str]) -> set[str]:

@@ -15,6 +15,11 @@ MANIFEST = "pelt.json"
 CACHE = "cache.safetensors"
 """What the caches of keys and values begin with, by the graph's inputs."""
 
+GIVEN, GROWN = "input.", "output."
+"""What precedes the names of what a graph takes and gives again, such as caches."""
+KEPT = "kept"
+"""What a graph that generates keeps from the prompt, beside the cache: an input and an output [B, 0 or 1, N]."""
+
 ADAPTER = "adapter.safetensors"
 """The adapter's tensors, in an artifact's folder."""
 PROFILES = "profiles"

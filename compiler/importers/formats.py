@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from peltc.compiler.importers.quirks import Config as Config
+from peltc.compiler.importers.quirks import Misread
+from peltc.compiler.importers.quirks import Shapes as Shapes
 from peltc.compiler.survey.anatomy import Anatomy, Site, places_of
 from peltc.spec.diagnostics import fail
 
 Array = np.ndarray[Any, Any]
-Config = Mapping[str, Any]
-Shapes = Mapping[str, tuple[int, ...]]
-"""The shapes of a module's tensors, by what `parameters` calls them."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Format:
         sites: for a method that is of the whole model rather than of modules: the sites that it attaches to, by the
             config and the model's sites.
         evaluated: for such a method: what the config makes of the tensors, before each site takes its parameters.
+        quirks: where the library computes something else than the method says; shapes by what `parameters` calls them.
     """
 
     kind: str
@@ -87,6 +88,7 @@ class Format:
     tied: bool = False
     sites: Callable[[Config, Anatomy], Sequence[Site]] | None = None
     evaluated: Callable[[Config, Mapping[str, Array]], Mapping[str, Array]] | None = None
+    quirks: tuple[Misread, ...] = ()
 
 
 COMMON = frozenset({

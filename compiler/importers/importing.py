@@ -17,14 +17,17 @@ from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.provenance import provenance
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.talk import Talk, logged
-from peltc.compiler.importers import adapters_library, hf_library
+from peltc.compiler.importers.adapters import library as adapters_library
 from peltc.compiler.importers.formats import Array
 from peltc.compiler.importers.modules import Read, attachments, fill, name_of
+from peltc.compiler.importers.peft import library as peft_library
+from peltc.compiler.importers.quirks import Quirks
+from peltc.compiler.importers.recorded import metadata
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.spec.diagnostics import wrong_type
 from peltc.spec.document import dump
-from peltc.spec.foreign import ADAPTERS, recognised
+from peltc.spec.foreign import ADAPTERS, AS_TRAINED, recognised
 from peltc.spec.specification import Spec, load_spec
 
 ORIGIN = "Imported from"
@@ -39,10 +42,12 @@ class Imported:
         spec: the spec.
         content: the spec as plain data.
         tensors: the adapter's tensors by our names, float32.
-        metadata: what their file says of how they were trained.
+        metadata: what their file says of how they were trained and where they came from.
         base: the model's folder or hub id.
         origin: where it came from, in words.
         plan: the spec's on the model.
+        quirks: those that the adapter has, and what became of them.
+        record: where it came from, as a manifest says it.
     """
 
     spec: Spec
@@ -52,6 +57,8 @@ class Imported:
     base: str
     origin: str
     plan: Plan
+    quirks: Quirks
+    record: dict[str, Any]
 
     def text(self, weights: str = "") -> str:
         """The spec's YAML, with where it came from.
@@ -60,26 +67,34 @@ class Imported:
             weights: the name of the tensors' file, beside the spec.
         """
         content = {**self.content, **({"weights": weights} if weights else {})}
-        return f"# {self.origin}\n{dump(content)}"
+        return f"# {self.origin}\n# {self.quirks.told()}\n{dump(content)}"
 
 
-def import_adapter(path: Path, model: Any = None, *, base: Base | None = None, talk: Talk = logged) -> Imported:
+def import_adapter(
+    path: Path, model: Any = None, *, base: Base | None = None, quirks: str = AS_TRAINED, talk: Talk = logged
+) -> Imported:
     """Read an adapter's folder for a model.
 
     Args:
         model: the base's folder or hub id; the one that the adapter names where absent.
         base: the base, where it is known already.
+        quirks: what becomes of what the library computes otherwise than the method says: `as_trained`, it is computed
+            here too, or `fixed`.
 
     Raises:
         PeltError: E216 a model that is no folder; E430 what is wrong with the adapter's; E431 what of it has no
             counterpart here; E432 modules that the model does not have, or that the file has no tensors of; E433
-            tensors that are left; E5xx the model.
+            tensors that are left; E437 a quirk that cannot be fixed; E5xx the model.
     """
     if model is not None and not isinstance(model, (str, Path)):
         raise wrong_type("the base of an adapter's folder", model, "the folder or hub id that it was loaded from")
     given = recognised(path) if path.is_dir() else None
-    library = adapters_library if given is not None and given.library == ADAPTERS else hf_library
-    return imported(library.read_adapter(path, model, base, talk))
+    library = adapters_library if given is not None and given.library == ADAPTERS else peft_library
+    met = Quirks(quirks)
+    found = imported(library.read_adapter(path, model, base, met, talk), met)
+    if met.names or met.asked != AS_TRAINED:
+        talk(f"the adapter has {met.told()}")
+    return found
 
 
 def imports(given: str | Path) -> bool:
@@ -88,7 +103,7 @@ def imports(given: str | Path) -> bool:
     return found is not None and found.imported
 
 
-def imported(read: Read) -> Imported:
+def imported(read: Read, quirks: Quirks) -> Imported:
     """An adapter whose modules are known, as a spec and its tensors.
 
     Raises:
@@ -100,4 +115,7 @@ def imported(read: Read) -> Imported:
     plan = make_plan(spec, read.base.anatomy, read.base.fingerprint)
     tensors = fill(plan, owners, read.modules, read.place)
     said = provenance(mathematics(plan), BaseRecord(read.base.architecture, public_name(read.named)))
-    return Imported(spec, content, tensors, said.metadata(), read.given, f"{ORIGIN} {read.origin}", plan)
+    origin = f"{ORIGIN} {read.origin}"
+    record = {"origin": origin[:1000], "quirks": {"asked": quirks.asked, "found": quirks.names}}
+    noted = said.metadata() | metadata(record)
+    return Imported(spec, content, tensors, noted, read.given, origin, plan, quirks, record)

@@ -4,6 +4,7 @@ what depends on the input is emitted, and constant factors end up inside the pro
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,27 @@ class Product:
         return Product(self.x, wide, None if self.bias is None else np.broadcast_to(self.bias, (features,)))
 
 
+@dataclass
+class Mixture:
+    """Σᵢ weightsᵢ bankᵢ, not yet emitted, so that what is known of it still goes into the bank.
+
+    Attributes:
+        weights: [N].
+        bank: [N, *shape].
+        value: what was emitted for it.
+    """
+
+    weights: ir.Value
+    bank: Array
+    value: ir.Value | None = None
+
+
+RUNTIME = (ir.Value, Product, Mixture)
+"""What is not known before the graph runs."""
+
+
 class OnnxInterpreter(NumericInterpreter):
-    """Evaluates formulas over graph values (`ir.Value`), lazy products, and numpy arrays."""
+    """Evaluates formulas over graph values (`ir.Value`), products and mixtures to come, and numpy arrays."""
 
     def __init__(self, emitter: Emitter):
         self.emitter = emitter
@@ -41,7 +61,7 @@ class OnnxInterpreter(NumericInterpreter):
         values = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
         if any(isinstance(v, OneHot) and v.ids is not None for v in values):
             return self.on_lookup(name, arguments)
-        if not any(isinstance(v, (ir.Value, Product)) for v in values):
+        if not any(isinstance(v, RUNTIME) for v in values):
             return super().call(name, arguments)
         rule = getattr(self, f"on_{name}", None)
         if rule is not None:
@@ -58,7 +78,19 @@ class OnnxInterpreter(NumericInterpreter):
         if isinstance(item, Product):
             result = emitter.node("MatMul", [item.x, emitter.constant(item.matrix, "weight")])
             return result if item.bias is None else emitter.node("Add", [result, emitter.constant(item.bias, "bias")])
+        if isinstance(item, Mixture):
+            if item.value is None:
+                item.value = self.mixed(item)
+            return item.value
         return emitter.constant(np.asarray(item, np.float32) if is_static(item) else item)
+
+    def mixed(self, mixture: Mixture) -> ir.Value:
+        """A mixture as one product with the whole bank."""
+        count, *shape = mixture.bank.shape
+        bank = self.emitter.constant(mixture.bank.reshape(count, -1), "bank")
+        flat = self.emitter.node("MatMul", [mixture.weights, bank])
+        flat.shape = ir.Shape([bank.shape[1]])  # type: ignore[index]
+        return self.on_reshape(flat, shape) if len(shape) > 1 else flat
 
     def expanded(self, item: Any, like: ir.Value) -> ir.Value:
         """A graph value, repeated to the shape of another."""
@@ -73,13 +105,13 @@ class OnnxInterpreter(NumericInterpreter):
 
     def on_add(self, a: Any, b: Any) -> Any:
         for product, other in ((a, b), (b, a)):
-            if isinstance(product, Product) and not isinstance(other, (ir.Value, Product)) and np.ndim(other) == 1:
+            if isinstance(product, Product) and not isinstance(other, RUNTIME) and np.ndim(other) == 1:
                 product = product.over(np.size(other))  # ONNX Runtime fuses product and sum as if they were as wide
             if isinstance(product, Product) and _features(other, product.matrix.shape[1]):
                 bias = np.broadcast_to(np.asarray(other, np.float32), product.matrix.shape[1:])
                 return Product(product.x, product.matrix, bias if product.bias is None else product.bias + bias)
         for zero, other in ((a, b), (b, a)):
-            if not isinstance(zero, (ir.Value, Product)) and np.ndim(zero) == 0 and float(zero) == 0:
+            if not isinstance(zero, RUNTIME) and np.ndim(zero) == 0 and float(zero) == 0:
                 return other
         return self.binary("Add", a, b)
 
@@ -87,6 +119,9 @@ class OnnxInterpreter(NumericInterpreter):
         return self.binary("Sub", a, b)
 
     def on_multiply(self, a: Any, b: Any) -> Any:
+        for mixture, other in ((a, b), (b, a)):
+            if isinstance(mixture, Mixture) and not isinstance(other, RUNTIME) and np.ndim(other) == 0:
+                return Mixture(mixture.weights, mixture.bank * np.asarray(other, np.float32))
         for product, other in ((a, b), (b, a)):
             if isinstance(product, Product) and _features(other, product.matrix.shape[1]):
                 factor = np.asarray(other, np.float32)
@@ -95,7 +130,7 @@ class OnnxInterpreter(NumericInterpreter):
             if isinstance(product, Product) and isinstance(other, ir.Value) and last_size(other) == 1:
                 return self.gated(product, other)
         for one, other in ((a, b), (b, a)):
-            if not isinstance(one, (ir.Value, Product)) and np.ndim(one) == 0 and float(one) == 1:
+            if not isinstance(one, RUNTIME) and np.ndim(one) == 0 and float(one) == 1:
                 return other
         return self.binary("Mul", a, b)
 
@@ -109,7 +144,7 @@ class OnnxInterpreter(NumericInterpreter):
         return self.binary("Add", narrow, self.binary("Mul", factor, product.bias))
 
     def on_divide(self, a: Any, b: Any) -> Any:
-        if not isinstance(b, (ir.Value, Product)):
+        if not isinstance(b, RUNTIME):
             return self.on_multiply(a, 1.0 / np.asarray(b, np.float32))
         return self.binary("Div", a, b)
 
@@ -126,16 +161,19 @@ class OnnxInterpreter(NumericInterpreter):
         if isinstance(weight, np.ndarray):
             product = Product(self.value(x), weight.T)
         else:
-            product = self.emitter.node("MatMul", [self.value(x), self.on_transpose(weight)])
+            product = self.emitter.node("MatMul", [self.value(x), self.value(self.on_transpose(weight))])
         return product if bias is None else self.on_add(product, bias)
 
     def on_einsum(self, operands: list[Any], equation: str) -> Any:
+        if found := _mixture(operands, equation):
+            return found
         return self.emitter.node("Einsum", [self.value(o) for o in operands], {"equation": equation})
 
     def on_lookup(self, name: str, arguments: dict[str, Any]) -> Any:
         """Ids pick rows of a matrix: x Wᵀ of one-hot vectors."""
         if name in PASSING:
             return arguments["x"]
+        arguments = {key: self.value(v) if isinstance(v, Mixture) else v for key, v in arguments.items()}
         graph = {key: v for key, v in arguments.items() if isinstance(v, ir.Value)}
         if name == "linear" and "weight" in graph:
             turned = self.on_transpose(arguments["weight"])
@@ -252,6 +290,8 @@ class OnnxInterpreter(NumericInterpreter):
     # layout
 
     def on_transpose(self, x: Any) -> Any:
+        if isinstance(x, Mixture):
+            return Mixture(x.weights, x.bank.swapaxes(-1, -2))
         value = self.value(x)
         rank = len(value.shape) if value.shape is not None else 2
         axes = [*range(rank - 2), rank - 1, rank - 2]
@@ -299,9 +339,21 @@ class OnnxInterpreter(NumericInterpreter):
         return self.emitter.node("Unsqueeze", [self.value(x), self.emitter.integers([axis])])
 
 
+def _mixture(operands: list[Any], equation: str) -> Mixture | None:
+    """What an equation says of weights [N] and a bank [N, ...] that is known, if it is the weighted sum."""
+    found = _WEIGHTED.fullmatch(equation)
+    weights, *bank = operands
+    if found and len(bank) == 1 and isinstance(weights, ir.Value) and isinstance(bank[0], np.ndarray):
+        return Mixture(weights, bank[0])
+    return None
+
+
+_WEIGHTED = re.compile(r"([a-z]),\1([a-z]*)->\2")
+
+
 def _features(item: Any, size: int) -> bool:
     """Whether an item is a number or a vector over features."""
-    return not isinstance(item, (ir.Value, Product)) and (np.ndim(item) == 0 or np.shape(item) in ((size,), (1,)))
+    return not isinstance(item, RUNTIME) and (np.ndim(item) == 0 or np.shape(item) in ((size,), (1,)))
 
 
 _UNARY: dict[str, str] = {

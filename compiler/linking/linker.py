@@ -32,6 +32,7 @@ from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.plan.planner import make_plan
 from peltc.spec.diagnostics import PeltError, Place, fail, wrong_type
 from peltc.spec.document import parse
+from peltc.spec.foreign import AS_TRAINED
 from peltc.spec.specification import build_spec
 
 Array = np.ndarray[Any, Any]
@@ -57,6 +58,8 @@ class Linker:
             raise fail("E624", "the modules of this artifact are fixed in it", Place(str(self.folder)),
                        "an artifact compiled with `mode: swappable` or `mode: bank`")  # fmt: skip
         self.record: dict[str, Any] = record
+        imported = manifest.get("imported")
+        self.quirks = imported["quirks"]["asked"] if imported else AS_TRAINED
         held = manifest["base"]
         self.base = read_base(
             self.folder / LINK, folder=self.folder, architecture=held["architecture"], config={},
@@ -83,7 +86,7 @@ class Linker:
         if isinstance(weights, Mapping):
             tensors = check_arrays(self.plan, weights)
         elif imports(weights):
-            found = import_adapter(Path(weights), base=self.base)
+            found = import_adapter(Path(weights), base=self.base, quirks=self.quirks)
             theirs, own = mathematics(found.plan), mathematics(self.plan)
             if theirs.digest != own.digest:
                 raise PeltError(other_mathematics(self.plan, "the adapter", theirs, own))
@@ -134,4 +137,6 @@ class Linker:
 
 def _equal(one: Array, other: Array) -> bool:
     """Whether two computations of the same may differ so, on whatever machines."""
-    return one.shape == other.shape and bool(np.abs(one - other).max(initial=0) <= SAME * np.abs(other).max(initial=0))
+    if one.shape != other.shape or one.dtype.kind != "f":
+        return np.array_equal(one, other)
+    return bool(np.abs(one - other).max(initial=0) <= SAME * np.abs(other).max(initial=0))

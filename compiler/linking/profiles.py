@@ -19,6 +19,7 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.files.manifest import LINK, STARTS
 from peltc.compiler.linking.bare import disturbance
 from peltc.compiler.passes.offer import STAMP, constants, decided
+from peltc.compiler.passes.packing import masks_of
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.modes import EXCHANGED
@@ -86,22 +87,43 @@ def brought(plan: Plan, tensors: Mapping[str, Array], model: ir.Model, write: Wr
     """
     draw = np.random.default_rng(0)
     other = {name: draw.normal(0, 0.1, plan.tensors[name].shape).astype(np.float32) for name in sorted(exchanged(plan))}
-    return decided(constants(model), constants(write(tensors={**tensors, **other})[0]))
+    other |= {name: opposite(tensors[name]) for name in other if plan.tensors[name].part == "mask"}
+    mine = constants(model)
+    found = decided(mine, constants(write(tensors={**tensors, **other})[0]))
+    return {name: array for name, array in mine.items() if name in found or name in masks_of(model)}
 
 
-def record(plan: Plan, base: Base, tensors: Mapping[str, Array], inputs: Mapping[str, Array]) -> dict[str, Any]:
+def opposite(logits: Array) -> Array:
+    """Logits [..., N] in the opposite order, so that the k largest are others, unless all are chosen: two draws could
+    choose the same."""
+    found = np.empty_like(logits)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    np.put_along_axis(found, order, np.arange(logits.shape[-1], dtype=logits.dtype), axis=-1)
+    return found
+
+
+def record(
+    plan: Plan,
+    base: Base,
+    tensors: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    masks: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
     """What the manifest says of profiles.
 
     Args:
         tensors: the adapter's tensors, at start values where profiles bring them.
         inputs: the constants that profiles bring, by name.
+        masks: those of them that are masks' bits: of how many modules, and how many take part.
     """
     shapes = sorted((name, array.shape) for name, array in inputs.items())
     known = hashlib.sha256(json.dumps([base.fingerprint, whole_digest(plan), shapes]).encode()).hexdigest()
+    called = {name: f"{name}{STAMP}{known[:DIGITS]}" for name in inputs}
     return {
         "mode": plan.exchange,
         "fingerprint": known,
-        "inputs": {f"{name}{STAMP}{known[:DIGITS]}": list(array.shape) for name, array in inputs.items()},
+        "inputs": {called[name]: list(array.shape) for name, array in inputs.items()},
+        "masks": {called[name]: list(sizes) for name, sizes in masks.items() if name in called},
         "no_bare_base": disturbance(changing(plan), tensors, base.array) or None,
     }
 

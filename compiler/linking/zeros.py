@@ -1,7 +1,8 @@
 """Whether a graph is the base's where all that profiles bring is zero: read from the graph, so that it holds for every
 input.
 
-A product with zeros is zeros, and so is what keeps zeros as they are; a sum with zeros is its other part. Where all
+A product with zeros is zeros, and so is what keeps zeros as they are, and the first of a table's rows where it is; a
+sum with zeros is its other part. Where all
 that the base reads of a module are such sums over its own values, nothing is left of the module.
 """
 
@@ -48,6 +49,8 @@ def leaves_the_base(graph: ir.Graph, names: Container[str]) -> bool:
             return any(map(zero, inputs))
         if node.op_type in ("Add", "Sub", "Concat"):
             return all(map(zero, inputs))
+        if node.op_type == "Gather" and zero(inputs[1]) and inputs[0].const_value is not None:
+            return not inputs[0].const_value.numpy()[0].any()
         return (node.op_type in KEEPING or node.op_type == "Div") and zero(inputs[0])
 
     def own(value: ir.Value | None) -> bool:

@@ -21,19 +21,24 @@ from peltc.compiler.survey.anatomy import Site
 
 
 def insert(
-    model: ir.Model, claims: Iterable[Claim], sites: Mapping[str, Site], tensors: Mapping[str, Array]
+    model: ir.Model,
+    claims: Iterable[Claim],
+    sites: Mapping[str, Site],
+    tensors: Mapping[str, Array],
+    keeps: bool = False,
 ) -> dict[str, Array]:
     """Write claims into a graph, in place.
 
     Args:
         sites: the graph's own sites by key.
         tensors: the adapter's tensors by name.
+        keeps: whether what claims make of a whole text is kept from the prompt on; see `keep`.
 
     Returns:
         In a graph with a cache of keys and values, what each cache begins with [1, H, P, Dh], by its input's name: keys
         and values that stand before the text's are there before the first token.
     """
-    inserter = Inserter(model, tensors)
+    inserter = Inserter(model, tensors, keeps)
     groups: dict[str, list[Claim]] = {}
     for claim in claims:  # the plan was made on the graph of token ids, whose values have other names
         groups.setdefault(claim.site.key, []).append(replace(claim, site=sites[claim.site.key]))
@@ -41,5 +46,7 @@ def insert(
     for key in ordered:
         getattr(inserter, sites[key].kind)(sites[key], groups[key])
     inserter.count_text()
+    if inserter.keeper is not None:
+        inserter.keeper.close()
     model.graph.sort()
     return inserter.starts

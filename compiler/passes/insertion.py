@@ -12,6 +12,8 @@ import onnx_ir as ir
 from peltc.compiler.graphs.wide import HALF
 from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 from peltc.compiler.interpreters.onnx import OnnxInterpreter
+from peltc.compiler.passes.keep import Keeper
+from peltc.compiler.passes.packing import unpacked
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
@@ -26,8 +28,9 @@ Around = tuple[int, int]
 class Insertion:
     """A graph that modules are put into: what formulas read there, and how their results take the place of values."""
 
-    def __init__(self, model: ir.Model, tensors: Mapping[str, Array]):
+    def __init__(self, model: ir.Model, tensors: Mapping[str, Array], keeps: bool = False):
         self.graph, self.tensors = model.graph, dict(tensors)
+        self.keeper = Keeper(model.graph) if keeps else None
         self.values: dict[str, ir.Value] = {v.name: v for v in model.graph.inputs if v.name}
         for node in model.graph:
             self.values |= {v.name: v for v in node.outputs if v.name}
@@ -58,7 +61,16 @@ class Insertion:
             if claim.site.values.get(role):
                 found[role] = Deferred(partial(self.current, claim.site.values[role]))
         own = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
-        return claim.scope(found | values | own, interpreter)  # a parameter may have a name of other kinds of site
+        scope = claim.scope(found | values | own, interpreter)  # a parameter may have a name of other kinds of site
+        for name, hard in claim.held.items():
+            scope[name] = Deferred(partial(self.held, scope[name], hard, interpreter.emitter))
+        return scope
+
+    @staticmethod
+    def held(weights: Deferred, hard: bool, emitter: Emitter) -> ir.Value:
+        """Weights over a bank, by which the graph mixes it."""
+        found = np.asarray(weights(), np.float32)
+        return unpacked(found, emitter) if hard else emitter.constant(found, "weights")
 
     def mask(self, claim: Claim, interpreter: OnnxInterpreter) -> ir.Value:
         """The mask of the tokens that a site sees, [B, S], as numbers: ones where the graph takes none."""
@@ -66,6 +78,9 @@ class Insertion:
         behind = site.stack == "decoder" and "decoder_input_ids" in self.values and not site.reads_encoder
         given = self.values.get("decoder_attention_mask" if behind else "attention_mask")
         emitter = interpreter.emitter
+        ids = self.values.get("decoder_input_ids" if behind else "input_ids")
+        if given is not None and ids is not None and given.shape != ids.shape and not site.reads_encoder:
+            given = new_tokens(given, ids, emitter)
         if given is None:
             x = self.current(site.values["x"])
             if x.shape is None or len(x.shape) < 3:
@@ -78,6 +93,8 @@ class Insertion:
     def evaluate(self, claim: Claim, effect: str, like: ir.Value, **values: Any) -> tuple[Any, OnnxInterpreter]:
         interpreter = OnnxInterpreter(self.emitter(claim, like))
         own = self.parameters(claim.site, interpreter.emitter) if claim.method.site in ("linear", "norm") else {}
+        if self.keeper is not None:
+            interpreter.held = self.keeper.of(claim, effect, interpreter)
         found = interpreter.evaluate(claim.effects[effect], self.scope(claim, interpreter, **{**own, **values}))
         if effect in ("input", "output"):
             found = filled(claim, effect, found, like, interpreter)
@@ -129,6 +146,15 @@ class Insertion:
             return value
 
         return {short: Deferred(partial(own, role)) for role, short in ROLES.items()}
+
+
+def new_tokens(mask: ir.Value, ids: ir.Value, emitter: Emitter) -> ir.Value:
+    """A mask [B, T] of a text that a cache holds the first tokens of, for the last, which are those of the ids."""
+    length = emitter.node("Shape", [ids], {"start": 1, "end": 2})
+    bounds = [emitter.node("Neg", [length]), *(emitter.integers([n]) for n in (2**62, 1))]
+    new = emitter.node("Slice", [mask, *bounds])
+    new.type = mask.type
+    return new
 
 
 def filled(claim: Claim, effect: str, value: Any, like: Any, interpreter: OnnxInterpreter) -> ir.Value:

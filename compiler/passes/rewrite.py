@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
-from peltc.compiler.export.exported import GRAPHS
+from peltc.compiler.export.exported import DECODE, GRAPHS
 from peltc.compiler.passes.begin import begin, follow
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.insertion import Array
@@ -34,8 +34,9 @@ def rewritten(
     """
     model = source.load_graph()
     staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.key in sites]
-    starts = insert(model, [claim for claim in staying if "prepend" not in claim.effects], sites, tensors)
     generates = source.variant in GRAPHS
+    inserted = [claim for claim in staying if "prepend" not in claim.effects]
+    starts = insert(model, inserted, sites, tensors, keeps=bool(plan.held) and source.variant == DECODE)
     if prepended := [claim for claim in plan.claims if "prepend" in claim.effects]:
         if generates:
             begin(model, source.variant, prepended, tensors, sites, base.config)

@@ -336,9 +336,19 @@ class Rows:
                 result = self.emit(kind, [result, own], f"{node.name}.{kind.lower()}")
         return result
 
+    def on_Reshape(self, node: ir.Node) -> ir.Value | None:
+        value, shape = node.inputs
+        sizes = None if shape is None or shape.const_value is None else shape.const_value.numpy().tolist()
+        if value is None or value not in self.lifted or sizes is None or any(size < 1 for size in sizes):
+            return None
+        return self.again(node, [self.lifted[value], self.integers([-1, *sizes])])
+
     def on_Gather(self, node: ir.Node) -> ir.Value | None:
-        """Rows of a table by ids [B, S]: all profiles' tables are one, in which a text's rows begin at its own."""
+        """Rows of a table by ids [B, S]: all profiles' tables are one, in which a text's rows begin at its own. Of a
+        table that all profiles share, by places that each profile has."""
         table, ids = node.inputs
+        if table not in self.lifted and ids in self.lifted and node.attributes.get_int("axis", 0) == 0:
+            return self.again(node, [table, self.lifted[ids]])
         every = self.every.get(table) if table is not None else None
         if every is None or ids is None or table is None or table.shape is None or not self.of_batch(ids):
             return None

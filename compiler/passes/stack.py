@@ -72,6 +72,8 @@ def _chain(node: ir.Node, graph: ir.Graph, whole: bool) -> Chain | None:
     weight, x = _constant(node.inputs[1]), node.inputs[0]
     if weight is None or weight.ndim != 2 or x is None or node.inputs[1] is None:
         return None
+    if x.shape is not None and len(x.shape) == 1:  # weights over a bank: the product is as wide as the bank
+        return None
     chain = Chain(x, weight, [node], [None], ["MatMul", len(weight), node.inputs[1].dtype])
     while whole:
         uses = tuple(chain.end.uses())

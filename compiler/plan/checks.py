@@ -12,7 +12,7 @@ from peltc.compiler.plan.findings import Findings, at
 from peltc.compiler.plan.folding import trial_key
 from peltc.compiler.plan.tables import not_of_ids
 from peltc.compiler.survey.anatomy import Anatomy
-from peltc.spec.diagnostics import one_of
+from peltc.spec.diagnostics import Place, one_of
 from peltc.spec.formula.interpreter import EvaluationError
 from peltc.spec.interpreters.check import fits, joined, normalised, readable, site_shapes
 from peltc.spec.interpreters.shape import Shape
@@ -22,16 +22,28 @@ from peltc.spec.method import NAMES, RUNTIME_NAMES
 from peltc.spec.specification import Attachment, Spec
 
 
-def not_generated(claim: Claim) -> tuple[str, str] | None:
-    """Why a claim cannot be in graphs that generate a token at a time, and what to do; None where it can."""
+def needs_text(claim: Claim, gates: str) -> tuple[str, str] | None:
+    """Why a claim cannot be computed of new tokens alone, and what to do; None where it can.
+
+    Args:
+        gates: when what is computed of a whole text is, as the spec says.
+    """
+    by = claim.mixed if claim.grows else ""
+    if not by or (gates and claim.holds):
+        return None
+    message = f"'{claim.attachment}' at {claim.site.name} reads the whole sequence by '{claim.open or by}', and a token"
+    hint = "`deploy: {gates: {at: prefill}}` keeps what the prompt gives; `freeze_gates` makes gates constants"
+    return f"{message} at a time is generated", hint if claim.holds else ""
+
+
+def not_generated(claim: Claim, gates: str) -> tuple[str, str] | None:
+    """Why a claim cannot be in graphs that generate a token at a time, and what to do; None where it can; the arguments
+    are those of `needs_text`."""
     where = f"'{claim.attachment}' at {claim.site.name}"
     if "prepend" in claim.effects and claim.site.role == "embedding":
         return (f"{where} puts tokens behind the embedding, where they take no positions; a cache counts them",
                 f"attach it to '{claim.site.name}.word'")  # fmt: skip
-    if by := claim.mixed:
-        return (f"{where} reads the whole sequence by '{by}', and a token at a time is generated",
-                "`freeze_gates` makes gates constants")  # fmt: skip
-    return None
+    return needs_text(claim, gates)
 
 
 class Checks:
@@ -52,9 +64,28 @@ class Checks:
         they are."""
         for entry in self.spec.attach if self.spec.generation and not self.spec.freeze_gates else ():
             for claim in claims:
-                if claim.attachment == entry.name and (found := not_generated(claim)):
+                if claim.attachment == entry.name and (found := not_generated(claim, self.spec.gates)):
                     self.find("E208", found[0], at(entry), hint=found[1])
                     break
+
+    def holds(self, claims: list[Claim]) -> None:
+        """What is kept from the prompt is there, and is not made of tokens too that the cache begins with."""
+        place = self.spec.places.get("deploy", Place(self.spec.path))
+        if not self.spec.gates:
+            return
+        if self.spec.freeze_gates:
+            self.find("E212", "gates are to be kept from the prompt, and to be frozen to constants", place,
+                      "`gates` or `freeze_gates`")  # fmt: skip
+        holding = [claim for claim in claims if claim.holds]
+        if not holding:
+            self.find("E212", "no module makes one value of a whole text that grows, so nothing is kept from a prompt",
+                      place, "an attachment with `gate:` in a decoder", "leave out deploy.gates")  # fmt: skip
+        before = [c for c in claims if c.takes or "prepend" in c.effects] if self.spec.generation else []
+        for claim in [c for c in before if c.site.stack != "encoder"][:1] if holding else ():
+            entry = next(entry for entry in self.spec.attach if entry.name == claim.attachment)
+            self.find("E208", f"'{holding[0].attachment}' at {holding[0].site.name} reads the tokens of"
+                      f" '{claim.attachment}' too, which lie in the cache before there is a text", at(entry),
+                      "one of them", "in torch, with the modules attached, both work")  # fmt: skip
 
     def shapes(self, entry: Attachment, claim: Claim, shapes: ShapeInterpreter) -> bool:
         """Hold each definition's shape against what the site needs."""

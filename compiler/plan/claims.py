@@ -16,12 +16,12 @@ from peltc.compiler.survey.anatomy import Site
 from peltc.compiler.survey.grouping import columns, grouped
 from peltc.spec.formula.dims import Dim, simplify
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
-from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, walk
+from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, Number, names, walk
 from peltc.spec.interpreters.check import site_shapes
 from peltc.spec.interpreters.cost import Cost, cost_of
 from peltc.spec.interpreters.shape import Shape
 from peltc.spec.interpreters.shape import tensor as as_tensor
-from peltc.spec.interpreters.shapes import ShapeInterpreter
+from peltc.spec.interpreters.shapes import ShapeInterpreter, Summaries
 from peltc.spec.method import NAMES, RUNTIME_NAMES, Method
 from peltc.spec.modes import EXCHANGED
 from peltc.spec.specification import Spec
@@ -67,6 +67,7 @@ class Claim:
         reason: why it is not absorbed; names the sub-expression.
         follows: the first of the sites that share this one's parameters, whose tensors and options it has; "" there.
         text: where the text that the site reads is embedded, for a claim that takes positions before it.
+        packed: a profile brings masks as they are, and the graph mixes the bank by them; not modules mixed already.
         mirrors: the table that the site's weight is the same tensor as, and stays: the claim changes it there.
     """
 
@@ -86,6 +87,7 @@ class Claim:
     follows: str = ""
     mirrors: Site | None = None
     text: Site | None = None
+    packed: bool = False
 
     def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
         """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
@@ -106,6 +108,16 @@ class Claim:
     def bindings(self) -> tuple[tuple[str, Expr], ...]:
         """The `let:` bindings, of whose conditions the branch is chosen that holds here."""
         return tuple((name, resolve(expr, self.constants)) for name, expr in self.method.let)
+
+    @cached_property
+    def held(self) -> Mapping[str, bool]:
+        """The bindings of masks alone, which a profile brings where it is packed: [N] weights over a bank of N; of each
+        whether a hard mask gives them, so that bits tell it."""
+        if not self.packed:
+            return {}
+        masks = {name for name, tensor in self.tensors.items() if tensor.part == "mask"}
+        known = masks | set(self.constants)
+        return {n: _is_hard(e) for n, e in self.bindings if names(e) & masks and names(e) <= known}
 
     @property
     def cost(self) -> Cost:
@@ -132,9 +144,13 @@ class Claim:
         site = self.mirrors or self.site
         return site_shapes(site.kind, site.sizes, width=self.width)
 
-    def shape(self, effect: str) -> Shape:
-        """The shape of a definition at the site; `B`, `S` and `T` are symbols."""
-        shapes = ShapeInterpreter()
+    def shape(self, effect: str, shapes: ShapeInterpreter | None = None) -> Shape:
+        """The shape of a definition at the site; `B`, `S` and `T` are symbols.
+
+        Args:
+            shapes: what evaluates it.
+        """
+        shapes = shapes or ShapeInterpreter()
         values, _ = self.around
         values |= {name: Shape(tensor.inner) for name, tensor in self.tensors.items()}
         values["norm"] = lambda z: z
@@ -162,6 +178,35 @@ class Claim:
     def mixed(self) -> str:
         """The function by which one position reads another; "" where none does."""
         return next((by for name in self.effects if (by := self.shape(name).mixed)), "")
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether the text that the site reads grows while tokens are generated, so that its modules see new tokens
+        alone: it does in whatever is no encoder and reads no encoder's states."""
+        return self.site.stack != "encoder" and not self.site.reads_encoder
+
+    @property
+    def open(self) -> str:
+        """The function by which a position reads others to have a value of its own of them, which no value for the
+        whole text can stand for; "" where none does."""
+        return next((by for name in self.effects if (by := self.shape(name).open)), "")
+
+    @cached_property
+    def summaries(self) -> dict[str, dict[Expr, tuple[int, ...]]]:
+        """What the claim makes of a text as a whole, by definition: expressions whose values are one for each text, and
+        their sizes beside the batch's, which comes first."""
+        found = {}
+        for effect in self.effects:
+            shapes = Summaries()
+            self.shape(effect, shapes)
+            found[effect] = {expr: tuple(int(str(n)) for n in s.dims[1:]) for expr, s in shapes.found.items()}
+        return {effect: values for effect, values in found.items() if values}
+
+    @cached_property
+    def holds(self) -> bool:
+        """Whether all that the claim makes of other tokens than its own can be kept from the prompt. Sites outside of
+        layers may be given the last tokens alone, as heads are."""
+        return self.grows and bool(self.mixed and not self.open and self.site.stack)
 
     @cached_property
     def cut(self) -> str:
@@ -198,6 +243,14 @@ class Claim:
                     else:
                         found.add(name)
         return found
+
+
+def _is_hard(expr: Expr) -> bool:
+    """Whether a formula is a hard mask, over a number or not."""
+    match expr:
+        case Call(function="divide" | "multiply", args=(mask, Number())):
+            return _is_hard(mask)
+    return isinstance(expr, Call) and expr.function == "top_k_mask"
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +298,11 @@ class Plan:
         """Whether tokens are put before the sequence, so that the graph must read embedded tokens."""
         return any("prepend" in claim.effects for claim in self.claims)
 
+    @cached_property
+    def held(self) -> tuple[Claim, ...]:
+        """The claims that compute something of a whole text from the prompt, and keep it while the text grows."""
+        return tuple(claim for claim in self.claims if claim.holds) if self.spec.gates else ()
+
     def trained(self) -> int:
         """The number of trained values."""
         return sum(int(np.prod(t.shape)) for t in self.tensors.values() if not t.frozen)
@@ -258,6 +316,10 @@ class Plan:
                 groups[claim.attachment, claim.follows] = groups.get((claim.attachment, claim.follows), 1) + 1
         told = [f"'{name}' at {site} acts in {count} places, which share these parameters"
                 for (name, site), count in groups.items()]  # fmt: skip
+        if self.held:
+            names = ", ".join(f"'{name}'" for name in dict.fromkeys(claim.attachment for claim in self.held))
+            told.append(f"what {names} makes of a whole text is computed from the prompt, and kept while tokens are"
+                        " generated")  # fmt: skip
         mirrored = {(c.attachment, c.site.path) for c in self.claims if c.mirrors is not None}
         for claim in self.claims:
             if claim.site.ties and claim.mirrors is None:

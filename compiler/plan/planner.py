@@ -21,7 +21,7 @@ from peltc.spec.formula.interpreter import EvaluationError
 from peltc.spec.formula.syntax import Expr, Name
 from peltc.spec.interpreters.shapes import ShapeInterpreter
 from peltc.spec.method import IDENTITY, Parameter
-from peltc.spec.modes import BANK, MODES
+from peltc.spec.modes import BANK, MODES, PACKED
 from peltc.spec.specification import Attachment, Spec
 
 MAX_ELEMENTS = 2**31
@@ -42,8 +42,9 @@ def make_plan(spec: Spec, anatomy: Anatomy, fingerprint: str, mode: str | None =
 
     Raises:
         PeltError: every finding: E203 a selector that matches nothing, E204 another number of sites than expected,
-            E205 sizes that do not fit, E206 two claims that need an order, E207 a mode that is not there, E214 some of
-            the sites that share parameters, E310 a formula's shapes.
+            E205 sizes that do not fit, E206 two claims that need an order, E207 a mode that is not there, E208 what
+            does not work there, E212 nothing to keep from a prompt, E214 some of the sites that share parameters, E310
+            a formula's shapes.
     """
     return _Planner(spec, anatomy, fingerprint, mode).plan()
 
@@ -64,6 +65,7 @@ class _Planner:
         self.checks.prepends(claims)
         self.checks.takes(claims)
         self.checks.generates(claims)
+        self.checks.holds(claims)
         if (total := sum(math.prod(tensor.shape) for tensor in self.shared.values())) > MAX_TOTAL:
             self.find("E205", f"the modules have {total:,} values", self.spec.attach[0].place, f"at most {MAX_TOTAL:,}")
         if self.findings:
@@ -158,8 +160,9 @@ class _Planner:
                 effects[name] = resolved
         if "bias" in effects and site.kind == "norm" and not constants["biased"]:
             del effects["bias"]
+        packed = mode == BANK and self.spec.masks == PACKED
         claim = Claim(entry.name, method, site, options, tensors, effects, constants["index"], constants["count"],
-                      constants, self.anatomy.width, mode)  # fmt: skip
+                      constants, self.anatomy.width, mode, packed=packed)  # fmt: skip
         if claim.takes:
             embedded = [s for s in self.anatomy if s.kind == "embedding" and s.role == "embedding"]
             claim = replace(claim, text=next((s for s in embedded if s.stack in ("", site.stack)), None))

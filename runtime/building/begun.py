@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from peltc.compiler.base.base import Base
-from peltc.compiler.files.manifest import CACHE
+from peltc.compiler.files.manifest import CACHE, GIVEN, GROWN
 from peltc.compiler.files.talk import Talk
 from peltc.compiler.graphs.wide import HALF, widen
 from peltc.compiler.passes.prepend import tokens_of
@@ -19,7 +19,7 @@ from peltc.compiler.plan.claims import Plan
 from peltc.runtime.verification.rewritten import Rewritten
 
 Array = np.ndarray[Any, Any]
-GIVEN, GROWN = "input.past_key_values.", "output.past_key_values."
+GIVEN_CACHE, GROWN_CACHE = f"{GIVEN}past_key_values.", f"{GROWN}past_key_values."
 TOKENS = "pelt.tokens"
 """What the input is called through which tokens come embedded."""
 
@@ -44,9 +44,9 @@ def begin(folder: Path, plan: Plan, tensors: Mapping[str, Array], decode: Base, 
     starts = load_file(folder / CACHE) if (folder / CACHE).is_file() else {}
     with Beginning(folder, site.values["y"]) as session:
         opened = session.open("decode.onnx")
-        names = [value.name for value in opened.get_outputs() if value.name.startswith(GROWN)]
+        names = [value.name for value in opened.get_outputs() if value.name.startswith(GROWN_CACHE)]
         grown = opened.run(names, {value.name: fed(value, tokens, starts) for value in opened.get_inputs()})
-    found = {GIVEN + name.removeprefix(GROWN): array for name, array in zip(names, grown, strict=True)}
+    found = {GIVEN_CACHE + name.removeprefix(GROWN_CACHE): array for name, array in zip(names, grown, strict=True)}
     save_file({name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}, folder / CACHE)
     return len(tokens)
 

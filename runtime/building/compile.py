@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from peltc.compiler.base.source import check_order, find_model, read_config
 from peltc.compiler.earlier import check_model, replacing
 from peltc.compiler.export.exported import stages
 from peltc.compiler.files.integrity import check_record, check_unchanged
-from peltc.compiler.files.manifest import ADAPTER, MANIFEST, PROFILES, read_manifest, write_manifest
+from peltc.compiler.files.manifest import ADAPTER, GIVEN, GROWN, KEPT, MANIFEST, PROFILES, read_manifest, write_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
+from peltc.compiler.importers.recorded import recorded
 from peltc.compiler.pipeline import build
 from peltc.compiler.plan.choice import choice_of
 from peltc.compiler.plan.claims import Plan
@@ -43,7 +45,7 @@ from peltc.runtime.building.trained import (
 )
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
-from peltc.spec.foreign import refuse
+from peltc.spec.foreign import AS_TRAINED, refuse
 from peltc.spec.specification import Spec, build_spec, load_spec
 
 
@@ -90,6 +92,7 @@ def compile(
     verify: bool | str = True,
     self_contained: bool = False,
     text_only: bool = False,
+    quirks: str | None = None,
     talk: Talk = logged,
 ) -> dict[str, Any]:
     """Compile a spec on a model into an artifact.
@@ -112,6 +115,8 @@ def compile(
             `function` or `arithmetic` is one of them alone.
         self_contained: copy the checkpoint into the artifact rather than link it.
         text_only: compile a model that reads more than text through its text alone, which is refused otherwise.
+        quirks: of an adapter's folder of another library: `as_trained` where absent, or `fixed` to compute what the
+            methods say where the library computes something else.
         talk: told, line by line, what happens and what to know.
 
     Returns:
@@ -122,14 +127,18 @@ def compile(
             verification fails. `out` is left as it was.
     """
     place = free(Path(out))  # before anything takes time
+    imported: dict[str, Any] | None = None
     if isinstance(spec, (str, Path)) and imports(spec):
         if weights is not None:
             raise fail("E410", "an adapter's folder is given as the spec, and weights beside", Place(str(spec)),
                        "the folder alone, which holds its own")  # fmt: skip
         if model is not None:
             check_model(model, Path(out))
-        found = import_adapter(Path(spec), model, talk=talk)
-        spec, weights, model = found.spec, found.tensors, found.base
+        found = import_adapter(Path(spec), model, quirks=AS_TRAINED if quirks is None else quirks, talk=talk)
+        spec, weights, model, imported = found.spec, found.tensors, found.base, found.record
+    elif quirks is not None:
+        raise fail("E437", "a spec has no quirks: it says itself what is computed", expected="`quirks` with a folder"
+                   " of another library")  # fmt: skip
     check_order(spec, model)
     if not isinstance(spec, Spec):
         spec = load_spec(spec)
@@ -140,9 +149,11 @@ def compile(
            "weights")  # fmt: skip
     tidy(place)
     known = told(spec, weights)
+    if imported is None and not isinstance(weights, Mapping) and (file := weights_file(spec, weights)) is not None:
+        imported = recorded(file)
     with opened(model, Path(out), spec, known, example_inputs, architecture, talk, text_only) as (base_of, attached):
         return _compile(spec, base_of, Path(out), attached if weights is None else weights, mode, verify,
-                        self_contained, talk)  # fmt: skip
+                        self_contained, imported, talk)  # fmt: skip
 
 
 def _compile(
@@ -153,6 +164,7 @@ def _compile(
     mode: str | None,
     verify: bool | str,
     self_contained: bool,
+    imported: dict[str, Any] | None,
     talk: Talk,
 ) -> dict[str, Any]:
     """Compile on a model's base, by variant."""
@@ -182,7 +194,8 @@ def _compile(
                          self_contained=self_contained)  # fmt: skip
         if "decode" in staged_bases and plan.prepends:
             manifest["tokens_before"] = begin(folder, plan, tensors, staged_bases["decode"], talk)
-        manifest["frozen_gates"] = gates
+        manifest["frozen_gates"], manifest["imported"] = gates, imported
+        manifest["kept"] = kept_record(plan) if "decode" in staged_bases else None
         write_manifest(folder, manifest)
         save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))
         if manifest["profiles"]:
@@ -204,6 +217,19 @@ def _compile(
         for each in (base, *((embeds,) if embeds else ()), *staged_bases.values()):
             check_unchanged(each.checkpoint.stamps)
     return manifest
+
+
+def kept_record(plan: Plan) -> dict[str, Any] | None:
+    """What the graph that generates keeps from the prompt: how many values for a text, by module; None where nothing
+    is kept."""
+    modules = {
+        f"{claim.attachment}.{claim.site.name}": sum(
+            prod(sizes) for found in claim.summaries.values() for sizes in found.values()
+        )
+        for claim in plan.held
+    }
+    names = {"input": GIVEN + KEPT, "output": GROWN + KEPT}
+    return {"at": plan.spec.gates, **names, "values": sum(modules.values()), "modules": modules} if modules else None
 
 
 def first_profile(folder: Path, plan: Plan, tensors: Mapping[str, Array]) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import click
 
-from peltc.runtime.commands import compiling, describing, exporting, importing, looking, serving, storing
+from peltc.runtime.commands import compiling, describing, exporting, importing, looking, serving, storing, watching
 from peltc.runtime.commands.shell import cli
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.packages import missing
 
-COMMANDS = (compiling, looking, describing, importing, storing, serving, exporting)
+COMMANDS = (compiling, looking, describing, importing, storing, serving, watching, exporting)
 """The modules whose commands there are; each adds its own when it is imported."""
 
 INPUT, USAGE, BUG, INTERRUPTED = 1, 2, 70, 130

@@ -19,6 +19,7 @@ from peltc.runtime.commands.shell import (
     permanent,
     print_table,
     quiet_option,
+    quirks_option,
     spec_argument,
     talking,
     text_only_option,
@@ -39,12 +40,13 @@ from peltc.spec.modes import MODES
 @click.option("--self-contained", is_flag=True, help="Copy the checkpoint into the artifact rather than link it.")
 @architecture_option
 @text_only_option
+@quirks_option
 @json_option
 @quiet_option
 def compile_command(
     spec: str, model: str | None, out: str, weights: str | None, mode: str | None, generation: bool | None,
     verify: bool, verify_step: str | None, self_contained: bool, architecture: str | None, text_only: bool,
-    as_json: bool, quiet: bool,
+    quirks: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens.
 
@@ -60,7 +62,7 @@ def compile_command(
     with talking(quiet) as talk:
         manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,
                            verify=verify_step if verify and verify_step else verify, self_contained=self_contained,
-                           text_only=text_only, talk=talk)  # fmt: skip
+                           text_only=text_only, quirks=quirks, talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
         return

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
-from peltc.runtime.commands.shell import cli, quiet_option, talking
+from peltc.runtime.commands.shell import cli, quiet_option, quirks_option, talking
+from peltc.spec.foreign import AS_TRAINED
 
 
 @cli.command("import")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("model", required=False)
 @click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The spec's folder.")
+@quirks_option
 @quiet_option
-def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> None:
+def import_command(adapter: Path, model: str | None, out: Path, quirks: str | None, quiet: bool) -> None:
     """Read ADAPTER, a folder that Hugging Face PEFT or the adapters library saved, into a spec and its tensors.
 
     MODEL is the base, a folder or a hub id; the one that the adapter names where it is left out.
@@ -24,7 +26,7 @@ def import_command(adapter: Path, model: str | None, out: Path, quiet: bool) -> 
 
     check_free(out, ORIGIN)
     with talking(quiet) as talk:
-        found = import_adapter(adapter, model, talk=talk)
+        found = import_adapter(adapter, model, quirks=quirks or AS_TRAINED, talk=talk)
     write_spec(out, ORIGIN, found.text, found.tensors, found.metadata)
     values = sum(array.size for array in found.tensors.values())
     click.echo(f"{out / SPEC}: {len(found.spec.attach)} attachments; {out / TENSORS}: {values:,} values")

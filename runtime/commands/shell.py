@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import click
 
+from peltc.spec.foreign import QUIRKS
+
 
 @contextmanager
 def permanent() -> Iterator[None]:
@@ -68,6 +70,11 @@ architecture_option = click.option(
 all_option = click.option("--all", "every", is_flag=True, help="List each layer, not equal ones once.")
 text_only_option = click.option(
     "--text-only", is_flag=True, help="Of a MODEL that reads more than text, take what reads token ids."
+)
+quirks_option = click.option(
+    "--quirks",
+    type=click.Choice(QUIRKS),
+    help="Of an adapter's folder: compute what its library computes, which is the default, or what the methods say.",
 )
 
 

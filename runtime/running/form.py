@@ -4,7 +4,7 @@ to."""
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Form:
 
     def __init__(self, record: Mapping[str, Any] | None, place: Place):
         self.record, self.place = record, place
+        self.masks: Mapping[str, Sequence[int]] = record["masks"] if record else {}
 
     @property
     def inputs(self) -> dict[str, list[int]]:
@@ -84,22 +85,51 @@ class Form:
         inputs = self.inputs
         if not isinstance(source, (str, PathLike, Mapping)):
             raise wrong_type("a profile", source, "a file that `pelt link` wrote, or the arrays that `peltc.link` gave")
-        arrays = dict(source) if isinstance(source, Mapping) else self._read(Path(source))
+        arrays = dict(source) if isinstance(source, Mapping) else self._read(Path(source), inputs)
+        self._check(name, arrays, ())
+        return arrays
+
+    def stacked(self, names: Sequence[str], arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """The tensors of several profiles, [profiles, ...] each, held against the form.
+
+        Raises:
+            PeltError: as `arrays`; of what is wrong with one of them.
+        """
+        if not isinstance(arrays, Mapping):
+            raise wrong_type("profiles", arrays, "arrays by input name, stacked along their first axis")
+        self._check(f"{names[0]} and {len(names) - 1:,} more" if names[1:] else names[0], arrays, (len(names),))
+        return dict(arrays)
+
+    def _check(self, name: str, arrays: Mapping[str, Array], lead: tuple[int, ...]) -> None:
+        """Whether tensors are those of profiles.
+
+        Args:
+            lead: the axes before their own.
+
+        Raises:
+            PeltError: E624, E625.
+        """
+        inputs = {key: [*lead, *shape] for key, shape in self.inputs.items()}
         if set(arrays) != set(inputs):
             raise self._foreign(name, "has other tensors than")
         for key, array in arrays.items():
-            if not isinstance(array, np.ndarray) or list(array.shape) != inputs[key] or array.dtype != np.float32:
+            dtype = np.dtype(np.uint8 if key in self.masks else np.float32)
+            if not isinstance(array, np.ndarray) or list(array.shape) != inputs[key] or array.dtype != dtype:
                 found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-                raise self._foreign(name, f"has {key} as {found}, which is float32 {inputs[key]} in")
-            if not np.isfinite(array).all():
+                raise self._foreign(name, f"has {key} as {found}, which is {dtype} {inputs[key]} in")
+            if key in self.masks:
+                size, ones = self.masks[key]
+                bits = np.unpackbits(array, axis=-1, bitorder="little")
+                if (bits.sum(-1) != ones).any() or bits[..., size:].any():
+                    raise self._foreign(name, f"does not choose {ones} of {size} modules in {key}, as every profile of")
+            elif not np.isfinite(array).all():
                 raise self._foreign(name, f"has values in {key} that are no numbers, for")
-        return arrays
 
-    def _read(self, file: Path) -> dict[str, Array]:
+    def _read(self, file: Path, inputs: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         import onnxruntime as ort
 
         assert self.record is not None
-        most = ROOM + sum(4 * int(np.prod(shape)) for shape in self.record["inputs"].values())
+        most = ROOM + sum(4 * int(np.prod(shape)) for shape in inputs.values())
         try:
             status = file.stat()
         except (OSError, ValueError) as error:

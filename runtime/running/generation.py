@@ -9,7 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from peltc.compiler.files.manifest import CACHE, read_manifest
+from peltc.compiler.files.manifest import CACHE, GIVEN, GROWN, KEPT, read_manifest
+from peltc.runtime.kept import carried, carry, check_generate
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
     check_lengths,
@@ -134,25 +135,36 @@ class _Generator:
     ) -> None:
         """Take up the graphs."""
         import torch
-        from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
-        self._runners = {name: OnnxModelRunner(records[name], session) for name, session in sessions.items()}
+        self._runners = {name: _runner(records[name], session) for name, session in sessions.items()}
         self._place = self._runners["decode"].device
         self._inputs = {n: {i.name: i for i in s.get_inputs()} for n, s in sessions.items()}
         caches = [i.type for name, i in self._inputs["decode"].items() if "past_key_values." in name]
         self._dtype = getattr(torch, CACHES[caches[0]]) if caches else self._runners["decode"].dtype
-        self._leaves = {n: {i.removeprefix("input.") for i in inputs} for n, inputs in self._inputs.items()}
+        self._leaves = {n: {i.removeprefix(GIVEN) for i in inputs} for n, inputs in self._inputs.items()}
+        kept = self._inputs["decode"].get(GIVEN + KEPT)
+        self._width = kept.shape[2] if kept is not None else 0  # of what is kept from the prompt
         leaves = set().union(*self._leaves.values())
-        self._known = {leaf.partition(".")[0] for leaf in leaves} | EXTRA
-        self._starts = {leaf.removeprefix("input."): start for leaf, start in starts.items()}
+        self._known = {leaf.partition(".")[0] for leaf in leaves - {KEPT}} | EXTRA
+        self._starts = {leaf.removeprefix(GIVEN): start for leaf, start in starts.items()}
         self._encoder = Encoder(self._runners["encoder"]) if "encoder" in sessions else None
         self._limits, self._added = limits, added
-        found = {leaf.removeprefix("input."): spec for inputs in self._inputs.values() for leaf, spec in inputs.items()}
+        found = {leaf.removeprefix(GIVEN): spec for inputs in self._inputs.values() for leaf, spec in inputs.items()}
         # tokens and masks [B, S], by name: ONNX Runtime's names of their types
         self.takes = {name: i.type for name, i in found.items() if len(i.shape) == 2 and "." not in name}
 
     def get_encoder(self, modality: str | None = None) -> Any:
         return self._encoder if self._encoder is not None else super().get_encoder(modality)  # type: ignore[misc]
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """`transformers`' own.
+
+        Raises:
+            PeltError: E606 something is kept from the prompt, and an option lets a part of it be read; and as `run`.
+        """
+        if self._width:
+            check_generate(self, options, "E606")
+        return super().generate(*args, **options)  # type: ignore[misc]
 
     def run(self, input_ids: Any = None, **kwargs: Any) -> Any:
         """One call of `forward`: the logits of new tokens, and the cache that they are added to.
@@ -187,16 +199,30 @@ class _Generator:
             leaves["past_key_values"] = cache
         else:
             leaves |= self._empty(batch, given.get("encoder_outputs"))
+        leaves |= {KEPT: self._kept(batch, cache if past else None)} if self._width else {}
         with translating(shown({name: given[name] for name in self.takes if name in given})):
-            result = runner(**leaves)
+            result, first = runner(**leaves)
         _count_text(result["past_key_values"], self._starts)
         if self._encoder is not None:
             result = self._joined(result, leaves, cache if past else None)
+        if first is not None:
+            carry(result["past_key_values"], {KEPT: first})
         if "logits_to_keep" not in known and len(kept) < length:
             result["logits"] = result["logits"][:, kept]
         if given.get("use_cache") is False:
             return type(result)(logits=result["logits"])
         return result
+
+    def _kept(self, batch: int, cache: Any) -> Any:
+        """What is kept from the prompt [B, 1, N]; [B, 0, N] where there is none so far."""
+        import torch
+
+        if cache is None:
+            return torch.zeros(batch, 0, self._width)
+        if KEPT not in carried(cache):
+            raise fail("E606", "the cache carries nothing of its prompt, which gates of the modules are computed from",
+                       expected="a cache that this artifact has filled, from its first token on")  # fmt: skip
+        return carried(cache)[KEPT]
 
     def _check_known(self, given: Mapping[str, Any], cache: Any) -> None:
         """Refuse what the graphs have no input or output for, and a cache of another kind than theirs, which grows."""
@@ -256,7 +282,7 @@ class _Generator:
 
         found = {}
         for leaf, spec in self._inputs["decode"].items():
-            leaf = leaf.removeprefix("input.")
+            leaf = leaf.removeprefix(GIVEN)
             if not leaf.startswith("past_key_values."):
                 continue
             if states is not None and leaf in states:
@@ -268,6 +294,19 @@ class _Generator:
                 sizes = [batch, *(d if isinstance(d, int) else 0 for d in spec.shape[1:])]
                 found[leaf] = torch.empty(sizes, dtype=self.dtype)
         return found
+
+
+def _runner(record: Any, session: Any) -> Any:
+    """`transformers`' runner of a graph: called with its inputs by name, it gives what the model returns, and what is
+    kept from the prompt, None where nothing is."""
+    from transformers.exporters.runners.runner_onnx import OnnxModelRunner
+
+    class Runner(OnnxModelRunner):
+        def unflatten(self, outputs: list[Any]) -> Any:
+            first = outputs[0] if self.session.get_outputs()[0].name == GROWN + KEPT else None
+            return super().unflatten(outputs), first
+
+    return Runner(record, session)
 
 
 def _count_text(grown: Any, starts: Mapping[str, Any]) -> None:
@@ -303,7 +342,7 @@ class Encoder:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         self.runner.session.rows = len(input_ids)
         with translating(shown(given)):
-            found = self.runner(**given)
+            found, _ = self.runner(**given)
         states = BaseModelOutput(last_hidden_state=found.pop("last_hidden_state"))
         for name, value in found.items():
             states[name] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,21 @@ class Profiles:
         if not isinstance(name, str) or not name:
             raise wrong_type("a profile's name", name, "a text")
         self.take(name, self.form.arrays(name, source))
+
+    def add_all(self, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
+        """Add profiles, or replace those of these names: all, or none.
+
+        Args:
+            arrays: by input name, [profiles, ...].
+
+        Raises:
+            PeltError: E216 something else than different names; E624, E625 as `add`.
+        """
+        wrong = isinstance(names, str) or not all(isinstance(name, str) and name for name in names)
+        if wrong or len(set(names)) < len(names):
+            raise wrong_type("the names of profiles", names, "a list of different texts")
+        if names:
+            self.take_all(names, self.form.stacked(names, arrays))
 
     def remove(self, name: Hashable) -> None:
         """Forget a profile.
@@ -123,6 +138,21 @@ class Profiles:
         found = {} if keys[0] is None else self._known(keys[0])
         yield lambda rows: found
 
+    def check_offered(self, sessions: Iterable[Any]) -> None:
+        """Whether graphs have all inputs that profiles bring, of which each takes its own.
+
+        Args:
+            sessions: of ONNX Runtime.
+
+        Raises:
+            PeltError: E605.
+        """
+        found = {value.name for session in sessions for value in session.get_overridable_initializers()}
+        if lacking := set(self.record["inputs"] if self.record else ()) - found:
+            raise fail("E605", f"no graph has the input {min(lacking)}, which profiles bring", self.place,
+                       "the graphs as they were compiled", "another tool may have taken out inputs with defaults"
+                       )  # fmt: skip
+
     def reserve(self, profiles: int) -> None:
         """Make room for so many profiles at once, where profiles lie in arrays."""
 
@@ -131,6 +161,11 @@ class Profiles:
         import onnxruntime as ort
 
         self.held[name] = {key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
+
+    def take_all(self, names: Sequence[Hashable], arrays: Mapping[str, Array]) -> None:
+        """Keep profiles whose tensors, stacked, were held against the form."""
+        for i, name in enumerate(names):
+            self.take(name, {key: array[i] for key, array in arrays.items()})
 
     def check_bare(self, keys: Sequence[Hashable]) -> None:
         """Whether the bare base may be asked for, where it is.
@@ -177,16 +212,19 @@ class Bank(Profiles):
         self.stacked = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
 
     def take(self, name: Hashable, arrays: Mapping[str, Array]) -> None:
+        self.take_all([name], {key: array[None] for key, array in arrays.items()})
+
+    def take_all(self, names: Sequence[Hashable], arrays: Mapping[str, Array]) -> None:
         with self.lock:
-            if not self.free:
-                self._grow(max(2 * self.rows, FIRST_ROOM))
-            row = self.free.pop()
+            if (missing := len(names) - len(self.free)) > 0:
+                self._grow(max(2 * self.rows, self.rows + missing, FIRST_ROOM))
+            rows = [self.free.pop() for _ in names]
             for key, array in arrays.items():
-                self.arrays[key][row] = array
-            before = self.held.get(name)
-            self.held[name] = row
-            if before is not None:
-                self._leave(before)
+                self.arrays[key][rows] = array
+            before = [self.held[name] for name in names if name in self.held]
+            self.held.update(zip(names, rows, strict=True))
+            for row in before:
+                self._leave(row)
 
     def reserve(self, profiles: int) -> None:
         with self.lock:

@@ -14,24 +14,23 @@ import numpy as np
 
 from peltc.compiler.files.integrity import check_record
 from peltc.compiler.files.manifest import MANIFEST, PROFILE, read_manifest
-from peltc.compiler.files.talk import logged
-from peltc.runtime.running.device import CPU, LIBRARIES, providers_of
+from peltc.runtime.running.engine import NO_PREPACKING, Engine, check_shared
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
     TOKENIZED,
     check,
     checked_options,
     converted,
-    essence,
     shown,
     translating,
 )
 from peltc.runtime.running.profiles import Bound, Chosen, Taken, profiles_of
-from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
+from peltc.spec.diagnostics import Place, fail, wrong_type
 from peltc.spec.packages import needing
 
 if TYPE_CHECKING:
     from peltc.runtime.running.residents import Residents
+    from peltc.runtime.running.sharing import Weight
     from peltc.runtime.running.store import ProfileStore
 
 Array = np.ndarray[Any, Any]
@@ -51,6 +50,8 @@ class Session:
         spinning: whether idle threads wait busily, which answers sooner and keeps the cores from others.
         store: a `ProfileStore`, or the path of one, whose profiles are brought into memory when a run asks for them.
         resident: how many of them are in memory at most; the least recently used one goes.
+        share_weights: whether the base's weights are in memory once for all sessions of this process that say so, on
+            the CPU. Each run takes longer then, for no session packs them in its own way.
 
     Raises:
         PeltError: E603 no artifact; E604 an execution provider that is not there, or cannot be used on this machine;
@@ -58,7 +59,7 @@ class Session:
             store, and the artifact has no profiles, it is damaged, or another artifact's.
 
     Attributes:
-        providers: the execution providers of the graph that was opened last; before any is opened, those wanted.
+        engine: opens the artifact's graphs.
         profile: the name of the profile that is taken where a call names none; None for the start values of the
             modules, with which most methods leave the base as it is.
     """
@@ -71,19 +72,16 @@ class Session:
         spinning: bool = True,
         store: ProfileStore | str | Path | None = None,
         resident: int = 64,
+        share_weights: bool = False,
     ):
-        with needing("a session"):
-            import onnxruntime as ort
-
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         check_record(self.folder / MANIFEST, self.manifest)
-        self.options = ort.SessionOptions()
-        self.options.log_severity_level = 4  # what goes wrong is raised, and said once
-        if threads is not None:
-            self.options.intra_op_num_threads = threads
-        if not spinning:
-            self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.engine = Engine(self.folder, providers, threads, spinning)
+        self.shared = share_weights
+        if share_weights:
+            check_shared(self.engine, self.manifest)
+        self.weights: dict[str, Weight] = {}
         self.kept = profiles_of(self.manifest, self.folder)
         self.residents: Residents | None = None
         if store is not None:
@@ -92,8 +90,6 @@ class Session:
             self.residents = residents_of(self.kept, store, resident, self.folder)
         self.profile: Chosen = None
         self.generating = threading.local()
-        self.asked = providers is not None
-        self.wanted = self.providers = providers_of(providers)
         if "decode" not in self.manifest.get("graphs", ()):
             self.inference  # noqa: B018  # what is wrong with it, now rather than later
 
@@ -111,6 +107,12 @@ class Session:
         """Give the memory back; what is called afterwards opens it again."""
         for held in ("inference", "inputs", "outputs", "labels", "generator"):
             self.__dict__.pop(held, None)
+        self.weights.clear()
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers of the graph that was opened last; before any is opened, those wanted."""
+        return self.engine.providers
 
     @property
     def profiles(self) -> list[str]:
@@ -131,6 +133,17 @@ class Session:
             PeltError: E216 no name; E624 the artifact's modules are fixed; E625 a profile of another artifact.
         """
         self.kept.add(name, source)
+
+    def add_profiles(self, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
+        """Add many profiles at once, or replace those of these names: all, or none.
+
+        Args:
+            arrays: what `peltc.link` gives, of all profiles, stacked along a first axis: [profiles, ...] by input name.
+
+        Raises:
+            PeltError: E216 something else than different names; E624, E625 as `add_profile`.
+        """
+        self.kept.add_all(names, arrays)
 
     def remove_profile(self, name: str) -> None:
         """Forget a profile.
@@ -155,45 +168,14 @@ class Session:
             PeltError: E605 it cannot be opened; E621 the base's file is not the one that was compiled.
         """
         check_record(self.folder / MANIFEST, self.manifest)  # a graph may be opened long after the session
-        return self.start(str(self.folder / file))
+        if not self.shared:
+            return self.engine.start(str(self.folder / file))
+        from peltc.runtime.running.sharing import shared
 
-    def start(self, model: str | bytes) -> Any:
-        """ONNX Runtime's session of a graph, from a file or from memory, on the providers that are wanted.
-
-        Raises:
-            PeltError: E604 a provider that was asked for and cannot be used here; E605 the graph cannot be opened.
-        """
-        import onnxruntime as ort
-
-        place = Place(str(self.folder))
-        try:  # ONNX Runtime would go on with other providers, when it opens the graph and when it runs it
-            opened = ort.InferenceSession(model, self.options, providers=self.wanted, enable_fallback=0)
-        except Exception as error:
-            if self._opens_on_cpu(model):  # so it is not the graph that is at fault
-                message = f"the artifact cannot be opened on {', '.join(self.wanted)}: {essence(error)}"
-                raise fail("E604", message, place, one_of(CPU), LIBRARIES) from None
-            reason = str(error).splitlines()[0][:300]  # with the code by which verification knows what has no kernel
-            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", place) from None
-        real: list[str] = opened.get_providers()
-        if missing := [name for name in self.wanted if name not in real]:
-            message = f"{missing[0]} cannot be used on this machine, though this ONNX Runtime was built with it"
-            if self.asked:
-                raise fail("E604", message, place, one_of(real), LIBRARIES)
-            logged(f"warning: {message}; the artifact runs on {', '.join(real)}. {LIBRARIES[0].upper()}{LIBRARIES[1:]}")
-        self.providers = real
-        return opened
-
-    def _opens_on_cpu(self, model: str | bytes) -> bool:
-        """Whether a graph that cannot be opened on the providers that are wanted opens on the CPU."""
-        import onnxruntime as ort
-
-        if set(self.wanted) <= set(CPU):
-            return False
-        try:
-            ort.InferenceSession(model, self.options, providers=CPU, enable_fallback=0)
-        except Exception:
-            return False
-        return True
+        model, weights = shared(self.folder / file)
+        self.weights |= {f"{file} {name}": weight for name, weight in weights.items()}
+        self.engine.settings[NO_PREPACKING] = "1"
+        return self.engine.start(model, {name: weight.value for name, weight in weights.items()})
 
     @cached_property
     def inference(self) -> Any:
@@ -221,12 +203,21 @@ class Session:
         """The artifact as a model of `transformers` that generates; it has no parameters of its own.
 
         Raises:
-            PeltError: E611 the artifact was compiled without generation; E623 a package that it needs is missing.
+            PeltError: E605 its graphs lack inputs that profiles bring; E611 the artifact was compiled without
+                generation; E623 a package that it needs is missing.
         """
         with needing("generation"):
             from peltc.runtime.running.generation import open_generator
 
-            return open_generator(self.folder, lambda file: Bound(self.open(file), self.tensors))
+        opened: list[Bound] = []
+
+        def bound(file: str) -> Bound:
+            opened.append(Bound(self.open(file), self.tensors))
+            return opened[-1]
+
+        found = open_generator(self.folder, bound)
+        self.kept.check_offered(opened)
+        return found
 
     def tensors(self, rows: int) -> Mapping[str, Any]:
         """ONNX Runtime's values of the profiles that this thread generates with, by input name; outside of `generate`

@@ -127,6 +127,8 @@ def bare(model: Any) -> Any:
     if attached is None:
         return model
     twin = replica(model, drop=attached)
+    if attached.keeping.keeps:
+        vars(twin).pop("generate", None)  # the guard's, which is the model's own
     for module in twin.modules():
         vars(module).pop("_pelt_change", None)
     return twin

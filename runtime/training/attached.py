@@ -170,6 +170,15 @@ class Attached(Blocks):
             getattr(self, f"install_{kind}")(model, claims[0].site, claims)
         if taking := next((claim for claim in self.plan.claims if claim.takes), None):
             self.install_stand_ins(model, taking)
+        if self.seq2seq and any(c.site.stack == "encoder" and "mask" in c.reads for c in self.plan.claims):
+            encoder = model.get_encoder()
+            self.handles.append(encoder.register_forward_pre_hook(self.encoding(), with_kwargs=True))
+        body = getattr(model, "base_model", model)
+        if body is not model and self.keeping.concerned:  # which may be called without its head
+            self.handles.append(body.register_forward_pre_hook(self.reading(), with_kwargs=True))
+            self.handles.append(body.register_forward_hook(lambda module, args, output: self.keeping.close(output)))
+        if self.keeping.keeps and hasattr(model, "generate"):
+            self.restore.append(self.keeping.guard(model))
         self.restore.append(partial(forget_reruns, model))
 
 

@@ -17,6 +17,7 @@ from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import Anatomy, Site
 from peltc.runtime.training.draws import Draws
 from peltc.runtime.training.interpreter import TorchInterpreter
+from peltc.runtime.training.keeping import Keeping
 from peltc.runtime.training.places import first_of, key_of, named_arguments
 from peltc.runtime.training.reruns import remember_reruns
 from peltc.runtime.training.saving import digest_tensor
@@ -69,6 +70,7 @@ class Evaluation(nn.Module):
         self.fired: set[str] = set()
         self.whole, self.seq2seq = True, False
         self.draws = Draws()
+        self.keeping = Keeping(plan)
         self.restore: list[Callable[[], None]] = []
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -102,6 +104,7 @@ class Evaluation(nn.Module):
                 self.tokens = given["encoder_outputs"][0]
             self.decoder_tokens = first_of(given, "decoder_input_ids", "decoder_inputs_embeds", "labels")
             self.whole = given.get("encoder_outputs") is None and given.get("past_key_values") is None
+            self.keeping.open(given)
             self.fired.clear()
             self.draws.clear()
             if getattr(module, "_is_replica", False):
@@ -112,12 +115,30 @@ class Evaluation(nn.Module):
 
         return hook
 
+    def encoding(self) -> Callable[..., None]:
+        """A hook that remembers the mask when an encoder is called, as `generate` does before it calls the model."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = named_arguments(module, args, kwargs)
+            self.mask, self.tokens = given.get("attention_mask"), first_of(given, "input_ids", "inputs_embeds")
+
+        return hook
+
+    def reading(self) -> Callable[..., None]:
+        """A hook that sees whether a model goes on from a cache."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.keeping.open(named_arguments(module, args, kwargs))
+
+        return hook
+
     def closing(self) -> Callable[..., None]:
         """Every module must have taken part: a site that the forward pass goes around is an error, not a no-op."""
         expected = {claim.site.key for claim in self.plan.claims if not claim.follows}
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.seen.clear()
+            self.keeping.close(output)
             if self.whole and (missed := expected - self.fired):
                 site = sorted(missed)[0]
                 core = any(claim.site.key == site and claim.site.kind == "attention" for claim in self.plan.claims)
@@ -163,12 +184,19 @@ class Evaluation(nn.Module):
                 raise fail("E208", "a formula reads `mask`, and the model was called without one, and without tokens",
                            hint="give the model its mask")  # fmt: skip
             mask = tokens.new_ones(tokens.shape[:2])
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise fail("E209", "a formula reads `mask`, and the model was called with one that is not of its tokens",
+                       expected="a mask [B, S], and a cache that grows")  # fmt: skip
+        if self.keeping.begun and claim.grows:  # of a text that a cache holds the first tokens of
+            tokens = self.decoder_tokens if behind else self.tokens
+            mask = mask if tokens is None else mask[:, -tokens.shape[1] :]
         return mask.to(dtype)
 
     def evaluate(self, claim: Claim, effect: str, like: Tensor, **values: Any) -> Tensor:
         """A definition's value. Half-precision models compute their modules in float32, as they are trained."""
         wide = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
         interpreter = TorchInterpreter(self.training, wide, self.draws.of(claim))
+        interpreter.held = self.keeping.of(claim, effect)
         lifted = {name: _lifted(value, wide.dtype) for name, value in values.items()}
         scope = self.scope(claim, interpreter, **lifted)
         try:

@@ -13,7 +13,7 @@ positions do not hold for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +152,19 @@ def _laws(plan: Plan, base: Base) -> Iterator[Law]:
               {name: shown & last[:, None] for name, shown in seen.items()}, last)  # fmt: skip
 
 
+def kept(model: Any, begun: Inputs) -> AbstractContextManager[None]:
+    """A context in which a model's modules have what they keep of a text that is begun, where they keep anything."""
+    keeping = getattr(getattr(model, "pelt", None), "keeping", None)
+    if keeping is None or not keeping.keeps:
+        return nullcontext()
+    reference(model, begun)
+    found: AbstractContextManager[None] = keeping.prompted()
+    return found
+
+
 def _cached(model: Any, base: Base, answered: Answers | None) -> float:
-    """By how much the logits that a model generates with, a token at a time, differ from those of the whole text.
+    """By how much the logits that a model generates with, a token at a time, differ from those of the whole text, whose
+    modules then have what they keep from its prompt.
 
     Args:
         answered: what it generates, where that is known.
@@ -165,12 +176,15 @@ def _cached(model: Any, base: Base, answered: Answers | None) -> float:
     batch, length, padding, tokens = GENERATED
     inputs = {n: a for n, a in example(base, batch, length, padding, 7).items() if n != "token_type_ids"}
     whole = inputs["attention_mask"].all(1)  # a model may count the positions of padded texts in another way
+    begun = dict(inputs)
     if "decoder_input_ids" in inputs:
         inputs["decoder_input_ids"], first = answered.texts, 1
+        begun["decoder_input_ids"] = answered.texts[:, :first]
     else:
         more = np.ones((batch, tokens), np.int64)
         inputs["attention_mask"] = np.concatenate([inputs["attention_mask"], more], 1)
         inputs["input_ids"], first = answered.texts, length
     steps = np.stack(answered.logits, 1)
-    logits = reference(model, inputs)["logits"][:, first - 1 : first - 1 + steps.shape[1]]
+    with kept(model, begun):
+        logits = reference(model, inputs)["logits"][:, first - 1 : first - 1 + steps.shape[1]]
     return relative(*apart(steps[whole], logits[whole]))

@@ -6,9 +6,6 @@ from typing import Any
 
 from peltc.runtime.running.session import Session
 
-FILES = "session.model_external_initializers_file_folder_path"
-"""The option of ONNX Runtime that says where a graph from memory has its weights."""
-
 
 class Rewritten(Session):
     """An artifact whose graphs are changed before they are opened."""
@@ -22,8 +19,7 @@ class Rewritten(Session):
 
         model = ir.load(self.folder / file)
         self.rewrite(model)
-        self.options.add_session_config_entry(FILES, str(self.folder.absolute()))
-        return self.start(ir.to_proto(model).SerializeToString())
+        return self.engine.start(ir.to_proto(model).SerializeToString())
 
 
 class Widened(Rewritten):
@@ -34,12 +30,10 @@ class Widened(Rewritten):
     """
 
     def rewrite(self, model: Any) -> None:
-        import onnxruntime as ort
-
         from peltc.compiler.graphs.wide import widen
 
         widen(model)
-        self.options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.engine.optimised = False
 
 
 class Exposed(Rewritten):

@@ -1,13 +1,17 @@
 """`gate:` scales what a method adds by a number that a small map reads off the input.
 
 g = mean_S σ(z wᵀ + c)        delta: g · delta        keys: [g · K ; k]        (UniPELT)
+
+A central gate is one map of several outputs for a layer, from which each of its attachments takes one:
+
+g = softmax(mean_S relu(z Wᵀ + c))        delta: g₀ · delta        keys: [g₁ · K ; k]        (UniPELT, central)
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, option, refused
+from peltc.spec.combinators.combinator import Combinator, Settings, add, formula, number, option, refused
 from peltc.spec.diagnostics import Place
 from peltc.spec.formula.syntax import Call, Conditional, Expr, Name, names
 from peltc.spec.method import NAMES, Method, Parameter
@@ -16,6 +20,8 @@ READS = {"linear": "x", "norm": "x", "block": "y", "attention": "x"}
 SIZES = {"x": "in", "h": "d_model", "y": "out"}
 WIDTHS = {"block": "d", "norm": "d", "attention": "d_model"}
 GATE_NAME = Name("gate", "gate")
+OUTPUTS = 2
+"""Outputs of a central gate, as in the authors' code: one for LoRA, one for the prefix."""
 
 
 def rewrite(method: Method, settings: Settings, place: Place) -> Method:
@@ -26,8 +32,15 @@ def rewrite(method: Method, settings: Settings, place: Place) -> Method:
         if effect in ("weight", "bias"):
             reason = f"it changes a {effect}, which is known before any input is, and a gate reads the input"
             raise refused("gate", method, reason, place)
+    central, outputs, output = settings["central"], settings["outputs"], settings["output"]
+    if output >= outputs:
+        raise refused("gate", method, f"there is no output {output} among {outputs}", place)
+    if not central and (output or outputs != OUTPUTS):
+        hint = "`central: NAME`, the same in each attachment that shares the gate"
+        raise refused("gate", method, "the outputs of a gate are for attachments that share it by name", place, hint)
     if settings["constant"]:
-        gated = add(method, (Parameter("gate", (formula("1"),), formula("0.5"), part="gate"),), (), place)
+        start = formula(f"1 / {outputs}" if central else "0.5")
+        gated = add(method, (Parameter("gate", (formula("1"),), start, part="gate"),), (), place)
     else:
         reads = settings["reads"] or method.gated_by or READS[method.site]
         size = WIDTHS.get(method.site) or SIZES.get(reads, "")
@@ -36,10 +49,13 @@ def rewrite(method: Method, settings: Settings, place: Place) -> Method:
             raise refused(
                 "gate", method, f"a gate cannot read '{reads}' there; it can read {', '.join(offered)}", place
             )
-        weight = Parameter("gate_weight", (formula("1"), formula(size)), formula("normal(0.02)"), part="gate")
-        bias = Parameter("gate_bias", (formula("1"),), formula("zeros"), part="gate")
-        masked = ", mask" if settings["mask_padding"] else ""
-        text = f"mean_seq(sigmoid(linear({reads}, gate_weight, gate_bias)){masked})"
+        own = {"scope": "layer" if central else "site", "owner": central, "part": "gate"}
+        rows = number(outputs if central else 1)
+        weight = Parameter("gate_weight", (rows, formula(size)), formula("normal(0.02)"), **own)
+        bias = Parameter("gate_bias", (rows,), formula("zeros"), **own)
+        bent, masked = "relu" if central else "sigmoid", ", mask" if settings["mask_padding"] else ""
+        text = f"mean_seq({bent}(linear({reads}, gate_weight, gate_bias)){masked})"
+        text = f"slice(softmax({text}), {output}, {output + 1})" if central else text
         gated = add(method, (weight, bias), (("gate", formula(text)),), place)
     return replace(gated, effects=tuple((e, scaled(e, expr, method, settings, place)) for e, expr in method.effects))
 
@@ -88,9 +104,16 @@ GATE = Combinator(
                enum=["change", "result"]),
         option("reads", "the value that the gate reads; empty: what the method reads", "",
                enum=["", "x", "y", "h", "r"]),
+        option("central", "attachments that name one central gate share its map in each layer, and each takes an output"
+               " of its softmax; empty: a gate of its own", "", type="string", pattern="^([A-Za-z][A-Za-z0-9_-]*)?$"),
+        option("outputs", "number of outputs of a central gate", OUTPUTS, type="integer", minimum=2, maximum=256),
+        option("output", "the output of a central gate that this attachment takes, from 0", 0, type="integer",
+               minimum=0),
         option("constant", "one trained or measured number in place of the map", False, type="boolean"),
     ),
     rewrite,
     notes="The mean is over one sequence, so that splitting a batch changes nothing. It includes padding, as in the"
-    " authors' code: the same text with more padding gives another result. `mask_padding` repairs that.",
+    " authors' code: the same text with more padding gives another result. `mask_padding` repairs that. Of a text that"
+    " grows token by token it is undefined, until `deploy: {gates: {at: prefill}}` says that it is the prompt's."
+    " A central gate's softmax is over its outputs, after the mean.",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Generic, TypeVar
 
 from peltc.spec.formula.dims import Dim, simplify
@@ -52,7 +52,13 @@ class Interpreter(Generic[V]):
 
     Subclasses supply `call`, the meaning of each function on their values. Values that are plain Python numbers,
     strings and lists of them (options, sizes) are computed here, the same way for every interpreter.
+
+    Attributes:
+        held: expressions whose values are not just computed, with what gives a value in its place from a function that
+            computes it; None where there are none.
     """
+
+    held: Mapping[Expr, Callable[[Callable[[], Any]], Any]] | None = None
 
     def evaluate(self, expr: Expr, scope: Mapping[str, Any]) -> Any:
         """The value of `expr` where names mean what `scope` says.
@@ -61,6 +67,8 @@ class Interpreter(Generic[V]):
             EvaluationError: naming the innermost sub-expression that has no value here.
         """
         try:
+            if self.held and expr in self.held:
+                return self.held[expr](partial(self._evaluate, expr, scope))
             return self._evaluate(expr, scope)
         except FormulaError as error:
             raise EvaluationError(expr, str(error)) from error

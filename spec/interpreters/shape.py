@@ -22,6 +22,8 @@ class Shape:
         origin: what fixed it ("parameter A [r, in]").
         running: whether the tensor exists only while the model runs.
         mixed: the function by which one position reads another; "" where each reads itself alone.
+        open: the same, where the positions are still there, each with a value of its own; "" where what was read is one
+            value for the whole text, a summary of it.
         lead: how many positions stand before the text's own; None where the text's are not in one piece.
     """
 
@@ -29,6 +31,7 @@ class Shape:
     origin: str = ""
     running: bool = False
     mixed: str = ""
+    open: str = ""
     lead: Size | None = 0
 
     def __str__(self) -> str:
@@ -37,6 +40,19 @@ class Shape:
     @property
     def rank(self) -> int:
         return len(self.dims)
+
+
+def along(value: Any) -> bool:
+    """Whether a value, or one of several, has positions of a text."""
+    if isinstance(value, list):
+        return any(map(along, value))
+    return isinstance(value, Shape) and value.running and any(named(size) & POSITIONS for size in value.dims)
+
+
+def whole(shape: Shape) -> bool:
+    """Whether a tensor has one value for each text, [B, ...], and its other sizes are no input's."""
+    first, *others = shape.dims or (1,)
+    return same(first, Dim.of("B")) and not any(named(size) & (BATCH | POSITIONS) for size in others)
 
 
 def named(size: Size) -> set[str]:

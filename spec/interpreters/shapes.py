@@ -6,7 +6,7 @@ formula cannot fill the memory of whoever opens it.
 
 The batch and the sequence are always names, so that their axes are known wherever a formula moves them. A function that
 sums over such an axis, or picks from it, lets one text or one position read another: of texts that is refused, of
-positions it is remembered.
+positions it is remembered, and where one value for the whole text comes of it, that is a summary of the text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from typing import Any
 from peltc.spec.formula.dims import Dim, Size, same, simplify
 from peltc.spec.formula.functions import COMPILE_TIME
 from peltc.spec.formula.interpreter import FormulaError, Interpreter
-from peltc.spec.interpreters.shape import BATCH, MAX_ELEMENTS, POSITIONS, Shape, axis_index, broadcast, named, tensor
+from peltc.spec.formula.syntax import Call, Expr
+from peltc.spec.interpreters.shape import (
+    BATCH,
+    MAX_ELEMENTS,
+    POSITIONS,
+    Shape,
+    along,
+    axis_index,
+    broadcast,
+    named,
+    tensor,
+    whole,
+)
 from peltc.spec.interpreters.shape_rules import ELEMENTWISE_BINARY, RULES, SAME, same_shape
 
 
@@ -49,7 +61,29 @@ class ShapeInterpreter(Interpreter[Shape]):
         if reached & BATCH:
             raise FormulaError(f"'{name}' would let the texts of a batch read each other")
         mixed = next((v.mixed for v in running if v.mixed), name if reached & POSITIONS else "")
-        return replace(result, running=True, mixed=mixed, lead=_lead(name, arguments, running))
+        open_ = "" if whole(result) else next((v.open for v in running if v.open), name if reached & POSITIONS else "")
+        return replace(result, running=True, mixed=mixed, open=open_, lead=_lead(name, arguments, running))
+
+
+class Summaries(ShapeInterpreter):
+    """Evaluates formulas over shapes, and notes what they read a whole text by.
+
+    Attributes:
+        found: expressions that make one value for a text, [B, ...], of what has its positions; the first such ones, not
+            what is made of them in turn.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Expr, Shape] = {}
+        self.read = False
+
+    def _evaluate(self, expr: Expr, scope: Mapping[str, Any]) -> Any:
+        before, self.read = self.read, False
+        value = super()._evaluate(expr, scope)
+        if isinstance(expr, Call) and self.read and isinstance(value, Shape) and value.mixed and whole(value):
+            self.found.setdefault(expr, value)
+        self.read = before or along(value)
+        return value
 
 
 def _reached(name: str, arguments: Mapping[str, Any]) -> list[Size]:

@@ -5,6 +5,7 @@ All latencies are medians of interleaved runs in one process, as ratios to the b
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -14,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
-TEXTS, TOKENS, ROUNDS, MANY = 64, 128, 7, 1024
+TEXTS, TOKENS, ROUNDS, MANY, MILLION = 64, 128, 7, 1024, 1_000_000
 LORA: list[dict[str, Any]] = [{"method": "lora", "at": ["attention.query", "attention.value"], "r": 8}]
 ADAPTER: list[dict[str, Any]] = [{"method": "bottleneck", "at": "feed_forward.block", "reduction": 16}]
+
+
+XPEFT: list[dict[str, Any]] = [{"recipe": "xpeft", "n": 100, "k": 50, "std": 0.5}]
 
 
 def spec(attach: list[dict[str, Any]], mode: str) -> dict[str, Any]:
@@ -66,7 +70,9 @@ def measure(base: Path, folder: Path) -> list[tuple[str, str, str, str, str]]:
         bare.mkdir(parents=True)
         build(Plan(Spec("base", ()), opened.fingerprint, ()), opened, {}, bare)
     swap, bank = (compiled(folder / mode, base, LORA, mode) for mode in ("swappable", "bank"))
-    adapters = compiled(folder / "adapters", base, ADAPTER, "bank")
+    adapters, masks = (
+        compiled(folder / name, base, a, "bank") for name, a in (("adapters", ADAPTER), ("masks", XPEFT))
+    )
 
     linker = Linker(swap)
     tensors = drawn(linker, 0)
@@ -112,12 +118,16 @@ def measure(base: Path, folder: Path) -> list[tuple[str, str, str, str, str]]:
         for i in range(TEXTS):
             held.add_profile(str(i), maker.link(drawn(maker, i)))
     each = [str(i) for i in range(TEXTS)]
+    mixed = peltc.Session(masks, cpu, spinning=False)
+    names, stacked = each, masks_of(mixed, TEXTS)
+    mixed.add_profiles(names, stacked)
     calls: dict[str, Callable[[], object]] = {
         "base": lambda: base_session(**inputs),
         "bare rows": lambda: lora(**inputs),
         "one": lambda: lora(profile="0", **inputs),
         "each its own": lambda: lora(profile=each, **inputs),
         "each its own adapter": lambda: bottleneck(profile=each, **inputs),
+        "each its own masks": lambda: mixed(profile=each, **inputs),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(ROUNDS + 1):
@@ -132,11 +142,13 @@ def measure(base: Path, folder: Path) -> list[tuple[str, str, str, str, str]]:
         ("one", "a bank's graph, one LoRA for all rows", "≤ 1.06"),
         ("each its own", f"{TEXTS} rows with {TEXTS} LoRA profiles", "≤ 1.12"),
         ("each its own adapter", f"{TEXTS} rows with {TEXTS} adapters", "≤ 1.25"),
+        ("each its own masks", f"{TEXTS} rows with {TEXTS} profiles of X-PEFT, N = 100", "≤ 1.25"),
     ):
         ratio = statistics.median(a / b for a, b in zip(times[name], times["base"], strict=True))
         rows.append((f"BERT-base's shape, {TEXTS} × {TOKENS} tokens, {what}", f"{statistics.median(times[name]):.2f} s",
                      f"base {statistics.median(times['base']):.2f} s", f"{ratio:.3f} × the latency", goal))  # fmt: skip
 
+    rows += million(mixed, inputs) + sharing(adapters, bare, inputs)
     maker, one = Linker(bank), None
     few = {name: array[:4, :32] for name, array in inputs.items()}
     before = best_of(lambda: lora(profile=each[:4], **few), 15)
@@ -153,3 +165,61 @@ def measure(base: Path, folder: Path) -> list[tuple[str, str, str, str, str]]:
                  f"{before / statistics.median(b for _, b in after):.2f} × the throughput;"
                  f" a profile more takes {room / size:.2f} × its bytes", "≥ 0.95 ×, ≤ 1.05 ×"))  # fmt: skip
     return rows
+
+
+def masks_of(session: Any, count: int) -> dict[str, Any]:
+    """Random masks of so many profiles, [profiles, bytes] by input name."""
+    draw, found = np.random.default_rng(0), {}
+    for name, (size, ones) in session.manifest["profiles"]["masks"].items():
+        kinds = np.stack([draw.permutation(size) < ones for _ in range(min(count, 1000))])
+        bits = np.packbits(kinds, axis=-1, bitorder="little")
+        found[name] = bits[draw.integers(len(bits), size=count)]
+    return found
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def million(session: Any, inputs: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """A million profiles of X-PEFT in memory: how long they take to load, what they take, and what runs take then."""
+    names = [str(i) for i in range(MILLION)]
+    stacked = masks_of(session, MILLION)
+    size = sum(array.nbytes for array in stacked.values())
+    few = {name: array[:4, :32] for name, array in inputs.items()}
+    draw = np.random.default_rng(0)
+    before = best_of(lambda: session(profile=[str(i) for i in draw.integers(TEXTS, size=4)], **few), 25)
+    held, started = resident(), time.perf_counter()
+    session.add_profiles(names, stacked)
+    loading, held = time.perf_counter() - started, resident() - held
+    after = best_of(lambda: session(profile=[str(i) for i in draw.integers(MILLION, size=4)], **few), 25)
+    return [
+        (f"X-PEFT, N = 100, {MILLION:,} profiles of {size // MILLION} bytes loaded", f"{loading:.1f} s",
+         f"{held / 2**20:.0f} MiB", f"{held / size:.2f} × their bytes, with their names", ""),
+        ("BERT-base's shape, 4 × 32 tokens, any 4 of them", f"{1000 * after:.1f} ms",
+         f"of {TEXTS}: {1000 * before:.1f} ms", f"{before / after:.2f} × the throughput", "≥ 0.95 ×"),
+    ]  # fmt: skip
+
+
+def sharing(first: Path, other: Path, inputs: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """What a further artifact on the same base takes of memory, and a run of time, where sessions share weights."""
+    import peltc
+
+    taken, sessions = [], []
+    for shares in (False, True):
+        peltc.Session(first, ["CPUExecutionProvider"], spinning=False, share_weights=shares)  # what is loaded once
+        kept = peltc.Session(first, ["CPUExecutionProvider"], spinning=False, share_weights=shares)
+        before = resident()
+        sessions.append(peltc.Session(other, ["CPUExecutionProvider"], spinning=False, share_weights=shares))
+        sessions[-1](**{name: array[:1, :8] for name, array in inputs.items()})
+        taken.append((resident() - before) / 2**20)
+        del kept
+    ratios = []
+    for length in (8, TOKENS):
+        one = {name: array[:1, :length] for name, array in inputs.items()}
+        pairs = [[best_of(lambda s=s, one=one: s(**one), 1) for s in sessions] for _ in range(25)]
+        ratios.append(statistics.median(b / a for a, b in pairs))
+    return [("BERT-base's shape, a further artifact on the base, `share_weights`", f"{taken[1]:.0f} MiB more",
+             f"without: {taken[0]:.0f} MiB", f"{ratios[0]:.2f} × the latency at 1 × 8 tokens,"
+             f" {ratios[1]:.2f} × at 1 × {TOKENS}", "")]  # fmt: skip

@@ -75,6 +75,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"method": "prefix", "at": "attention", "length": 2, "hidden": 8, "gate": True},
     ],
     "gate-adapter": [{"method": "bottleneck", "at": BLOCK, "reads": "normed", "reduction": 4, "gate": True}],
+    "gate-central": [{"recipe": "unipelt_central", "r": 2, "length": 3, "hidden": 8, "reduction": 4}],
     "gate-ia3": [
         {"method": "ia3", "at": ["attention.key", "feed_forward.up"], "gate": {"scales": "result"}},
         {"method": "ia3", "name": "values", "at": "attention.value", "gate": True},

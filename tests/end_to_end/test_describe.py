@@ -300,3 +300,12 @@ def test_methods_unknown(pelt: Told) -> None:
     code, _, err = pelt("methods", "unipel")
     assert code == 1 and "E201 there is no method, recipe or combinator 'unipel'" in err
     assert "did you mean 'unipelt'?" in err
+
+
+def test_gates_of_a_prompt_are_told(model_folder: Folder) -> None:
+    def told_of(**deploy: Any) -> str:
+        (module,) = on(model_folder("llama"), {**LORA, "gate": {}}, deploy=deploy).modules
+        return module.row["inter_connectivity"]
+
+    assert told_of() == "dynamic: a gate per sample"
+    assert told_of(gates={"at": "prefill"}) == "dynamic: a gate per sample, of the prompt while tokens are generated"

@@ -35,8 +35,9 @@ def random_tensors(spec: peltc.Spec, model: Path, scale: float = 0.02) -> dict[s
 
 
 @pytest.mark.xdist_group("minilm")
-def test_frozen_gates_fold(model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    model, spec = model_folder("minilm"), peltc.load_spec(spec_file(tmp_path))
+@pytest.mark.parametrize("recipe", ["unipelt", "unipelt_central"])
+def test_frozen_gates_fold(recipe: str, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    model, spec = model_folder("minilm"), peltc.load_spec(spec_file(tmp_path, {**GATED, "recipe": recipe}))
     said: list[str] = []
     manifest = peltc.compile(spec, model, tmp_path / "out", random_tensors(spec, model), talk=said.append)
     absorbed = {m["attachment"] for m in manifest["modules"] if m["absorbed"]}

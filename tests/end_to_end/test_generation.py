@@ -278,3 +278,26 @@ def test_texts_are_padded_where_a_decoder_goes_on(tmp_path):
     assert inputs["attention_mask"].tolist() == [[0, 0, 0, 1, 1], [1] * 5]
     alone = session.generate(**session.tokenize("w5 w6"), **options)
     assert session.generate(**inputs, **options)[0, -5:].tolist() == alone[0, -5:].tolist()
+
+
+def test_a_formula_reads_the_mask_of_new_tokens(llama, tmp_path):
+    """In a step as in a prompt: the mask is of the tokens that a module sees, and no longer than they are."""
+    _, model = llama
+    method = {
+        "site": "linear",
+        "parameters": {"A": {"shape": ["out", "in"], "init": "normal(0.1)"}},
+        "delta": "unsqueeze(mask, -1) * linear(x, A)",
+    }
+    spec = {**SPEC, "attach": [{"method": "shown", "at": "attention.value"}], "methods": {"shown": method}}
+    session, attached = build(model, spec, tmp_path / "out")
+    given = prompt(attached) | {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found, expected = session.generate(**given), attached.generate(**given)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+    whole = {"input_ids": found.sequences, "use_cache": False}
+    more = torch.ones(3, NEW, dtype=torch.long)
+    whole |= {"attention_mask": torch.cat([given["attention_mask"], more], 1)}
+    with torch.no_grad():
+        logits = attached(**whole).logits[0, 6:-1]
+    steps = torch.stack(found.logits, 1)[0]
+    assert (steps - logits).abs().max() <= TOLERANCE * logits.abs().max()

@@ -1,4 +1,13 @@
-"""Failures that other tools let pass in silence, on our artifacts: each is refused or impossible."""
+"""Failures that other tools let pass in silence, on our artifacts: each is refused or impossible.
+
+Here: adapters are ignored where inputs are bound; of overlapping adapters the first wins; an adapter overrides what is
+given by the same name; equal or zero adapters are merged; inputs with defaults are taken out, or are there twice; a
+head of one profile answers for another in a mixed batch.
+
+Elsewhere: DoRA read as LoRA, and patterns of ranks and alphas ignored (`tests/oracles/test_import.py`, against PEFT);
+an adapter of another base whose shapes agree (`test_profiles.py`); an axis that is quietly fixed
+(`tests/conformance/test_laws.py`); norms that overflow in half precision (there, `test_half_precision`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +19,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
+import transformers
 
 import peltc
 from peltc.compiler.adapter.weights import start_tensors
@@ -79,3 +90,62 @@ def test_profiles_count_where_inputs_are_bound(model_folder: Folder, tmp_path: P
     session.inference.run_with_iobinding(binding)
     assert np.array_equal(binding.copy_outputs_to_cpu()[0], session(profile="own", **feeds)["logits"])
     assert not np.array_equal(session(profile="own", **feeds)["logits"], session(**feeds)["logits"])
+
+
+def drawn(spec: dict[str, Any], base: Path, seed: int) -> dict[str, Any]:
+    plan, _ = plan_for(load_spec(spec), base)
+    draw = np.random.default_rng(seed)
+    return {name: draw.normal(0, 0.2, t.shape).astype(np.float32) for name, t in plan.tensors.items()}
+
+
+def test_of_several_profiles_none_wins(model_folder: Folder, tmp_path: Path) -> None:
+    """ONNX Runtime runs with the first of two adapters of one set of names, and says nothing."""
+    base = model_folder("bert")
+    peltc.compile(SPEC, base, tmp_path / "out", mode="swappable", verify=False)
+    session = peltc.Session(tmp_path / "out", CPU)
+    for name in ("one", "other"):
+        session.add_profile(name, peltc.link(tmp_path / "out", drawn(SPEC, base, len(name))))
+    with pytest.raises(PeltError, match="E216 the profile of a run is given as list"):
+        session(profile=["one", "other"], input_ids=IDS)
+
+
+def stripped(file: Path) -> None:
+    """Takes out of a graph the inputs that have defaults, as optimisers do."""
+    model = onnx.load(file, load_external_data=False)
+    defaults = {tensor.name for tensor in model.graph.initializer}
+    kept = [value for value in model.graph.input if value.name not in defaults]
+    assert len(kept) < len(model.graph.input)
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    file.write_bytes(model.SerializeToString())
+
+
+def test_inputs_that_are_gone_are_missed(model_folder: Folder, tmp_path: Path) -> None:
+    base = model_folder("llama")
+    peltc.compile(SPEC, base, tmp_path / "out", mode="swappable", generation=True, verify=False)
+    for file in tmp_path.glob("out/*.onnx"):
+        stripped(file)
+    session = peltc.Session(tmp_path / "out", CPU)
+    session.add_profile("own", peltc.link(tmp_path / "out", drawn(SPEC, base, 0)))
+    with pytest.raises(PeltError, match=r"E612 .*Invalid input name: pelt\.lora"):
+        session(profile="own", input_ids=IDS)
+    with pytest.raises(PeltError, match=r"E605 no graph has the input pelt\.lora"):
+        session.generate(IDS, profile="own", max_new_tokens=2)
+
+
+def test_each_row_has_its_own_head(model_folder: Folder, tmp_path: Path) -> None:
+    """A head that each profile trained as a whole, beside what all have."""
+    base = model_folder("bert")
+    spec = {**SPEC, "attach": [*SPEC["attach"], {"method": "replace", "at": "head"}]}
+    own = [drawn(spec, base, seed) for seed in range(2)]
+    peltc.compile(spec, base, tmp_path / "out", own[0], mode="bank", verify=False)
+    session, expected = peltc.Session(tmp_path / "out", CPU), []
+    for i, tensors in enumerate(own):
+        session.add_profile(str(i), peltc.link(tmp_path / "out", tensors))
+        peltc.compile(spec, base, tmp_path / str(i), tensors, mode="static", verify=False)
+        expected.append(peltc.Session(tmp_path / str(i), CPU)(input_ids=IDS)["logits"])
+    with torch.no_grad():
+        bare = transformers.BertForSequenceClassification.from_pretrained(base).eval()(torch.tensor(IDS[:1])).logits
+    found = session(profile=["0", "1", "1", None], input_ids=[*IDS, IDS[0], IDS[0]])["logits"]
+    wanted = np.stack([expected[0][0], expected[1][1], expected[1][0], bare.numpy()[0]])
+    assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()

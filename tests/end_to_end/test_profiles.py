@@ -41,6 +41,15 @@ ATTACHED: dict[str, list[dict[str, Any]]] = {
     "gates": [{"recipe": "unipelt"}],
     "mixtures": [{"recipe": "adamix"}],
     "banks": [{"method": "bottleneck", "at": "feed_forward.block", "bank": {"size": 8, "k": 4, "std": 0.5}}],
+    "soft masks": [{**LORA[0], "bank": {"size": 5, "mask": "soft", "std": 0.5}}],
+    "all chosen": [
+        {
+            "method": "bottleneck",
+            "at": "attention.block",
+            "inner_norm": "affine",
+            "bank": {"size": 3, "k": 3, "normalise": "sum"},
+        }
+    ],
     "tables": [{"method": "lora", "at": "embedding.word"}],
     "norms": [{"method": "norm_tuning", "at": "*norm"}],
 }
@@ -97,7 +106,7 @@ def test_a_profile_is_an_artifact_of_its_own(kind: str, family: str, model_folde
             expected = np.stack([alone["one"][0], alone["other"][1]])
             assert np.abs(mixed - expected).max() < 1e-6 * scale
         if session.manifest["profiles"]["no_bare_base"]:
-            assert kind in ("keys", "gates")
+            assert kind in ("keys", "gates") or (kind, mode) == ("all chosen", "swappable")  # no mask is another
             with pytest.raises(PeltError, match="E627 no profile is named, and this artifact has no bare base"):
                 session(**given(family))
             continue
@@ -309,3 +318,73 @@ def test_tokens_before_the_sequence_are_refused(model_folder: Folder, tmp_path: 
         peltc.compile(spec_of([{"method": "prompt", "at": "embedding.word"}]), model_folder("bert"), tmp_path / "out",
                       mode="swappable")  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def masked(size: int, k: int, masks: str = "packed") -> Any:
+    """X-PEFT's spec, for a bank."""
+    attach = [{"recipe": "xpeft", "n": size, "k": k, "std": 0.5, "reduction": 4}]
+    return load_spec({"pelt": 1, "name": "first", "attach": attach, "deploy": {"mode": "bank", "masks": masks}})
+
+
+@pytest.mark.parametrize(("size", "k"), [(2, 1), (20, 9)])
+def test_a_profile_of_masks_is_their_bits(size: int, k: int, model_folder: Folder, tmp_path: Path) -> None:
+    """Two masks of ⌈N/8⌉ bytes for each layer, by which the graph mixes the bank: what it answers is what the modules
+    that are mixed when a profile is linked answer. Of a bank of two, half of all masks are alike."""
+    base, answers = model_folder("bert"), {}
+    own = [drawn(masked(size, k), base, seed) for seed in range(4)]
+    for masks in ("packed", "mixed"):
+        peltc.compile(masked(size, k, masks), base, tmp_path / masks, own[0], verify=masks == "packed")
+        session = peltc.Session(tmp_path / masks, CPU)
+        linked = [peltc.link(tmp_path / masks, tensors) for tensors in own]
+        for i, profile in enumerate(linked):
+            session.add_profile(str(i), profile)
+        inputs = {"input_ids": [[5, 6, 7, 8]] * 5}
+        answers[masks] = session(profile=[None, "0", "1", "2", "3"], **inputs)["logits"]
+        if masks == "packed":
+            assert {array.dtype for array in linked[0].values()} == {np.dtype(np.uint8)}
+            assert sum(array.nbytes for array in linked[0].values()) == 2 * 2 * -(-size // 8)
+    scale = np.abs(answers["mixed"]).max()
+    assert np.abs(answers["packed"] - answers["mixed"]).max() < 1e-6 * scale
+    assert np.abs(answers["packed"][0] - answers["packed"][1:]).max(axis=1).min() > 1e-3 * scale
+
+
+def test_masks_that_choose_another_number_are_refused(model_folder: Folder, tmp_path: Path) -> None:
+    base, spec = model_folder("bert"), masked(20, 9)
+    peltc.compile(spec, base, tmp_path / "out", drawn(spec, base, 0), verify=False)
+    session, profile = peltc.Session(tmp_path / "out", CPU), peltc.link(tmp_path / "out", drawn(spec, base, 1))
+    name = next(iter(profile))
+    for wrong in (profile[name] | 255, profile[name] & 0, np.array([0xFF, 1, 0x80], np.uint8)):
+        with pytest.raises(PeltError, match=r"E625 .* does not choose 9 of 20 modules in"):
+            session.add_profile("wrong", {**profile, name: wrong})
+    with pytest.raises(PeltError, match=r"E625 .* which is uint8 \[3\] in this artifact"):
+        session.add_profile("wrong", {**profile, name: profile[name].astype(np.float32)})
+    session.add_profile("right", profile)
+
+
+def test_many_profiles_are_added_at_once(model_folder: Folder, tmp_path: Path) -> None:
+    """As one by one; and all, or none."""
+    base, spec = model_folder("bert"), masked(20, 9)
+    peltc.compile(spec, base, tmp_path / "out", drawn(spec, base, 0), verify=False)
+    one, many = (peltc.Session(tmp_path / "out", CPU) for _ in range(2))
+    linked = [peltc.link(tmp_path / "out", drawn(spec, base, seed)) for seed in range(12)]
+    names = [f"user {i}" for i in range(12)]
+    for name, profile in zip(names, linked, strict=True):
+        one.add_profile(name, profile)
+    stacked = {key: np.stack([profile[key] for profile in linked]) for key in linked[0]}
+    many.add_profiles(names[:5], {key: array[:5][::-1] for key, array in stacked.items()})
+    many.add_profiles(names, stacked)  # which replace the first five
+    many.add_profiles([], stacked)
+    inputs = {"input_ids": np.arange(5, 53).reshape(12, 4)}
+    assert np.array_equal(one(profile=names, **inputs)["logits"], many(profile=names, **inputs)["logits"])
+    wrong = {key: array.copy() for key, array in stacked.items()}
+    wrong[next(iter(wrong))][7] = 255
+    fewer = {key: array[1:] for key, array in stacked.items()}
+    for given, message in (
+        (wrong, "E625 .*'new 0 and 11 more' does not choose 9 of 20"),
+        (fewer, r"E625 .* which is uint8 \[12, 3\]"),
+    ):
+        with pytest.raises(PeltError, match=message):
+            many.add_profiles([f"new {i}" for i in range(12)], given)
+    with pytest.raises(PeltError, match="E216 the names of profiles"):
+        many.add_profiles(names[:11] + names[:1], stacked)
+    assert many.profiles == names

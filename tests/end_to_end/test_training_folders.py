@@ -1,8 +1,11 @@
 """Folders as training scripts leave them, compiled with one command: a `Trainer` over PEFT, an adapter that
-`transformers` adds itself, and TRL's trainer."""
+`transformers` adds itself, TRL's trainer, and that of the `adapters` library."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import peltc
 from peltc.runtime.commands.cli import run
@@ -26,6 +30,11 @@ pytestmark = [
 ]
 EFFECT = 1e-3
 """How much training must move the output, as a share of it, for the comparison to mean anything."""
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("PELTC_ADAPTERS_PYTHON") or ROOT / ".venv/adapters/bin/python")
+"""An interpreter that has the `adapters` library; `make .venv/adapters/.ready` sets one up."""
+PATIENCE = 300
+"""Seconds that it may take."""
 WORDS = ("the", "graph", "of", "a", "model", "has", "nodes", "and", "edges")
 
 
@@ -137,3 +146,24 @@ def test_trls_trainer(model_folder: Folder, tmp_path: Path) -> None:
         {"input_ids": torch.arange(3, 12)[None]},
         "logits",
     )
+
+
+def test_the_trainer_of_adapters(model_folder: Folder, tmp_path: Path) -> None:
+    """On MiniLM's real weights, by a program of its own: the adapter that was saved, and the run's folder with its
+    checkpoint, in torch's own format, both with a head of the library's own."""
+    if not PYTHON.is_file():
+        pytest.skip(f"no interpreter with the adapters library at {PYTHON}: make .venv/adapters/.ready")
+    base, request = model_folder("minilm"), tmp_path / "request"
+    request.write_text(json.dumps({"base": str(base), "out": str(tmp_path)}))
+    program = [str(PYTHON), "-I", str(ROOT / "tests/oracles/adapters_training.py")]
+    with request.open() as given:
+        done = subprocess.run(program, stdin=given, capture_output=True, text=True, timeout=PATIENCE,
+                              env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = load_file(tmp_path / "answer.safetensors")
+    before, after = answer.pop("before"), answer.pop("after")
+    assert np.abs(after - before).max() > EFFECT * np.abs(after).max()
+    for folder in ("adapter", "run"):
+        assert run(["compile", str(tmp_path / folder), str(base), "-o", str(tmp_path / "out"), "-q"]) == 0
+        found = peltc.Session(tmp_path / "out", ["CPUExecutionProvider"])(**answer)["logits"]
+        assert np.abs(found - after).max() < TOLERANCE["float32"] * np.abs(after).max()

@@ -149,6 +149,10 @@ OTHERS: dict[str, tuple[str, Said, Said]] = {
     "a fused map in part": ("gpt2", lora(attn_matrices=["k", "v"], use_gating=True), {}),
     "vectors before a non-linearity": ("t5", config("IA3Config", attn_matrices=["q"], output_lora=True), {}),
     "products in both stacks": ("t5", bottleneck("CompacterConfig", shared_phm_rule=False), {}),
+    "low rank on a model that has hooks": ("qwen2", lora(**EVERYWHERE), {}),
+    "bottlenecks on hooks": ("qwen2", bottleneck(mh_adapter=True), {}),
+    "beside hooks": ("qwen2", bottleneck("ParBnConfig"), {}),
+    "behind a layer whose sub-layers end in norms": ("gemma2", config("LoReftConfig", r=2), {}),
     "magnitudes with a gate": ("bert", lora("DoRAConfig", use_gating=True), {}),
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ def randomise(model: Any, name: str, seed: int, head: bool) -> None:
 def composed(model: Any, said: Said, out: Path) -> torch.Tensor:
     """What several adapters answer in a setup, which is saved."""
     names = [f"{ADAPTER}{number}" for number in range(len(said["setup"]["configs"]))]
-    setup = getattr(composition, said["setup"]["kind"])(*names)
+    setup = getattr(composition, said["setup"]["kind"])(*names, **said["setup"].get("options", {}))
     for number, (name, config) in enumerate(zip(names, said["setup"]["configs"], strict=True)):
         model.add_adapter(name, config=config_of(config))
         randomise(model, name, said["seed"] + number, False)

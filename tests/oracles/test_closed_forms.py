@@ -689,6 +689,54 @@ def test_prefix_by_a_network(bench: Bench) -> None:
     bench.check(model, prefixed(keys))
 
 
+def with_a_central_gate(bench: Bench, swapped: bool = False, after: bool = True) -> tuple[Any, Places]:
+    """LoRA and a prefix that share a gate in each layer; wrongly `swapped`, or with the softmax not `after` the mean.
+    What a decoder computes where padding comes first is nobody's business, so that its mean leaves padding out."""
+    masked = bench.name == "gpt2"
+    gate = {"central": "gates", "mask_padding": masked}
+    weights = bench.real if masked else np.ones_like(bench.real)
+    weights = (weights / weights.sum(1, keepdims=True))[..., None]
+    model, tensors = bench.attach(
+        {"method": "lora", "at": ["attention.query", "attention.value"], "r": 4, "gate": {**gate, "output": 0}},
+        {"method": "prefix", "at": "attention", "length": 3, "reparameterise": False, "gate": {**gate, "output": 1}},
+    )
+    lora, prefix = tensors_at(bench, tensors, "lora"), tensors_at(bench, tensors, "prefix")
+    read: dict[int, Array] = {}
+
+    def gates(i: int) -> Array:
+        """[B, 2]"""
+        start = f"gates.{PREFIX[bench.name]}.layers.{i}.gate"
+        z = relu(linear(read[i], tensors[f"{start}_weight"], tensors[f"{start}_bias"]))
+        g = softmax((weights * z).sum(1)) if after else (weights * softmax(z)).sum(1)
+        return g[:, ::-1] if swapped else g
+
+    def linear_(i: int, role: str, x: Array, W: Array, b: Array) -> Array:
+        if role not in ("query", "value"):
+            return linear(x, W, b)
+        read[i] = x
+        t = lora(i, role)
+        return linear(x, W, b) + gates(i)[:, :1, None] * linear(linear(x, t["A"]), t["B"])
+
+    def attention(i: int, q: Array, k: Array, v: Array, seen: Array) -> Array:
+        t, g = prefix(i, "attention"), gates(i)[:, 1][:, None, None, None]
+        K, V = g * t["K"], g * t["V"]
+        ones = np.ones((*seen.shape[:3], K.shape[2]), bool)
+        return attend(q, np.concatenate([K, k], 2), np.concatenate([V, v], 2), np.concatenate([ones, seen], 3))
+
+    return model, Places(linear=linear_, attention=attention)
+
+
+def test_a_central_gate(bench: Bench) -> None:
+    """g = softmax(mean_S relu(x Wᵀ + c)): g₀ in place of LoRA's α/r, g₁ on the prefix's keys and values."""
+    bench.check(*with_a_central_gate(bench))
+
+
+@pytest.mark.parametrize("wrong", [{"swapped": True}, {"after": False}], ids=["swapped", "softmax-first"])
+def test_another_central_gate_shows(bench: Bench, wrong: dict[str, bool]) -> None:
+    with pytest.raises(AssertionError, match="differs by"):
+        bench.check(*with_a_central_gate(bench, **wrong))
+
+
 def test_prompt(bench: Bench) -> None:
     """Tokens before the sequence, before positions and the embedding's norm; outputs keep the length of the text."""
     model, tensors = bench.attach({"method": "prompt", "at": "embedding.word", "length": 5})

@@ -73,6 +73,7 @@ COUNTS: dict[str, tuple[int, list[Entry]]] = {
     "unipelt": (11_083_376, [{"recipe": "unipelt"}]),
     "unipelt, AP": (11_083_376 - 294_912 - 2 * 12 * 769, [{"recipe": "unipelt", "lora": False}]),
     "unipelt without gates": (11_083_376 - 4 * 12 * 769, [{"recipe": "unipelt", "gates": False}]),
+    "unipelt with a central gate": (11_083_376 - 3 * 12 * 769 + 12 * 2 * 769, [{"recipe": "unipelt_central"}]),
     "unipelt with a prompt": (11_091_056, [{"recipe": "unipelt_prompt"}]),
     "gated ia3, prefix, adapter": (10_852_988, [{"recipe": "unipelt_ia3"}]),
     "mam": (22_493_984, [{"recipe": "mam"}]),

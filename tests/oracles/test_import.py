@@ -22,9 +22,9 @@ from import_matrix import MAPS, METHODS, TASKS, WITHOUT, cell, written
 from safetensors.numpy import load_file, save_file
 
 import peltc
-from peltc.compiler.importers.hf_peft import FORMATS
 from peltc.compiler.importers.importing import import_adapter, imports
-from peltc.compiler.importers.targets import targeted
+from peltc.compiler.importers.peft.methods import FORMATS
+from peltc.compiler.importers.peft.targets import targeted
 from peltc.runtime.commands.cli import run
 from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError

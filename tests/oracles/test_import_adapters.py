@@ -246,7 +246,9 @@ def test_a_stack_is_one_attachment_after_another(library: Library, tmp_path: Pat
 @pytest.mark.parametrize(
     ("setup", "words"),
     [
-        ({"type": "Average", "children": []}, "E431 a setup of the kind 'Average' is not imported"),
+        ({"type": "Split", "children": []}, "E431 a setup of the kind 'Split' is not imported"),
+        ({"type": "Parallel", "children": []}, "(?s)E431 a setup of the kind 'Parallel' is.*`mode: bank`"),
+        ({"type": "Average", "children": []}, "E430 the setup has 0 adapters"),
         ({"type": "Stack", "children": [{"type": "Fuse", "children": []}]}, "E431 a setup within a setup"),
         (
             {"type": "Stack", "children": [{"type": "single", "children": ["../one0"]}]},
@@ -358,10 +360,30 @@ def test_a_wrong_number_shows(adapter: Path, bert: Path, library: Library, tmp_p
     assert min(cases.errors(tmp_path, bert).values()) > TOLERANCE["float32"]
 
 
-def test_models_that_the_library_hooks_are_refused(adapter: Path, bert: Path) -> None:
-    (adapter / "adapter_interface.json").write_text("{}")
-    with pytest.raises(PeltError, match=r"E431 the folder has adapter_interface\.json"):
-        import_adapter(adapter, bert)
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            {"layer_ln_2": "post_feedforward_layernorm"},
+            "E431 at .*feed_forward.block the library reads the norm of the",
+        ),
+        ({"layer_pre_self_attn": "self_attn"}, "E431 at .*attention.block the library takes something else for the"),
+        ({"layer_pre_ffn": None}, "E431 at .*feed_forward.block the library takes something else for the residual"),
+        (
+            {"layer_output_proj": "mlp.up_proj"},
+            "E431 the library's adapter is not behind the last map of .*feed_forward",
+        ),
+    ],
+)
+def test_hooks_elsewhere_are_refused(keys: dict[str, Any], words: str, library: Library, tmp_path: Path) -> None:
+    folder, base = a_setup(library, "bottlenecks on hooks", tmp_path)
+    said = json.loads((folder / "adapter_interface.json").read_text())["interface"]
+    change(folder, "adapter_interface.json", interface=said | keys)
+    with pytest.raises(PeltError, match=words):
+        import_adapter(folder, base)
+    (folder / "adapter_interface.json").write_text("{}")
+    with pytest.raises(PeltError, match="E430 the interface names no modules"):
+        import_adapter(folder, base)
 
 
 def pickled(folder: Path, content: Any) -> None:

@@ -19,9 +19,9 @@ from import_matrix import written
 from safetensors.numpy import load_file, save_file
 
 import peltc
-from peltc.compiler.importers.hf_vblora import logits
 from peltc.compiler.importers.importing import import_adapter
-from peltc.compiler.importers.torch_random import places
+from peltc.compiler.importers.peft.methods.vblora import logits
+from peltc.compiler.importers.peft.torch_random import places
 from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peltc.compiler.importers.torch_random import LARGE, permuted, places
+from peltc.compiler.importers.peft.torch_random import LARGE, permuted, places
 
 SEEDS = (0, 777, 2**32 - 1, 2**33 + 1, 2**64 - 1)
 

@@ -57,6 +57,9 @@ def test_a_name_keeps_networks_apart() -> None:
     networks = {a.name: a.combined["generate"]["network"] for a in spec.attach if a.combined}
     assert networks == {"adapter": "hyper", "prefix": "hyper", "other_adapter": "other_hyper",
                         "other_prefix": "other_hyper"}  # fmt: skip
+    spec = load({"recipe": "unipelt_central"}, {"recipe": "unipelt_central", "name": "other"})
+    assert [a.combined["gate"]["central"] for a in spec.attach] == ["central", "central", "",
+                                                                    "other_central", "other_central", ""]  # fmt: skip
 
 
 def test_parts_go() -> None:

@@ -14,7 +14,7 @@ from peltc.spec.formula.interpreter import EvaluationError, FormulaError
 from peltc.spec.formula.reader import OPERATORS, parse
 from peltc.spec.formula.syntax import calls
 from peltc.spec.interpreters.shape import MAX_ELEMENTS, Shape, axis_index, broadcast, tensor
-from peltc.spec.interpreters.shapes import ShapeInterpreter
+from peltc.spec.interpreters.shapes import ShapeInterpreter, Summaries
 
 B, S, D = Dim.of("B"), Dim.of("S"), Dim.of("d")
 SCOPE: dict[str, Any] = {
@@ -347,6 +347,26 @@ def test_wrong(text: str, words: str) -> None:
 def test_whether_positions_read_each_other(text: str, mixed: str) -> None:
     """A property of the expression, wherever it moves the sequence's axis."""
     assert tensor(shape(text)).mixed == mixed
+
+
+@pytest.mark.parametrize(
+    ("text", "summaries", "open_"),
+    [
+        ("x * 2", [], ""), ("softmax(x, axis=1)", [], "softmax"), ("attend(x, x, x)", [], "attend"),
+        ("mean_seq(x) * x", ["mean_seq(x)"], ""), ("mean_seq(x, mask) + x", ["mean_seq(x, mask)"], ""),
+        ("sum(softmax(x, axis=1) * x, axis=1)", ["sum(softmax(x, axis=1) * x, axis=1)"], ""),
+        ("relu(sum(x, axis=1)) + slice(x, 0, 1, axis=1) * x", ["sum(x, axis=1)", "slice(x, 0, 1, axis=1)"], ""),
+        ("mean_seq(x) + running_sum(x, axis=1)", ["mean_seq(x)"], "running_sum"),
+        ("einsum('bsd->bd', x)", ["einsum('bsd->bd', x)"], ""), ("einsum('bsd->db', x)", [], "einsum"),
+        ("mean(transpose(x)) * 2", ["mean(transpose(x))"], ""), ("mean(x)", [], ""),
+    ],
+)  # fmt: skip
+def test_what_is_made_of_a_text_as_a_whole(text: str, summaries: list[str], open_: str) -> None:
+    """What has one value for a text, and what has a value of others for each position."""
+    shapes = Summaries()
+    found = shapes.evaluate(parse(text), SCOPE)
+    assert [expr.text for expr in shapes.found] == summaries
+    assert tensor(found).open == open_
 
 
 def test_every_function_is_tried() -> None:

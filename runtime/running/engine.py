@@ -1,0 +1,115 @@
+"""ONNX Runtime on the execution providers that are wanted: how the graphs of an artifact are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peltc.compiler.files.talk import logged
+from peltc.runtime.running.device import CPU, LIBRARIES, providers_of
+from peltc.runtime.running.inputs import essence
+from peltc.spec.diagnostics import Place, fail, one_of
+
+FILES = "session.model_external_initializers_file_folder_path"
+"""The option of ONNX Runtime that says where a graph from memory has its weights."""
+NO_PREPACKING = "session.disable_prepacking"
+"""The option that lets kernels read weights as they are: prepacked, each session has a copy."""
+
+
+class Engine:
+    """Opens graphs of one artifact.
+
+    Args:
+        folder: the artifact's.
+        providers: execution providers in order of preference; see `Session`.
+        threads: threads of one operator; ONNX Runtime's choice where absent.
+        spinning: whether idle threads wait busily.
+
+    Raises:
+        PeltError: E604 an execution provider that is not there.
+
+    Attributes:
+        providers: those of the graph that was opened last; before any is opened, those wanted.
+        settings: entries of ONNX Runtime's session config.
+        optimised: whether ONNX Runtime may change the graph.
+    """
+
+    def __init__(self, folder: Path, providers: Sequence[str] | None, threads: int | None, spinning: bool):
+        self.folder, self.threads = folder, threads
+        self.asked = providers is not None
+        self.wanted = self.providers = providers_of(providers)
+        self.settings = {} if spinning else {"session.intra_op.allow_spinning": "0"}
+        self.optimised = True
+
+    def start(self, model: str | bytes, weights: Mapping[str, Any] | None = None) -> Any:
+        """ONNX Runtime's session of a graph, from a file or from memory, on the providers that are wanted.
+
+        Args:
+            weights: values of initializers by name, `ort.OrtValue`, which must stay for as long as the session does.
+
+        Raises:
+            PeltError: E604 a provider that was asked for and cannot be used here; E605 the graph cannot be opened.
+        """
+        import onnxruntime as ort
+
+        place = Place(str(self.folder))
+        try:  # ONNX Runtime would go on with other providers, when it opens the graph and when it runs it
+            opened = ort.InferenceSession(model, self._options(weights), providers=self.wanted, enable_fallback=0)
+        except Exception as error:
+            if self._opens_on_cpu(model, weights):  # so it is not the graph that is at fault
+                message = f"the artifact cannot be opened on {', '.join(self.wanted)}: {essence(error)}"
+                raise fail("E604", message, place, one_of(CPU), LIBRARIES) from None
+            reason = str(error).splitlines()[0][:300]  # with the code by which verification knows what has no kernel
+            raise fail("E605", f"ONNX Runtime cannot open the artifact: {reason}", place) from None
+        real: list[str] = opened.get_providers()
+        if missing := [name for name in self.wanted if name not in real]:
+            message = f"{missing[0]} cannot be used on this machine, though this ONNX Runtime was built with it"
+            if self.asked:
+                raise fail("E604", message, place, one_of(real), LIBRARIES)
+            logged(f"warning: {message}; the artifact runs on {', '.join(real)}. {LIBRARIES[0].upper()}{LIBRARIES[1:]}")
+        self.providers = real
+        return opened
+
+    def _options(self, weights: Mapping[str, Any] | None) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised, and said once
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        if not self.optimised:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry(FILES, str(self.folder.absolute()))
+        for name, value in self.settings.items():
+            options.add_session_config_entry(name, value)
+        for name, value in (weights or {}).items():
+            options.add_initializer(name, value)
+        return options
+
+    def _opens_on_cpu(self, model: str | bytes, weights: Mapping[str, Any] | None) -> bool:
+        """Whether a graph that cannot be opened on the providers that are wanted opens on the CPU."""
+        import onnxruntime as ort
+
+        if set(self.wanted) <= set(CPU):
+            return False
+        try:
+            ort.InferenceSession(model, self._options(weights), providers=CPU, enable_fallback=0)
+        except Exception:
+            return False
+        return True
+
+
+def check_shared(engine: Engine, manifest: Mapping[str, Any]) -> None:
+    """Whether sessions of an artifact can share the base's weights.
+
+    Raises:
+        PeltError: E604 on another provider than the CPU, or in half precision, where each has a copy of its own.
+    """
+    place, precision = Place(str(engine.folder)), manifest["base"]["precision"]
+    if engine.wanted != CPU:
+        raise fail("E604", f"weights are shared on the CPU alone, not on {engine.wanted[0]}", place, f"providers={CPU}")
+    if precision != "float32":
+        raise fail("E604", f"weights cannot be shared in {precision}, which the CPU computes in float32, in copies of"
+                   " each session's own", place, "an artifact compiled with `precision: float32`",
+                   "leave out `share_weights`")  # fmt: skip
