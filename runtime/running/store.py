@@ -65,9 +65,10 @@ class ProfileStore:
         about = None
         if artifact is not None:
             record = read_manifest(Path(artifact)).get("profiles")
-            inputs = Form(record, Place(str(artifact))).inputs
+            form = Form(record, Place(str(artifact)))
+            said = {"inputs": form.inputs, "masks": form.masks}
             assert record is not None
-            about = {"fingerprint": record["fingerprint"], "inputs": json.dumps(inputs, sort_keys=True)}
+            about = {"fingerprint": record["fingerprint"]} | {k: json.dumps(v, sort_keys=True) for k, v in said.items()}
         self.artifact, self.place = artifact, Place(str(path))
         try:
             self.records = Records(path, about, limits, create=create)
@@ -231,10 +232,13 @@ def _record(about: Mapping[str, str], place: Place) -> dict[str, Any]:
         PeltError: E630 it says something else.
     """
     try:
-        fingerprint, inputs = about["fingerprint"], json.loads(about["inputs"])
+        fingerprint, inputs, masks = about["fingerprint"], json.loads(about["inputs"]), json.loads(about["masks"])
         int(fingerprint, 16)
-        if not all(type(size) is int and size >= 0 for shape in dict(inputs).values() for size in shape):
+        numbers = [*dict(inputs).values(), *dict(masks).values()]
+        if not all(type(size) is int and size >= 0 for shape in numbers for size in shape):
+            raise ValueError
+        if not all(len(mask) == 2 for mask in masks.values()):
             raise ValueError
     except (KeyError, ValueError, TypeError, RecursionError):
         raise fail("E630", "the store does not say what artifact it belongs to", place) from None
-    return {"fingerprint": fingerprint, "inputs": inputs}
+    return {"fingerprint": fingerprint, "inputs": inputs, "masks": masks}
