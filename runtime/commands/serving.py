@@ -23,7 +23,7 @@ from peltc.spec.packages import needing
 @click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Texts of a batch at most.")
 @click.option("--tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens of a batch at most.")
 @click.option("--queue", type=click.IntRange(1), default=512, show_default=True, help="Texts that wait at most.")
-@click.option("--padding", type=click.FloatRange(0, 1), default=0.2, show_default=True,
+@click.option("--padding", type=click.FloatRange(0, 1), default=0.1, show_default=True,
               help="The share of a batch's tokens that may be padding.")  # fmt: skip
 @click.option("--delay", type=click.FloatRange(0, 10), default=0.002, show_default=True,
               help="Seconds that a batch waits for more.")  # fmt: skip

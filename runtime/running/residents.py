@@ -55,7 +55,8 @@ class Residents:
             raise wrong_type("how many profiles are resident", most, "a whole number of at least 1")
         _ = profiles.form.inputs
         assert profiles.record is not None
-        if (store.fingerprint, store.form.inputs) != (profiles.record["fingerprint"], profiles.form.inputs):
+        own, other = profiles.form, store.form
+        if (store.fingerprint, other.inputs, other.masks) != (profiles.record["fingerprint"], own.inputs, own.masks):
             raise fail("E631", "the store belongs to another artifact", store.place, f"profiles of {profiles.place}")
         self.profiles, self.store, self.most = profiles, store, most
         self.entries: dict[Key, Entry] = {}

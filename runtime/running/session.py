@@ -215,7 +215,8 @@ class Session:
             opened.append(Bound(self.open(file), self.tensors))
             return opened[-1]
 
-        found = open_generator(self.folder, bound)
+        with needing("generation"):
+            found = open_generator(self.folder, bound)
         self.kept.check_offered(opened)
         return found
 

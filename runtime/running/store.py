@@ -65,10 +65,10 @@ class ProfileStore:
         about = None
         if artifact is not None:
             record = read_manifest(Path(artifact)).get("profiles")
-            inputs = Form(record, Place(str(artifact))).inputs
+            form = Form(record, Place(str(artifact)))
+            said = {"inputs": form.inputs, "masks": form.masks}
             assert record is not None
-            about = {"fingerprint": record["fingerprint"], "inputs": json.dumps(inputs, sort_keys=True),
-                     "masks": json.dumps(record["masks"], sort_keys=True)}  # fmt: skip
+            about = {"fingerprint": record["fingerprint"]} | {k: json.dumps(v, sort_keys=True) for k, v in said.items()}
         self.artifact, self.place = artifact, Place(str(path))
         try:
             self.records = Records(path, about, limits, create=create)
@@ -234,8 +234,10 @@ def _record(about: Mapping[str, str], place: Place) -> dict[str, Any]:
     try:
         fingerprint, inputs, masks = about["fingerprint"], json.loads(about["inputs"]), json.loads(about["masks"])
         int(fingerprint, 16)
-        sizes = [size for shape in (*dict(inputs).values(), *dict(masks).values()) for size in shape]
-        if not all(type(size) is int and size >= 0 for size in sizes) or any(len(mask) != 2 for mask in masks.values()):
+        numbers = [*dict(inputs).values(), *dict(masks).values()]
+        if not all(type(size) is int and size >= 0 for shape in numbers for size in shape):
+            raise ValueError
+        if not all(len(mask) == 2 for mask in masks.values()):
             raise ValueError
     except (KeyError, ValueError, TypeError, RecursionError):
         raise fail("E630", "the store does not say what artifact it belongs to", place) from None

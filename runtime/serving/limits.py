@@ -23,7 +23,7 @@ class ServingLimits:
     body: int = 16 << 20
     rows: int = 64
     tokens: int = 32_768
-    padding: float = 0.2
+    padding: float = 0.1
     queue: int = 512
     delay: float = 0.002
     connections: int = 1024

@@ -58,6 +58,7 @@ def artifact(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> 
     for name in NAMES:
         tensors = {n: draw.normal(0, 0.3, t.shape).astype(np.float32) for n, t in linker.plan.tensors.items()}
         store.put(name, linker.link(tensors))
+    store.close()
     (folder / "hook.py").write_text(HOOK)
     return folder
 
