@@ -96,9 +96,21 @@ def profiles(folder: Path) -> dict[str, Any]:
     peltc.compile(ATTACHED, folder / "model", folder / "bank", verify=False, mode="bank")
     linker = Linker(folder / "bank")
     write_profile(folder / "ada_bank.onnx_adapter", linker.link(tensors), linker.record["fingerprint"])
+    masks = {"pelt": 1, "attach": [{"recipe": "xpeft", "n": 4, "k": 2}]}
+    for name, spec in (("lora_bank", ATTACHED), ("xpeft_bank", masks)):
+        peltc.compile(spec, folder / "model", folder / name, verify=False, mode="bank")
     ids = np.array(IDS)
     given = {"ids": ids, "mask": np.ones_like(ids), "onnxruntime": onnxruntime}
     return {**given, "feeds": {"input_ids": ids, "attention_mask": given["mask"], "token_type_ids": 0 * ids}}
+
+
+def importing(folder: Path) -> dict[str, Any]:
+    peltc.compile({**ATTACHED, "name": "ada"}, models.save("bert", folder / "model"), folder / "bank", verify=False,
+                  mode="bank")  # fmt: skip
+    linker, ids = Linker(folder / "bank"), np.array([*IDS, IDS[0]])
+    linked = linker.link(load_file(folder / "bank/adapter.safetensors"))
+    write_profile(folder / "bob.onnx_adapter", linked, linker.record["fingerprint"])
+    return {"np": np, "ids": ids, "mask": np.ones_like(ids)}
 
 
 def serving(folder: Path) -> dict[str, Any]:
@@ -115,7 +127,7 @@ def serving(folder: Path) -> dict[str, Any]:
 PREPARED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "README.md": readme, "docs/artifact.md": artifact, "docs/generation.md": generation,
     "docs/training.md": training, "docs/models.md": own_module, "docs/profiles.md": profiles,
-    "docs/serving.md": serving,
+    "docs/import.md": importing, "docs/serving.md": serving,
 }  # fmt: skip
 """What stands ready in a page's folder, and the names that its blocks do not make themselves."""
 
