@@ -21,7 +21,9 @@ from peltc.spec.diagnostics import PeltError
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 from instances import FAMILIES, save
 
-MODELS = ("gpt2", "llama", "qwen3", "gemma", "mistral", "phi", "t5", "bart")
+SWEPT = ("qwen3", "gemma", "mistral", "phi")
+MODELS = ("gpt2", "llama", "t5", "bart", *(pytest.param(name, marks=pytest.mark.slow) for name in SWEPT))
+"""All forms of positions, caches and fused maps; those like Llama are run in sweeps."""
 NEW = 20
 TOLERANCE = 1e-5
 SPEC = {
