@@ -262,11 +262,12 @@ class Bench:
 
         os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
         base, folder = self.bert_base(), self.folder / "profiles"
-        found = [Row(*row) for row in profiles.measure(base, folder)]
+        profiles.compiled(folder / "swappable", base, profiles.LORA, "swappable")
         weights, out = folder / "swappable/adapter.safetensors", folder / "linked.onnx_adapter"
         command = [sys.executable, "-m", "peltc", "link", str(folder / "swappable"), "--weights", str(weights), "-o",
                    str(out)]  # fmt: skip
-        cost = best(command, self.env)
+        cost = best(command, self.env)  # before this process is large, which its children begin as
+        found = [Row(*row) for row in profiles.measure(base, folder)]
         return [Row("BERT-base's shape, `pelt link` as a command", str(cost), "", "", "≤ 0.5 s"), *found]
 
     def store(self) -> list[Row]:
