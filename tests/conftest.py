@@ -38,7 +38,6 @@ def cache(shared: Path) -> Iterator[Path]:
         os.environ["PELTC_CACHE"] = before
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file run in one process, or those of it that a fixture's parameter or a family of models makes alike:
     what such fixtures build, and the base that the family is exported to, is built once then. `xdist_group` says
