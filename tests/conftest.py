@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,24 +35,6 @@ def cache(shared: Path) -> Iterator[Path]:
         os.environ.pop("PELTC_CACHE", None)
     else:
         os.environ["PELTC_CACHE"] = before
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file run in one process, or those of it that a fixture's parameter or a family of models makes alike:
-    what such fixtures build, and the base that the family is exported to, is built once then. `xdist_group` says
-    otherwise."""
-    for item in items:
-        if next(item.iter_markers("xdist_group"), None) is not None:
-            continue
-        given = getattr(getattr(item, "callspec", None), "params", {})
-        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009  # pytest has no public name for it
-        shared = [value for name, value in given.items() if name == "family" or _is_shared(fixtures.get(name))]
-        item.add_marker(pytest.mark.xdist_group(" ".join(map(str, [item.path.name, *shared]))))
-
-
-def _is_shared(fixture: Any) -> bool:
-    """Whether what a fixture builds is for several tests."""
-    return bool(fixture) and fixture[-1].scope != "function"
 
 
 @pytest.fixture(scope="session")
