@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,25 +26,27 @@ from peltc.spec.method import START, initialiser
 
 Array = np.ndarray[Any, Any]
 Read = Callable[[str], Array]
+Source = Callable[[Container[str]], Mapping[str, Array]]
+"""The tensors that no weights file holds, but those of the names that are given."""
 
 
-def load_tensors(plan: Plan, file: Path, apart: Mapping[str, Array] | None = None) -> dict[str, Array]:
+def load_tensors(plan: Plan, file: Path, source: Source | None = None) -> dict[str, Array]:
     """The tensors that a plan asks for, float32; a profile's masks are unpacked.
 
     Args:
-        apart: what `sourced` gave, where many files are read by one plan.
+        source: gives what `sourced` does of the plan, where many files are read by one.
 
     Raises:
         PeltError: E401 no safetensors file; E402 missing, E403 left-over, E404 misshapen tensors, all of them; E407
             a profile of another bank; E410 another library's adapter.
     """
     refuse(file, "weights")
-    place = Place(str(file))
+    place, source = Place(str(file)), source or partial(sourced, plan)
     stored = read_header(file)
     if is_profile(file):
-        apart = sourced(plan) if apart is None else apart
+        apart = source(())
         return sound(plan, unpack(plan, file, apart), place, apart)
-    apart = sourced(plan, stored) if apart is None else apart
+    apart = source(stored)
     check(plan, {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}, place)
     own = {name: np.array(stored[name].array(), np.float32) for name in stored}
     return sound(plan, own, place, apart)
@@ -72,8 +75,8 @@ def sourced(plan: Plan, given: Container[str] = ()) -> dict[str, Array]:
         file = inside(plan.spec.folder, name, plan.spec.path, "bank.file")
         refuse(file, "weights")
         stored = read_header(file)
-        given = {t.name: (stored[t.name].shape, stored[t.name].dtype) for t in wanted if t.name in stored}
-        check_these(wanted, given, Place(str(file)))
+        there = {t.name: (stored[t.name].shape, stored[t.name].dtype) for t in wanted if t.name in stored}
+        check_these(wanted, there, Place(str(file)))
         found |= finite({t.name: np.array(stored[t.name].array(), np.float32) for t in wanted}, Place(str(file)))
     for claim in plan.claims:
         for tensor in claim.tensors.values():
@@ -86,18 +89,18 @@ def _unread(name: str) -> Array:
     raise KeyError(f"a start value that the seed decides cannot read '{name}'")
 
 
-def check_arrays(plan: Plan, arrays: Mapping[str, Array], apart: Mapping[str, Array] | None = None) -> dict[str, Array]:
+def check_arrays(plan: Plan, arrays: Mapping[str, Array], source: Source | None = None) -> dict[str, Array]:
     """Arrays by tensor name, held against a plan; float32.
 
     Args:
-        apart: what `sourced` gave, where many adapters are read by one plan.
+        source: gives what `sourced` does of the plan, where many adapters are read by one.
 
     Raises:
         PeltError: E402, E403, E404; E410 another library's tensors.
     """
     refuse(arrays, "weights", Place("<arrays>"))
     check(plan, {name: (np.shape(array), np.asarray(array).dtype) for name, array in arrays.items()}, Place("<arrays>"))
-    apart = sourced(plan, arrays) if apart is None else apart
+    apart = (source or partial(sourced, plan))(arrays)
     own = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     return sound(plan, own, Place("<arrays>"), apart)
 

@@ -7,7 +7,7 @@ of the base is read, and torch is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
@@ -70,6 +70,7 @@ class Linker:
         spec = replace(spec, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in spec.attach))
         self.plan = make_plan(spec, self.base.anatomy, self.base.fingerprint)
         self.sites = {site.key: site for site in self.base.anatomy}
+        self._made: dict[str, Array] = {}
 
     def link(self, weights: str | Path | Mapping[str, Array], talk: Talk = logged) -> dict[str, Array]:
         """A profile's tensors by the names of the artifact's inputs.
@@ -84,18 +85,18 @@ class Linker:
         if not isinstance(weights, (str, PathLike, Mapping)):
             raise wrong_type("an adapter", weights, "a file or a folder, or arrays by tensor name")
         if isinstance(weights, Mapping):
-            tensors = check_arrays(self.plan, weights, self._apart)
+            tensors = check_arrays(self.plan, weights, self._source)
         elif imports(weights):
             found = import_adapter(Path(weights), base=self.base, quirks=self.quirks)
             theirs, own = mathematics(found.plan), mathematics(self.plan)
             if theirs.digest != own.digest:
                 raise PeltError(other_mathematics(self.plan, "the adapter", theirs, own))
-            tensors = check_arrays(self.plan, found.tensors, self._apart)
+            tensors = check_arrays(self.plan, found.tensors, self._source)
         else:
             here = BaseRecord(self.base.architecture, public_name(str(self.folder)))
             for sentence in check_file(self.plan, Path(weights), here, stored_samples(self.base)):
                 talk(f"warning: {sentence}")
-            tensors = load_tensors(self.plan, Path(weights), self._apart)
+            tensors = load_tensors(self.plan, Path(weights), self._source)
         made, end = self._written(tensors), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
         profile = {name: np.ascontiguousarray(made.pop(name.removesuffix(end))) for name in self.record["inputs"]}
         self._check_fixed(tensors, made)
@@ -104,12 +105,14 @@ class Linker:
     @cached_property
     def _held(self) -> dict[str, Array]:
         """The adapter that the artifact was compiled with; read once, however many profiles are linked."""
-        return load_tensors(self.plan, self.folder / ADAPTER, self._apart)
+        return load_tensors(self.plan, self.folder / ADAPTER, self._source)
 
-    @cached_property
-    def _apart(self) -> dict[str, Array]:
-        """The tensors that no adapter brings, a bank's for instance; made once, however many profiles are linked."""
-        return sourced(self.plan)
+    def _source(self, given: Container[str]) -> Mapping[str, Array]:
+        """What `sourced` gives: a bank, for instance. It is made once, however many profiles are linked, and not at all
+        where adapters bring it."""
+        known = {*self._made, *(name for name in self.plan.tensors if name in given)}
+        self._made |= sourced(self.plan, known)
+        return self._made
 
     def _written(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The constants of the graph with the modules in it, by name."""

@@ -89,8 +89,8 @@ def brought(plan: Plan, tensors: Mapping[str, Array], model: ir.Model, write: Wr
     other = {name: draw.normal(0, 0.1, plan.tensors[name].shape).astype(np.float32) for name in sorted(exchanged(plan))}
     other |= {name: opposite(tensors[name]) for name in other if plan.tensors[name].part == "mask"}
     mine = constants(model)
-    found = decided(mine, constants(write(tensors={**tensors, **other})[0]))
-    return {name: array for name, array in mine.items() if name in found or name in masks_of(model)}
+    found = decided(mine, constants(write(tensors={**tensors, **other})[0])).keys() | masks_of(model).keys()
+    return {name: array for name, array in mine.items() if name in found}
 
 
 def opposite(logits: Array) -> Array:

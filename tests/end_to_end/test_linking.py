@@ -3,6 +3,7 @@ nobody wrote, lists of another length than the batch, and several threads."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import peltc
 from peltc.runtime.building.compile import plan_for
@@ -246,3 +248,29 @@ def test_generations_in_several_threads(bank: Path, model_folder: Folder) -> Non
         thread.join()
     assert not wrong
     assert not session.kept.running and not session.kept.left  # type: ignore[attr-defined]
+
+
+def test_a_bank_that_the_weights_brought_is_the_artifacts(model_folder: Folder, tmp_path: Path) -> None:
+    """The spec's file of the bank is not in the artifact then, and nobody asks for it: who brings the bank too links,
+    and masks alone are refused for what they lack."""
+    base = model_folder("bert")
+    entry = {**BLOCK, "bank": {"size": 5, "k": 2, "file": "bank.safetensors"}}
+    (tmp_path / "spec.yaml").write_text(json.dumps({"pelt": 1, "name": "first", "attach": [entry]}))
+    spec = load_spec(tmp_path / "spec.yaml")
+    plan, _ = plan_for(spec, base)
+    draw = np.random.default_rng(0)
+    whole = {name: draw.normal(0, 0.2, t.shape).astype(np.float32) for name, t in plan.tensors.items()}
+    bank = {name: array[::-1].copy() for name, array in whole.items() if plan.tensors[name].source}
+    save_file(bank, tmp_path / "bank.safetensors")
+    peltc.compile(spec, base, tmp_path / "out", whole, mode="swappable", verify=False)
+    assert not (tmp_path / "out/bank.safetensors").exists()
+    masks = {name for name, tensor in plan.tensors.items() if not tensor.source}
+    other = {**whole, **{name: draw.normal(0, 0.2, whole[name].shape).astype(np.float32) for name in masks}}
+    session = peltc.Session(tmp_path / "out", CPU)
+    session.add_profile("other", peltc.link(tmp_path / "out", other))
+    peltc.compile(spec, base, tmp_path / "own", other, mode="static", verify=False)
+    expected = peltc.Session(tmp_path / "own", CPU)(input_ids=[[5, 6, 7]])["logits"]
+    found = session(profile="other", input_ids=[[5, 6, 7]])["logits"]
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    with pytest.raises(PeltError, match=r"E4\d\d .*"):
+        peltc.link(tmp_path / "out", {name: other[name] for name in masks})
