@@ -240,10 +240,9 @@ class Rows:
         return self.again(node, [self.lifted.get(node.inputs[0], node.inputs[0]), self.integers(moved)])  # type: ignore[arg-type]
 
     def on_MatMul(self, node: ir.Node) -> ir.Value | None:
-        mates = self.mates(node)
-        if mates is None or any(v is None or self.rank(v) is None for v in node.inputs):
+        if any(v is None or self.rank(v) is None for v in node.inputs):
             return None
-        if not mates:
+        if not any(v in self.dynamic for v in node.inputs):
             return self.again(node, [self.lifted.get(v, v) for v in node.inputs if v is not None])
         x, weight = node.inputs
         assert x is not None and weight is not None
@@ -251,30 +250,56 @@ class Rows:
         if x in self.lifted or self.rank(weight) != 2 or rank is None:
             return None
         if rank == 2:
-            wide = self.emit("Unsqueeze", [x, self.integers([1])], f"{node.name}.text")
-            return self.emit("Squeeze", [self.again(node, [wide, self.lifted[weight]]), self.integers([1])],
-                             f"{node.name}.one")  # fmt: skip
+            return self.of_tokens(node, x, lambda text: self.again(node, [text, self.lifted[weight]]))
         own = self.ranked(weight, rank)
-        return None if own is None else self.again(node, [x, own])
+        return None if own is None or self.mates(node) is None else self.again(node, [x, own])
 
     def on_Gemm(self, node: ir.Node) -> ir.Value | None:
-        """A product and a sum, of texts as they are pooled: [B, I]."""
+        """A product and a sum, of tokens [N, I]."""
         x, weight, *rest = node.inputs
         plain = node.attributes.get_float("alpha", 1.0) == 1 and node.attributes.get_int("transA", 0) == 0
-        if x is None or weight is None or x in self.lifted or self.mates(node) is None or not plain:
+        plain &= node.attributes.get_float("beta", 1.0) == 1
+        if x is None or weight is None or x in self.lifted or not plain:
             return None
-        wide = self.emit("Unsqueeze", [x, self.integers([1])], f"{node.name}.text")
         turn, name = node.attributes.get_int("transB", 0), f"{node.name}.weight"
-        if weight in self.lifted:
-            own: ir.Value = self.lifted[weight]
-            own = self.emit("Transpose", [own], name, {"perm": [0, 2, 1]}) if turn else own
-        else:
-            own = self.emit("Transpose", [weight], name, {"perm": [1, 0]}) if turn else weight
-        product = self.emit("MatMul", [wide, own], f"{node.name}.product")
-        result = self.emit("Squeeze", [product, self.integers([1])], f"{node.name}.one")
-        if not rest or rest[0] is None:
-            return result
-        return self.emit("Add", [result, self.lifted.get(rest[0], rest[0])], f"{node.name}.sum")
+
+        def product(text: ir.Value) -> ir.Value | None:
+            own = self.lifted.get(weight, weight)
+            axes = [0, 2, 1] if weight in self.lifted else [1, 0]
+            own = self.emit("Transpose", [own], name, {"perm": axes}) if turn else own
+            found = self.emit("MatMul", [text, own], f"{node.name}.product")
+            if not rest or rest[0] is None:
+                return found
+            bias = self.ranked(rest[0], 3) if rest[0] in self.lifted else rest[0]
+            return None if bias is None else self.emit("Add", [found, bias], f"{node.name}.sum")
+
+        return self.of_tokens(node, x, product)
+
+    def of_tokens(self, node: ir.Node, x: ir.Value, compute: Callable[[ir.Value], ir.Value | None]) -> ir.Value | None:
+        """What a node makes of tokens [N, I], computed of texts [B, S, I]: those whose tokens they are, where the
+        exporter wrote all texts' tokens in one row before a product; texts of one token each, where they are pooled."""
+        whole = self.whole(x)
+        if whole is None and (self.mates(node) is None or self.rank(x) != 2):
+            return None
+        text = self.emit("Unsqueeze", [x, self.integers([1])], f"{node.name}.text") if whole is None else whole
+        found = compute(text)
+        if found is None:
+            return None
+        if whole is None:
+            return self.emit("Squeeze", [found, self.integers([1])], f"{node.name}.one")
+        width = node.outputs[0].shape[-1] if node.outputs[0].shape is not None else None
+        if not isinstance(width, int):
+            return None
+        return self.emit("Reshape", [found, self.integers([-1, width])], f"{node.name}.tokens")
+
+    def whole(self, x: ir.Value) -> ir.Value | None:
+        """The texts [B, S, I] whose tokens x [N, I] holds in one row; None where it is not made of them so."""
+        node = x.producer()
+        text = node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+        if text is None or text.shape is None or x.shape is None or len(text.shape) != 3 or len(x.shape) != 2:
+            return None
+        alike = isinstance(x.shape[-1], int) and x.shape[-1] == text.shape[-1]
+        return text if alike and self.of_batch(text) else None
 
     def on_Transpose(self, node: ir.Node) -> ir.Value | None:
         perm = node.attributes.get_ints("perm")
