@@ -27,10 +27,11 @@ from peltc.compiler.linking.profiles import brought, check_exchange, keep, recor
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
+from peltc.compiler.passes.blend import Blend
 from peltc.compiler.passes.offer import offer
 from peltc.compiler.passes.packing import masks_of
 from peltc.compiler.passes.rewrite import rewritten
-from peltc.compiler.passes.rows import by_rows
+from peltc.compiler.passes.rows import Rows
 from peltc.compiler.passes.stand_in import ids_of
 from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
@@ -82,8 +83,8 @@ def build(
     sites |= {name: stage.anatomy.named_as(base.anatomy) for name, stage in stages.items()}
     check_stages(plan, {name: sites[name] for name in stages})
     fixed, offered, masks = tensors, dict[str, Array](), dict[str, tuple[int, int]]()
+    check_exchange(plan)
     if plan.exchange:
-        check_exchange(plan)
         fixed, offered = without(plan, tensors, base.array), {}
     graphs, starts = {}, dict[str, Array]()
     for name, one in bases.items():
@@ -109,7 +110,10 @@ def build(
             profiles["no_bare_base"], offered = None, zeroed(graphs.values(), offered)
         called = dict(zip(offered, profiles["inputs"], strict=True))
         for model in graphs.values():
-            offer(model.graph, called) if plan.exchange == SWAPPABLE else by_rows(model, called)
+            if plan.exchange == SWAPPABLE:
+                offer(model.graph, called)
+            else:
+                (Blend if plan.spec.blend else Rows)(model.graph, called).run()
         keep(source, {called[name]: array for name, array in offered.items()}, folder)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:

@@ -219,6 +219,12 @@ def spec_schema(
                         "description": "of attachments with `bank:`, in mode bank: a profile is its masks, by which the"
                         " graph mixes the modules on each run (packed), or it is the modules that they mix (mixed)",
                     },
+                    "blend": {
+                        "type": "boolean",
+                        "default": False,
+                        "description": "in mode bank: a text may have several profiles, each with a weight, by which"
+                        " what their modules compute is added up",
+                    },
                     "gates": {
                         "type": "object",
                         "description": "`{at: prefill}`: gates, and whatever else is computed of a whole text, are"

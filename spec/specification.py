@@ -132,6 +132,7 @@ class Spec:
     gates: str = ""
     generation: bool = False
     masks: str = PACKED
+    blend: bool = False
     seed: int = 0
     path: str = ""
     text: str = ""
@@ -203,6 +204,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         gates=(deploy.get("gates") or {}).get("at", ""),
         generation=deploy.get("generation", False),
         masks=deploy.get("masks", PACKED),
+        blend=deploy.get("blend", False),
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",
         text=text or document.text,

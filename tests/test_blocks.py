@@ -93,7 +93,8 @@ def profiles(folder: Path) -> dict[str, Any]:
     save_file(tensors, folder / "bob.safetensors")
     linker = Linker(folder / "out")
     write_profile(folder / "ada.onnx_adapter", linker.link(tensors), linker.record["fingerprint"])
-    peltc.compile(ATTACHED, folder / "model", folder / "bank", verify=False, mode="bank")
+    blending = {**ATTACHED, "deploy": {"mode": "bank", "blend": True}}
+    peltc.compile(blending, folder / "model", folder / "bank", verify=False)
     linker = Linker(folder / "bank")
     write_profile(folder / "ada_bank.onnx_adapter", linker.link(tensors), linker.record["fingerprint"])
     masks = {"pelt": 1, "attach": [{"recipe": "xpeft", "n": 4, "k": 2}]}

@@ -28,6 +28,8 @@ LINK, STARTS = "link", "starts.safetensors"
 """The folder of what linking reads, and in it what the modules' tensors are where no profile brings them."""
 PROFILE = "profile"
 """The input of a graph that says which profile each row has: a number, -1 for none."""
+PROFILE_WEIGHTS = "profile_weights"
+"""The input that says with which weights, where a row has several."""
 
 
 def write_whole(file: Path, content: bytes) -> None:

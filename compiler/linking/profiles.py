@@ -22,7 +22,7 @@ from peltc.compiler.passes.offer import STAMP, constants, decided
 from peltc.compiler.passes.packing import masks_of
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.spec.diagnostics import Place, fail
-from peltc.spec.modes import EXCHANGED
+from peltc.spec.modes import BANK, EXCHANGED
 
 Array = np.ndarray[Any, Any]
 KEPT = ("graph.onnx", "anatomy.json", "base.json")
@@ -46,12 +46,21 @@ def check_exchange(plan: Plan) -> None:
     """Whether profiles can bring what a plan lets them bring.
 
     Raises:
-        PeltError: E207 two modes of profiles; E208 tokens before the sequence, whose number the graph's positions are
-            made for; keys or values that lie in the cache before the first token.
+        PeltError: E207 two modes of profiles, or several for a text in another mode than `bank`; E208 what a text keeps
+            of its prompt, where it has several profiles; tokens before the sequence, whose number the graph's positions
+            are made for; keys or values that lie in the cache before the first token.
     """
     if len({claim.mode for claim in changing(plan)}) > 1:
         raise fail("E207", "profiles are brought one at a time and by rows", Place(plan.spec.path),
                    f"one of the modes {' and '.join(EXCHANGED)} for all attachments that profiles bring")  # fmt: skip
+    if plan.spec.blend:
+        place = plan.spec.places.get("deploy", Place(plan.spec.path))
+        if plan.exchange != BANK:
+            raise fail("E207", "a text has several profiles, where profiles are brought one at a time", place,
+                       "mode: bank, or no `blend`")  # fmt: skip
+        if plan.held:
+            raise fail("E208", f"what '{plan.held[0].attachment}' makes of a whole text is kept once for each text, and"
+                               " a text has several profiles", place, "deploy.blend or deploy.gates")  # fmt: skip
     beginning = [claim for claim in plan.claims if "prepend" in claim.effects and plan.spec.generation]
     for claim in changing(plan):
         if beginning:
@@ -121,6 +130,7 @@ def record(
     called = {name: f"{name}{STAMP}{known[:DIGITS]}" for name in inputs}
     return {
         "mode": plan.exchange,
+        "blend": plan.spec.blend,
         "fingerprint": known,
         "inputs": {called[name]: list(array.shape) for name, array in inputs.items()},
         "masks": {called[name]: list(sizes) for name, sizes in masks.items() if name in called},

@@ -11,6 +11,7 @@ already, the result is an ordinary value of the batch. Row 0 of all profiles is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from peltc.compiler.files.manifest import PROFILE
 from peltc.spec.diagnostics import fail
 
+Array = np.ndarray[Any, Any]
 ROWS = "rows"
 """The axis of what each row has of a profile: the batch's length, or 1 where all rows have the same profile."""
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Greater", "Less", "Equal"}
@@ -27,21 +29,14 @@ SHAPES = {"Shape", "Size", "ConstantOfShape", "Range"}
 """Nodes whose results are sizes, or made of sizes alone."""
 
 
-def by_rows(model: ir.Model, names: Mapping[str, str]) -> None:
-    """Let each row of the batch choose among profiles, in place.
-
-    Args:
-        names: the inputs' names by those of the constants that profiles bring.
-
-    Raises:
-        PeltError: E208 a node that cannot be computed for each row.
-    """
-    Rows(model.graph, names).run()
-
-
 class Rows:
     """The pass on one graph. `lifted` holds values that have the axis of the rows before their own axes, by the value
-    of one profile that they stand for."""
+    of one profile that they stand for.
+
+    Args:
+        graph: it is changed in place.
+        names: the inputs' names by those of the constants that profiles bring.
+    """
 
     def __init__(self, graph: ir.Graph, names: Mapping[str, str]):
         self.graph, self.names = graph, names
@@ -57,24 +52,37 @@ class Rows:
         self.dynamic: set[ir.Value] = {v for v in graph.inputs if v.const_value is None}
 
     def run(self) -> None:
-        profile = ir.Value(name=PROFILE, shape=ir.Shape([ROWS]), type=ir.TensorType(ir.DataType.INT64))
-        self.graph.inputs.append(profile)
-        place = self.emit("Add", [profile, self.integers([1])], "row")
-        place.type, place.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([ROWS])
-        self.index = place
+        """Let each row of the batch choose among profiles.
+
+        Raises:
+            PeltError: E208 a node that cannot be computed for each row.
+        """
+        self.index = self.choose()
         for name, called in self.names.items():
             if (value := self.graph.initializers.get(name)) is not None:
                 self.offer(value, called)
         front, self.added = self.added, []
         self.graph.insert_before(self.graph[0], front)
         for node in list(self.graph):
-            if any(v in self.dynamic for v in node.inputs if v is not None):
-                self.dynamic |= set(node.outputs)
-            if any(v in self.lifted for v in node.inputs if v is not None):
-                self.map(node)
+            self.visit(node)
         for node in reversed(self.done):  # what is computed by rows now
             self.graph.remove(node, safe=True)
         self.graph.sort()
+
+    def choose(self) -> ir.Value:
+        """The places of the rows' profiles among all of them [ROWS]."""
+        profile = ir.Value(name=PROFILE, shape=ir.Shape([ROWS]), type=ir.TensorType(ir.DataType.INT64))
+        self.graph.inputs.append(profile)
+        place = self.emit("Add", [profile, self.integers([1])], "row")
+        place.type, place.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([ROWS])
+        return place
+
+    def visit(self, node: ir.Node) -> None:
+        """Look at a node, whose inputs are known by then."""
+        if any(v in self.dynamic for v in node.inputs if v is not None):
+            self.dynamic |= set(node.outputs)
+        if any(v in self.lifted for v in node.inputs if v is not None):
+            self.map(node)
 
     def offer(self, value: ir.Value, called: str) -> None:
         """A constant as an input of all profiles, and the rows' own."""
@@ -106,17 +114,19 @@ class Rows:
         return node.outputs[0]
 
     def integers(self, numbers: Sequence[int]) -> ir.Value:
-        label = "pelt.rows." + "_".join(map(str, numbers))
+        return self.constant("pelt.rows." + "_".join(map(str, numbers)), np.array(numbers, np.int64))
+
+    def constant(self, label: str, array: Array) -> ir.Value:
+        """A constant of the graph, by a label."""
         if label in self.graph.initializers:
             return self.graph.initializers[label]
-        tensor = ir.tensor(np.array(numbers, np.int64), name=label)
-        value = ir.Value(name=label, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64),
-                         const_value=tensor)  # fmt: skip
+        tensor = ir.tensor(array, name=label)
+        value = ir.Value(name=label, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
-    def map(self, node: ir.Node) -> None:
-        """Compute a node for each row."""
+    def map(self, node: ir.Node) -> ir.Value:
+        """Compute a node for each row; the result."""
         self.place, self.added = node, []
         kind = "elementwise" if node.op_type in ELEMENTWISE else "unary" if node.op_type in UNARY else node.op_type
         kind = "reduction" if node.op_type in REDUCTIONS else kind
@@ -145,6 +155,7 @@ class Rows:
                 result.shape = ir.Shape([ROWS, *old.shape])
             self.lifted[old] = result
         self.done.append(node)
+        return result
 
     def refused(self, node: ir.Node) -> Exception:
         who = node.metadata_props.get("pelt.attachment") or next(
@@ -346,13 +357,8 @@ class Rows:
         width = gain.shape[0]
         if not isinstance(width, int):
             return None
-        label = f"pelt.rows.ones.{width}"
-        if label not in self.graph.initializers:
-            tensor = ir.tensor(np.ones(width, (gain.dtype or ir.DataType.FLOAT).numpy()), name=label)
-            self.graph.register_initializer(
-                ir.Value(name=label, shape=ir.Shape([width]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-            )
-        result = self.again(node, [x, self.graph.initializers[label]])
+        ones = np.ones(width, (gain.dtype or ir.DataType.FLOAT).numpy())
+        result = self.again(node, [x, self.constant(f"pelt.rows.ones.{width}", ones)])
         for kind, value in (("Mul", gain), ("Add", rest[0] if rest else None)):
             if value is not None:
                 own = self.ranked(value, rank) if value in self.lifted else value

@@ -11,17 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from peltc.compiler.files.manifest import LINK, PROFILE, STARTS
+from peltc.compiler.files.manifest import LINK, PROFILE, PROFILE_WEIGHTS, STARTS
 from peltc.runtime.running.form import Form, Source
 from peltc.spec.diagnostics import PeltError, Place, fail, one_of, wrong_type
 from peltc.spec.modes import BANK
 from peltc.spec.packages import needing
 
 Array = np.ndarray[Any, Any]
+CHOOSING = (PROFILE, PROFILE_WEIGHTS)
+"""The inputs that say which profiles each row has."""
 FIRST_ROOM = 8
 """For how many profiles a bank has room at first."""
-Chosen = str | Sequence[str | None] | None
-"""The profile of a run: a name, none, or one of these for each row of a batch."""
+Blend = Mapping[str, float]
+"""Several profiles of a text, each with its weight."""
+Chosen = str | Blend | Sequence[str | Blend | None] | None
+"""The profile of a run: a name, none, several with weights, or one of these for each row of a batch."""
+Shares = tuple[tuple[Hashable, float], ...]
+"""The profiles of a text, None for the bare base, and their weights, which sum to 1."""
+WHOLE = 1e-6
+"""How far from 1 a sum of weights may be that is meant to be 1."""
 Taken = Callable[[int], Mapping[str, Any]]
 """ONNX Runtime's values by input name that a run takes of profiles, from the number of its rows."""
 
@@ -85,36 +93,37 @@ class Profiles:
         self._known(name)
         del self.held[name]
 
-    def each(self, chosen: Chosen, texts: int | None) -> list[str | None]:
-        """What is chosen as a list of names: one alone where the choice is for all texts.
+    def each(self, chosen: Chosen, texts: int | None) -> list[Shares]:
+        """What is chosen as a list: one entry alone where the choice is for all texts.
 
         Args:
             chosen: the name of a profile, or None.
             texts: how many texts the batch has; None where that is not known.
 
         Raises:
-            PeltError: E216 several profiles, where one is taken at a time; another number of profiles than of texts.
+            PeltError: E216 several profiles, where one is taken at a time; another number of profiles than of texts;
+                weights that are no numbers.
         """
         if chosen is not None and not isinstance(chosen, str):
             raise wrong_type("the profile of a run", chosen, "one name, in an artifact of `mode: swappable`",
                              "`mode: bank` has another profile for each row")  # fmt: skip
-        return [chosen]
+        return [((chosen, 1.0),)]
 
     def check(self, chosen: Chosen, texts: int | None) -> None:
         """Whether there are the profiles that are chosen; raises as `taken`."""
         each = self.each(chosen, texts)
         self.check_bare(each)
-        for name in each:
-            if name is not None:
-                self._known(name)
+        for name in names_of(each):
+            self._known(name)
 
     @contextmanager
     def taken(self, chosen: Chosen, texts: int | None) -> Iterator[Taken]:
         """What runs take of profiles, as they are now: whatever is added or removed meanwhile changes nothing of it.
 
         Args:
-            chosen: the name of a profile, None for the bare base, or, where each row of a batch picks its own, a list
-                with one of these for each text: all rows of a text, as its beams, have its profile.
+            chosen: the name of a profile, None for the bare base, several with weights where the artifact blends them,
+                or, where each row of a batch picks its own, a list with one of these for each text: all rows of a
+                text, as its beams, have its profile.
             texts: how many texts the batch has; None where that is not known.
 
         Returns:
@@ -124,18 +133,19 @@ class Profiles:
             PeltError: E216 as `each`; E626 there is no profile of that name; E627 none is meant, and the modules change
                 the base whatever their values.
         """
-        with self.lent(self.each(chosen, texts), _is_one(chosen)) as taken:
+        with self.lent(self.each(chosen, texts), is_one(chosen)) as taken:
             yield taken
 
     @contextmanager
-    def lent(self, keys: Sequence[Hashable], alone: bool) -> Iterator[Taken]:
+    def lent(self, each: Sequence[Shares], alone: bool) -> Iterator[Taken]:
         """What runs take of the profiles of these keys; see `taken`.
 
         Args:
-            alone: whether the one key is for all texts.
+            alone: whether the one entry is for all texts.
         """
-        self.check_bare(keys)
-        found = {} if keys[0] is None else self._known(keys[0])
+        self.check_bare(each)
+        ((key, _),) = each[0]
+        found = {} if key is None else self._known(key)
         yield lambda rows: found
 
     def check_offered(self, sessions: Iterable[Any]) -> None:
@@ -167,15 +177,16 @@ class Profiles:
         for i, name in enumerate(names):
             self.take(name, {key: array[i] for key, array in arrays.items()})
 
-    def check_bare(self, keys: Sequence[Hashable]) -> None:
+    def check_bare(self, each: Sequence[Shares]) -> None:
         """Whether the bare base may be asked for, where it is.
 
         Raises:
             PeltError: E627.
         """
-        if None in keys and self.record and (why := self.record["no_bare_base"]):
-            raise fail("E627", f"no profile is named, and this artifact has no bare base: {why}", self.place,
-                       "profile=NAME", "session.add_profile(name, file)")  # fmt: skip
+        if self.record and (why := self.record["no_bare_base"]) and any(None in dict(shares) for shares in each):
+            what = "no profile is named" if all(len(shares) == 1 for shares in each) else "a part of 1 is left"
+            raise fail("E627", f"{what}, and this artifact has no bare base: {why}", self.place,
+                       "profile=NAME, or weights that sum to 1", "session.add_profile(name, file)")  # fmt: skip
 
     def _known(self, name: Hashable) -> Any:
         if not isinstance(name, Hashable) or name not in self.held:
@@ -253,30 +264,61 @@ class Bank(Profiles):
             self._leave(self._known(name))
             del self.held[name]
 
-    def each(self, chosen: Chosen, texts: int | None) -> list[str | None]:
-        alone = _is_one(chosen)
+    def each(self, chosen: Chosen, texts: int | None) -> list[Shares]:
+        alone = is_one(chosen)
         listed = not alone and isinstance(chosen, (Sequence, np.ndarray))
         each: list[Any] = [*chosen] if listed else [chosen]  # type: ignore[misc]
         fitting = alone or (listed and bool(each) and texts in (None, len(each)))
-        if not fitting or not all(name is None or isinstance(name, str) for name in each):
+        if not fitting or not all(is_one(one) for one in each):
             raise _none_for_each(chosen, texts)
-        return each
+        return [self._shares(one) for one in each]
+
+    def _shares(self, one: str | Blend | None) -> Shares:
+        """What is chosen for a text. What its weights leave of 1 is the bare base's, so that changes of the base are
+        scaled by their weights."""
+        if not isinstance(one, Mapping):
+            return ((one, 1.0),)
+        if not self.blends:
+            raise wrong_type("the profile of a text", dict(one), "one name, or None", "an artifact compiled with"
+                             " `deploy: {blend: true}` takes several with weights")  # fmt: skip
+        for name, weight in one.items():
+            number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
+            if not isinstance(name, str) or not number or not np.isfinite(np.float32(weight)):
+                raise wrong_type("the weight of a profile", {name: weight}, "a finite number by the profile's name")
+        shares: list[tuple[Hashable, float]] = [(name, float(weight)) for name, weight in one.items()]
+        if abs(left := 1 - sum(weight for _, weight in shares)) > WHOLE:
+            shares.append((None, left))
+        return tuple(shares)
+
+    @property
+    def blends(self) -> bool:
+        """Whether a text may have several profiles with weights."""
+        assert self.record is not None
+        return bool(self.record.get("blend"))
 
     @contextmanager
-    def lent(self, keys: Sequence[Hashable], alone: bool) -> Iterator[Taken]:
+    def lent(self, each: Sequence[Shares], alone: bool) -> Iterator[Taken]:
         import onnxruntime as ort
 
-        self.check_bare(keys)
+        self.check_bare(each)
         with self.lock:
-            used = [0 if key is None else self._known(key) for key in keys]
-            stacked, picked = self.stacked, np.array(used, np.int64) - 1
+            places = [[0 if key is None else self._known(key) for key, _ in shares] for shares in each]
+            used = [place for of_text in places for place in of_text]
+            stacked = self.stacked
             self.running.update(used)
+        most = max(map(len, each))  # texts with fewer profiles have the bare base beside them, with no weight
+        picked = np.array([of_text + [0] * (most - len(of_text)) for of_text in places], np.int64) - 1
+        weights = np.array([[w for _, w in shares] + [0.0] * (most - len(shares)) for shares in each], np.float32)
 
         def values(rows: int) -> dict[str, Any]:
             if not alone and rows % len(picked):
-                raise _none_for_each(keys, rows)
-            of_rows = picked if alone else np.repeat(picked, rows // len(picked))
-            return {**stacked, PROFILE: ort.OrtValue.ortvalue_from_numpy(of_rows)}
+                raise _none_for_each(each, rows)
+            if not self.blends:
+                of_rows = picked[:, 0] if alone else np.repeat(picked[:, 0], rows // len(picked))
+                return {**stacked, PROFILE: ort.OrtValue.ortvalue_from_numpy(of_rows)}
+            times = rows // len(picked)
+            chosen = {PROFILE: np.repeat(picked, times, 0), PROFILE_WEIGHTS: np.repeat(weights, times, 0)}
+            return {**stacked, **{n: ort.OrtValue.ortvalue_from_numpy(array) for n, array in chosen.items()}}
 
         try:
             yield values
@@ -289,8 +331,14 @@ class Bank(Profiles):
                 self.left.difference_update(done)
 
 
-def _is_one(chosen: Chosen) -> bool:
-    return chosen is None or isinstance(chosen, str)
+def is_one(chosen: object) -> bool:
+    """Whether a choice of profiles is one for all texts."""
+    return chosen is None or isinstance(chosen, (str, Mapping))
+
+
+def names_of(each: Sequence[Shares]) -> list[Any]:
+    """The names that are chosen, each once."""
+    return list(dict.fromkeys(name for shares in each for name, _ in shares if name is not None))
 
 
 def _none_for_each(chosen: object, texts: int | None) -> PeltError:
@@ -329,12 +377,12 @@ class Bound:
 
     def get_inputs(self) -> list[Any]:
         """The graph's inputs, but which profile each row has."""
-        return [i for i in self._session.get_inputs() if i.name != PROFILE]
+        return [i for i in self._session.get_inputs() if i.name not in CHOOSING]
 
     def io_binding(self) -> Any:
         """A binding with the profile's tensors in it. Graphs of one artifact need not all have the same inputs."""
         binding, known = self._session.io_binding(), {i.name for i in self._session.get_overridable_initializers()}
         for name, value in self._chosen(self.rows).items():
-            if name in known or name == PROFILE:
+            if name in known or name in CHOOSING:
                 binding.bind_ortvalue_input(name, value)
         return binding

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from peltc.runtime.running.profiles import Chosen, Profiles, Taken
+from peltc.runtime.running.profiles import Chosen, Profiles, Taken, is_one, names_of
 from peltc.runtime.running.store import ProfileStore
 from peltc.spec.diagnostics import fail, wrong_type
 
@@ -79,8 +79,8 @@ class Residents:
         """Whether there are the profiles that are chosen, in memory or in the store; raises as `taken`, but E634."""
         each = self.profiles.each(chosen, texts)
         self.profiles.check_bare(each)
-        for name in dict.fromkeys(each):
-            if name is not None and name not in self.profiles.held:
+        for name in names_of(each):
+            if name not in self.profiles.held:
                 self.store.records.digest(name)
 
     @contextmanager
@@ -92,10 +92,10 @@ class Residents:
                 profiles than may be in memory.
         """
         each = self.profiles.each(chosen, texts)
-        names = [n for n in dict.fromkeys(each) if n is not None and n not in self.profiles.held]
+        names = [name for name in names_of(each) if name not in self.profiles.held]
         with self._present(names) as keys:
-            found = [name if name is None else keys.get(name, name) for name in each]
-            with self.profiles.lent(found, chosen is None or isinstance(chosen, str)) as taken:
+            found = [tuple((keys.get(name, name), weight) for name, weight in shares) for shares in each]  # type: ignore[call-overload]
+            with self.profiles.lent(found, is_one(chosen)) as taken:
                 yield taken
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peltc.compiler.files.integrity import check_record
-from peltc.compiler.files.manifest import MANIFEST, PROFILE, read_manifest
+from peltc.compiler.files.manifest import MANIFEST, read_manifest
 from peltc.runtime.running.engine import NO_PREPACKING, Engine, check_shared
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
@@ -24,7 +24,7 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
-from peltc.runtime.running.profiles import Bound, Chosen, Taken, profiles_of
+from peltc.runtime.running.profiles import CHOOSING, Bound, Chosen, Taken, profiles_of
 from peltc.spec.diagnostics import Place, fail, wrong_type
 from peltc.spec.packages import needing
 
@@ -185,7 +185,7 @@ class Session:
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """What the model takes, by name."""
-        return {i.name: i for i in self.inference.get_inputs() if not (self.kept.record and i.name == PROFILE)}
+        return {i.name: i for i in self.inference.get_inputs() if not (self.kept.record and i.name in CHOOSING)}
 
     @property
     def limits(self) -> Mapping[str, Any]:

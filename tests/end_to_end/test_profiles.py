@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +16,16 @@ import peft
 import pytest
 import torch
 import transformers
+from profiled import ATTACHED, CPU, LORA, Folder, drawn, given, spec_of
 from safetensors.numpy import save_file
 
 import peltc
 from peltc.compiler.linking.linker import Linker
-from peltc.runtime.building.compile import plan_for
 from peltc.runtime.commands.cli import run
 from peltc.runtime.running.form import number_of, write_profile
 from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
-
-Folder = Callable[..., Path]
-Array = np.ndarray[Any, Any]
-CPU = ["CPUExecutionProvider"]
-LORA = [{"method": "lora", "at": ["attention.query", "attention.value"], "r": 4}]
-ATTACHED: dict[str, list[dict[str, Any]]] = {
-    "deltas": LORA,
-    "blocks": [{"method": "bottleneck", "at": "feed_forward.block"}],
-    "outputs": [{"method": "ia3", "at": ["attention.key", "attention.value"]}],
-    "weights": [{"method": "dora", "at": "attention.query"}],
-    "keys": [{"method": "prefix", "at": "attention"}],
-    "gates": [{"recipe": "unipelt"}],
-    "mixtures": [{"recipe": "adamix"}],
-    "banks": [{"method": "bottleneck", "at": "feed_forward.block", "bank": {"size": 8, "k": 4, "std": 0.5}}],
-    "soft masks": [{**LORA[0], "bank": {"size": 5, "mask": "soft", "std": 0.5}}],
-    "all chosen": [
-        {
-            "method": "bottleneck",
-            "at": "attention.block",
-            "inner_norm": "affine",
-            "bank": {"size": 3, "k": 3, "normalise": "sum"},
-        }
-    ],
-    "tables": [{"method": "lora", "at": "embedding.word"}],
-    "norms": [{"method": "norm_tuning", "at": "*norm"}],
-}
-
-
-def spec_of(attach: list[dict[str, Any]], name: str = "first") -> Any:
-    return load_spec({"pelt": 1, "name": name, "attach": attach})
-
-
-def drawn(spec: Any, base: Path, seed: int) -> dict[str, Array]:
-    """Random values of all that is trained; what is frozen has the values that the seed decides."""
-    plan, _ = plan_for(spec, base)
-    draw = np.random.default_rng(seed)
-    return {name: draw.normal(0, 0.2, tensor.shape).astype(np.float32) for name, tensor in plan.tensors.items()
-            if not tensor.source}  # fmt: skip
-
-
-def given(family: str) -> dict[str, Any]:
-    inputs = {"input_ids": [[5, 6, 7, 8], [4, 9, 7, 3]], "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0]]}
-    return {**inputs, "decoder_input_ids": [[5, 6], [1, 2]]} if family == "t5" else inputs
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
@@ -375,12 +331,12 @@ def test_many_profiles_are_added_at_once(model_folder: Folder, tmp_path: Path) -
     wrong = {key: array.copy() for key, array in stacked.items()}
     wrong[next(iter(wrong))][7] = 255
     fewer = {key: array[1:] for key, array in stacked.items()}
-    for given, message in (
+    for broken, message in (
         (wrong, "E625 .*'new 0 and 11 more' does not choose 9 of 20"),
         (fewer, r"E625 .* which is uint8 \[12, 3\]"),
     ):
         with pytest.raises(PeltError, match=message):
-            many.add_profiles([f"new {i}" for i in range(12)], given)
+            many.add_profiles([f"new {i}" for i in range(12)], broken)
     with pytest.raises(PeltError, match="E216 the names of profiles"):
         many.add_profiles(names[:11] + names[:1], stacked)
     assert many.profiles == names
