@@ -23,8 +23,10 @@ from peltc.compiler.base.base import Base
 from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
-from peltc.compiler.linking.profiles import brought, check_exchange, keep, record, without
+from peltc.compiler.linking.heads import check_heads
+from peltc.compiler.linking.profiles import brought, check_exchange, keep, lacking, record, without
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
+from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
 from peltc.compiler.passes.blend import Blend
@@ -84,6 +86,7 @@ def build(
     check_stages(plan, {name: sites[name] for name in stages})
     fixed, offered, masks = tensors, dict[str, Array](), dict[str, tuple[int, int]]()
     check_exchange(plan)
+    check_heads(plan, base)
     if plan.exchange:
         fixed, offered = without(plan, tensors, base.array), {}
     graphs, starts = {}, dict[str, Array]()
@@ -105,9 +108,10 @@ def build(
         hold(model.graph)
     profiles = None
     if plan.exchange:
-        profiles = record(plan, base, fixed, offered, masks)
+        profiles = record(plan, base, fixed, offered, masks, absent_of(graphs["model"]))
         if profiles["no_bare_base"] and all(leaves_the_base(model.graph, offered) for model in graphs.values()):
             profiles["no_bare_base"], offered = None, zeroed(graphs.values(), offered)
+        profiles["no_bare_base"] = lacking(base, plan) or profiles["no_bare_base"]
         called = dict(zip(offered, profiles["inputs"], strict=True))
         for model in graphs.values():
             if plan.exchange == SWAPPABLE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,16 @@ def plan(
     return make_plan(spec, anatomy, fingerprint)
 
 
-def link(out: str | Path, weights: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def link(
+    out: str | Path, weights: str | Path | Mapping[str, Any], *, labels: Sequence[str] | None = None
+) -> dict[str, Any]:
     """A profile for an artifact whose modules are exchanged while it runs.
 
     Args:
         out: the artifact's folder.
         weights: an adapter's safetensors file, its arrays by tensor name, or a folder that `pelt import` reads.
+        labels: the names of its labels, in an artifact whose profiles may have fewer than it; those that the adapter's
+            file tells where absent.
 
     Returns:
         Arrays by the names of the graph's inputs, for `Session.add_profile`.
@@ -80,7 +84,7 @@ def link(out: str | Path, weights: str | Path | Mapping[str, Any]) -> dict[str, 
     """
     from peltc.compiler.linking.linker import Linker
 
-    return Linker(out).link(weights)
+    return Linker(out).link(weights, labels=labels)
 
 
 def _surveyed(model: Any, inputs: Mapping[str, Any] | None) -> tuple[Anatomy, str]:

@@ -225,6 +225,12 @@ def spec_schema(
                         "description": "in mode bank: a text may have several profiles, each with a weight, by which"
                         " what their modules compute is added up",
                     },
+                    "fewer_labels": {
+                        "type": "boolean",
+                        "default": False,
+                        "description": "profiles may have fewer labels than the model, whose head has room for the most"
+                        " of them: the others are far below",
+                    },
                     "gates": {
                         "type": "object",
                         "description": "`{at: prefill}`: gates, and whatever else is computed of a whole text, are"

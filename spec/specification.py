@@ -133,6 +133,7 @@ class Spec:
     generation: bool = False
     masks: str = PACKED
     blend: bool = False
+    fewer_labels: bool = False
     seed: int = 0
     path: str = ""
     text: str = ""
@@ -205,6 +206,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         generation=deploy.get("generation", False),
         masks=deploy.get("masks", PACKED),
         blend=deploy.get("blend", False),
+        fewer_labels=deploy.get("fewer_labels", False),
         seed=tree.get("seed", 0),
         path=document.path if not document.path.startswith("<") else "",
         text=text or document.text,

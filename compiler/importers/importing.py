@@ -103,6 +103,18 @@ def imports(given: str | Path) -> bool:
     return found is not None and found.imported
 
 
+def labels_in(path: Path, base: Base, weight: str) -> int | None:
+    """How many labels the head has that an adapter's folder brings; None where it brings none, or does not tell.
+
+    Args:
+        weight: the name of the head's weight in the model.
+    """
+    given = recognised(path)
+    if given is not None and given.library == ADAPTERS:
+        return adapters_library.labels_in(path, base)
+    return peft_library.labels_in(path, weight)
+
+
 def imported(read: Read, quirks: Quirks) -> Imported:
     """An adapter whose modules are known, as a spec and its tensors.
 

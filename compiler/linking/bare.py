@@ -39,13 +39,7 @@ def disturbance(claims: Iterable[Claim], starts: Mapping[str, Array], read: Read
 
 def _leaves(claim: Claim, effect: str, starts: Mapping[str, Array], read: Read) -> bool:
     """Whether a definition gives what it stands for, or adds nothing to it."""
-    draw, site = np.random.default_rng(0), claim.site
-    shapes, _ = site_shapes(site.kind, site.sizes, site.name, claim.width)
-    values: dict[str, Any] = {
-        name: draw.normal(size=[_number(size) for size in shape.dims]).astype(np.float32)
-        for name, shape in shapes.items() if name not in ("W", "b")
-    }  # fmt: skip
-    values |= {"mask": np.ones([SIZES["B"], SIZES["S"]], np.float32), "norm": _same}
+    site, values = claim.site, drawn(claim, np.random.default_rng(0))
     values |= parameters_of(site, read, 0 if site.kind == "experts" else ...)
     if "bias" not in site.parameters:
         values["b"] = np.zeros(site.sizes.get("out", site.sizes.get("d", 0)), np.float32)
@@ -59,6 +53,16 @@ def _leaves(claim: Claim, effect: str, starts: Mapping[str, Array], read: Read) 
     if expected is None or found.shape != np.shape(expected):
         return False
     return bool(np.abs(found - expected).max() <= CLOSE * np.abs(expected).max())
+
+
+def drawn(claim: Claim, draw: np.random.Generator) -> dict[str, Any]:
+    """Random values of what formulas read at a site while the model runs."""
+    shapes, _ = site_shapes(claim.site.kind, claim.site.sizes, claim.site.name, claim.width)
+    values: dict[str, Any] = {
+        name: draw.normal(size=[_number(size) for size in shape.dims]).astype(np.float32)
+        for name, shape in shapes.items() if name not in ("W", "b")
+    }  # fmt: skip
+    return {**values, "mask": np.ones([SIZES["B"], SIZES["S"]], np.float32), "norm": _same}
 
 
 def _same(z: Array) -> Array:

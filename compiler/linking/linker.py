@@ -7,9 +7,9 @@ of the base is read, and torch is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,18 @@ from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
 from peltc.compiler.adapter.provenance import check_file, other_mathematics
 from peltc.compiler.adapter.weights import check_arrays, load_tensors, sourced
+from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import read_base
 from peltc.compiler.files.checkpoint import open_checkpoint
+from peltc.compiler.files.labels import LABELS
 from peltc.compiler.files.manifest import ADAPTER, LINK, MANIFEST, read_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
+from peltc.compiler.linking.heads import Head, sourced_of
 from peltc.compiler.linking.profiles import DIGITS, changing, exchanged
 from peltc.compiler.passes.offer import STAMP, constants
 from peltc.compiler.passes.rewrite import rewritten
+from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.spec.diagnostics import PeltError, Place, fail, wrong_type
 from peltc.spec.document import parse
@@ -72,35 +76,52 @@ class Linker:
         self.sites = {site.key: site for site in self.base.anatomy}
         self._made: dict[str, Array] = {}
 
-    def link(self, weights: str | Path | Mapping[str, Array], talk: Talk = logged) -> dict[str, Array]:
-        """A profile's tensors by the names of the artifact's inputs.
+    def link(
+        self, weights: str | Path | Mapping[str, Array], talk: Talk = logged, labels: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """A profile's tensors by the names of the artifact's inputs; beside them what its labels are called, where
+        profiles may have fewer.
 
         Args:
             weights: an adapter's file, its arrays by tensor name, or a folder that `pelt import` reads.
+            labels: the names of its labels; those that the adapter's file tells where absent.
 
         Raises:
-            PeltError: what is wrong with the tensors; E408 they are of other modules than the artifact's; E411 they
-                differ in what is fixed in it.
+            PeltError: what is wrong with the tensors; E216 labels that do not fit; E408 they are of other modules than
+                the artifact's; E411 they differ in what is fixed in it; E412 more labels than there is room for.
         """
         if not isinstance(weights, (str, PathLike, Mapping)):
             raise wrong_type("an adapter", weights, "a file or a folder, or arrays by tensor name")
-        if isinstance(weights, Mapping):
-            tensors = check_arrays(self.plan, weights, self._source)
-        elif imports(weights):
-            found = import_adapter(Path(weights), base=self.base, quirks=self.quirks)
-            theirs, own = mathematics(found.plan), mathematics(self.plan)
-            if theirs.digest != own.digest:
-                raise PeltError(other_mathematics(self.plan, "the adapter", theirs, own))
-            tensors = check_arrays(self.plan, found.tensors, self._source)
-        else:
-            here = BaseRecord(self.base.architecture, public_name(str(self.folder)))
-            for sentence in check_file(self.plan, Path(weights), here, stored_samples(self.base)):
-                talk(f"warning: {sentence}")
-            tensors = load_tensors(self.plan, Path(weights), self._source)
+        if labels is not None and not self.plan.heads:
+            raise wrong_type("the labels of a profile", labels, "none, for an artifact whose profiles all have the"
+                             " model's", "deploy: {fewer_labels: true}")  # fmt: skip
+        head = Head(self.base, self.plan, weights, labels) if self.plan.heads else None
+        base, plan = (self.base, self.plan) if head is None else (head.base, head.plan)
+        tensors = self._tensors(weights, base, plan, talk)
+        if head is not None:
+            tensors = head.padded(tensors)
         made, end = self._written(tensors), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
         profile = {name: np.ascontiguousarray(made.pop(name.removesuffix(end))) for name in self.record["inputs"]}
         self._check_fixed(tensors, made)
-        return profile
+        return profile if head is None else {**profile, LABELS: head.named(self.record["labels"]["names"])}
+
+    def _tensors(
+        self, weights: str | Path | Mapping[str, Array], base: Base, plan: Plan, talk: Talk
+    ) -> dict[str, Array]:
+        """An adapter's tensors, held against a plan."""
+        source = self._source if plan is self.plan else partial(self._source_of, plan)
+        if isinstance(weights, Mapping):
+            return check_arrays(plan, weights, source)
+        if imports(weights):
+            found = import_adapter(Path(weights), base=base, quirks=self.quirks)
+            theirs, own = mathematics(found.plan), mathematics(plan)
+            if theirs.digest != own.digest:
+                raise PeltError(other_mathematics(plan, "the adapter", theirs, own))
+            return check_arrays(plan, found.tensors, source)
+        here = BaseRecord(self.base.architecture, public_name(str(self.folder)))
+        for sentence in check_file(plan, Path(weights), here, stored_samples(self.base)):
+            talk(f"warning: {sentence}")
+        return load_tensors(plan, Path(weights), source)
 
     @cached_property
     def _held(self) -> dict[str, Array]:
@@ -113,6 +134,10 @@ class Linker:
         known = {*self._made, *(name for name in self.plan.tensors if name in given)}
         self._made |= sourced(self.plan, known)
         return self._made
+
+    def _source_of(self, plan: Plan, given: Container[str]) -> Mapping[str, Array]:
+        """The same of a plan of other labels."""
+        return sourced_of(plan, self._source(given), given)
 
     def _written(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The constants of the graph with the modules in it, by name."""

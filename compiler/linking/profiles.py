@@ -18,6 +18,7 @@ from peltc.compiler.adapter.weights import start_tensors
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.manifest import LINK, STARTS
 from peltc.compiler.linking.bare import disturbance
+from peltc.compiler.passes.absent import ABSENT, absent
 from peltc.compiler.passes.offer import STAMP, constants, decided
 from peltc.compiler.passes.packing import masks_of
 from peltc.compiler.plan.claims import Claim, Plan
@@ -97,6 +98,8 @@ def brought(plan: Plan, tensors: Mapping[str, Array], model: ir.Model, write: Wr
     draw = np.random.default_rng(0)
     other = {name: draw.normal(0, 0.1, plan.tensors[name].shape).astype(np.float32) for name in sorted(exchanged(plan))}
     other |= {name: opposite(tensors[name]) for name in other if plan.tensors[name].part == "mask"}
+    if plan.heads:
+        other[ABSENT] = absent(0, plan.heads[0].site.sizes["out"])
     mine = constants(model)
     found = decided(mine, constants(write(tensors={**tensors, **other})[0])).keys() | masks_of(model).keys()
     return {name: array for name, array in mine.items() if name in found}
@@ -117,6 +120,7 @@ def record(
     tensors: Mapping[str, Array],
     inputs: Mapping[str, Array],
     masks: Mapping[str, tuple[int, int]],
+    hiding: str | None = None,
 ) -> dict[str, Any]:
     """What the manifest says of profiles.
 
@@ -124,6 +128,7 @@ def record(
         tensors: the adapter's tensors, at start values where profiles bring them.
         inputs: the constants that profiles bring, by name.
         masks: those of them that are masks' bits: of how many modules, and how many take part.
+        hiding: the one that hides labels which a profile does not have.
     """
     shapes = sorted((name, array.shape) for name, array in inputs.items())
     known = hashlib.sha256(json.dumps([base.fingerprint, whole_digest(plan), shapes]).encode()).hexdigest()
@@ -134,8 +139,24 @@ def record(
         "fingerprint": known,
         "inputs": {called[name]: list(array.shape) for name, array in inputs.items()},
         "masks": {called[name]: list(sizes) for name, sizes in masks.items() if name in called},
+        "labels": None if hiding is None else {"input": called[hiding], "names": label_names(base, plan)},
         "no_bare_base": disturbance(changing(plan), tensors, base.array) or None,
     }
+
+
+def lacking(base: Base, plan: Plan) -> str:
+    """Why there is no base without a profile: the checkpoint lacks what profiles bring; empty where it has all."""
+    read = {
+        name: claim for claim in changing(plan) for name in claim.site.parameters.values() if name in base.parameters
+    }
+    missing = next((name for name in read if base.lacks(name)), "")
+    return f"the checkpoint lacks '{missing}', which profiles bring" if missing else ""
+
+
+def label_names(base: Base, plan: Plan) -> list[str]:
+    """What the labels of a head are called that has room for the most of them."""
+    count, named = plan.heads[0].site.sizes["out"], base.config.get("id2label") or {}
+    return [str(named.get(str(i), named.get(i, f"LABEL_{i}"))) for i in range(count)]
 
 
 def keep(base: Base, starts: Mapping[str, Array], folder: Path) -> None:

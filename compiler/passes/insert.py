@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from peltc.compiler.passes.absent import hide
 from peltc.compiler.passes.insert_attention import Inserter
 from peltc.compiler.passes.insertion import Array
 from peltc.compiler.plan.claims import LEVELS, Claim
@@ -26,6 +27,7 @@ def insert(
     sites: Mapping[str, Site],
     tensors: Mapping[str, Array],
     keeps: bool = False,
+    heads: Iterable[Claim] = (),
 ) -> dict[str, Array]:
     """Write claims into a graph, in place.
 
@@ -33,6 +35,7 @@ def insert(
         sites: the graph's own sites by key.
         tensors: the adapter's tensors by name.
         keeps: whether what claims make of a whole text is kept from the prompt on; see `keep`.
+        heads: claims whose labels a profile may have fewer of; see `absent`.
 
     Returns:
         In a graph with a cache of keys and values, what each cache begins with [1, H, P, Dh], by its input's name: keys
@@ -45,6 +48,7 @@ def insert(
     ordered = sorted(groups, key=lambda key: (LEVELS[sites[key].kind], sites[key].role == "layer"))
     for key in ordered:
         getattr(inserter, sites[key].kind)(sites[key], groups[key])
+    hide(inserter, (replace(claim, site=sites[claim.site.key]) for claim in heads), tensors)
     inserter.count_text()
     if inserter.keeper is not None:
         inserter.keeper.close()

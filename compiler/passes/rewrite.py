@@ -36,7 +36,9 @@ def rewritten(
     staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.key in sites]
     generates = source.variant in GRAPHS
     inserted = [claim for claim in staying if "prepend" not in claim.effects]
-    starts = insert(model, inserted, sites, tensors, keeps=bool(plan.held) and source.variant == DECODE)
+    starts = insert(
+        model, inserted, sites, tensors, keeps=bool(plan.held) and source.variant == DECODE, heads=plan.heads[:1]
+    )
     if prepended := [claim for claim in plan.claims if "prepend" in claim.effects]:
         if generates:
             begin(model, source.variant, prepended, tensors, sites, base.config)

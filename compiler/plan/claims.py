@@ -303,6 +303,13 @@ class Plan:
         """The claims that compute something of a whole text from the prompt, and keep it while the text grows."""
         return tuple(claim for claim in self.claims if claim.holds) if self.spec.gates else ()
 
+    @cached_property
+    def heads(self) -> tuple[Claim, ...]:
+        """The claims of whose outputs, which are labels, profiles may have fewer."""
+        if not self.spec.fewer_labels:
+            return ()
+        return tuple(c for c in self.claims if (c.site.role, c.site.kind) == ("head", "linear") and c.mode in EXCHANGED)
+
     def trained(self) -> int:
         """The number of trained values."""
         return sum(int(np.prod(t.shape)) for t in self.tensors.values() if not t.frozen)

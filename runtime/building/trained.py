@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,8 @@ from peltc.spec.method import START
 from peltc.spec.specification import Spec
 
 Array = np.ndarray[Any, Any]
+NEW = 0.02
+"""The standard deviation of a new head, as `transformers` draws it."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,20 @@ def adapter_tensors(
         return check_arrays(plan, arrays), "checkpoint", overridden(plan, arrays)
     if plan.tensors:
         talk("warning: no weights given; the modules have their start values")
-    return start_tensors(plan, partial(_held, base)), "start values", frozenset()
+    return start_tensors(plan, partial(_held, base, plan)), "start values", frozenset()
 
 
-def _held(base: Base, name: str) -> Array:
+def _held(base: Base, plan: Plan, name: str) -> Array:
     """A parameter that a start value reads. What the checkpoint lacks, a module of the plan brings: its trained values
-    alone can stand there.
+    alone can stand there. A head with room for the labels of many profiles is nobody's: there it is random, as a new
+    head is.
 
     Raises:
         PeltError: E504 the checkpoint lacks it.
     """
+    if base.lacks(name) and name in {own for claim in plan.heads for own in claim.site.parameters.values()}:
+        draw = np.random.default_rng([plan.spec.seed, zlib.crc32(name.encode())])
+        return draw.normal(0.0, NEW, base.parameters[name].shape).astype(np.float32)
     if base.lacks(name):
         raise fail("E504", f"the checkpoint lacks '{name}', which a module of the spec brings once it is trained",
                    Place(str(base.folder)), "the adapter's tensors, where the trained values are",

@@ -42,12 +42,14 @@ def import_command(adapter: Path, model: str | None, out: Path, quirks: str | No
     help="A safetensors file, or a folder that Hugging Face PEFT saved.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The profile.")
-def link_command(artifact: Path, weights: Path, out: Path) -> None:
-    """Make a profile for ARTIFACT, which was compiled with `mode: swappable`; its model is not touched."""
+@click.option("--labels", help="The names of its labels, with commas between them, where ARTIFACT lets profiles have"
+              " fewer than it.")  # fmt: skip
+def link_command(artifact: Path, weights: Path, out: Path, labels: str | None) -> None:
+    """Make a profile for ARTIFACT, which was compiled with `mode: swappable` or `bank`; its model is not touched."""
     from peltc.compiler.linking.linker import Linker
     from peltc.runtime.running.form import write_profile
 
     linker = Linker(artifact)
-    tensors = linker.link(weights)
+    tensors = linker.link(weights, labels=None if labels is None else labels.split(","))
     write_profile(out, tensors, linker.record["fingerprint"])
     click.echo(f"{out}: {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()):,} bytes")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from peltc.compiler.files.labels import FAR, LABELS, read
 from peltc.spec.diagnostics import Place, fail, wrong_type
 
 Array = np.ndarray[Any, Any]
@@ -18,8 +19,10 @@ Source = str | Path | Mapping[str, Array]
 """What a profile is given as: a file that `pelt link` wrote, or arrays by input name."""
 SUFFIX = ".onnx_adapter"
 VERSION = 1
-ROOM = 1 << 20
+ROOM = 1 << 21
 """How many bytes a profile's file may have beside its tensors."""
+END = b"PELTLABELS"
+"""Ends a file that has names of labels behind what ONNX Runtime reads."""
 
 
 def number_of(fingerprint: str) -> int:
@@ -28,14 +31,19 @@ def number_of(fingerprint: str) -> int:
 
 
 def write_profile(file: Path, tensors: Mapping[str, Array], fingerprint: str) -> None:
-    """Write a profile in ONNX Runtime's own format, which its `LoraAdapter` reads too, whatever the method.
+    """Write a profile in ONNX Runtime's own format, which its `LoraAdapter` reads too, whatever the method. The names
+    of labels stand behind what ONNX Runtime reads.
 
     Args:
+        tensors: what `peltc.link` gave.
         fingerprint: of what the profile belongs to.
     """
     import onnxruntime as ort
 
     from peltc.compiler.files.manifest import write_whole
+
+    labels = tensors.get(LABELS)
+    tensors = {name: array for name, array in tensors.items() if name != LABELS}
 
     form = ort.AdapterFormat()
     form.set_adapter_version(VERSION)
@@ -44,8 +52,28 @@ def write_profile(file: Path, tensors: Mapping[str, Array], fingerprint: str) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".{file.name}.part")
     form.export_adapter(str(new))
-    write_whole(file, new.read_bytes())
+    write_whole(file, new.read_bytes() + (b"" if labels is None else behind(labels)))
     new.unlink()
+
+
+def behind(labels: Array) -> bytes:
+    """The names of labels as they stand at the end of a profile's file: their bytes, how many these are, and a mark."""
+    return labels.tobytes() + len(labels).to_bytes(8, "little") + END
+
+
+def labels_behind(content: bytes) -> Array | None:
+    """What `behind` wrote, at the end of a file; None where it did not.
+
+    Raises:
+        ValueError: there are fewer bytes than it says.
+    """
+    if not content.endswith(END):
+        return None
+    content = content.removesuffix(END)
+    size = int.from_bytes(content[-8:], "little")
+    if not 0 < size <= len(content) - 8:
+        raise ValueError("fewer bytes")
+    return np.frombuffer(content[-8 - size : -8], np.uint8)
 
 
 class Form:
@@ -59,6 +87,8 @@ class Form:
     def __init__(self, record: Mapping[str, Any] | None, place: Place):
         self.record, self.place = record, place
         self.masks: Mapping[str, Sequence[int]] = record["masks"] if record else {}
+        self.labels: Mapping[str, Any] | None = record.get("labels") if record else None
+        """Where profiles may have fewer labels: the input that hides the others, and the names of the most."""
 
     @property
     def inputs(self) -> dict[str, list[int]]:
@@ -86,8 +116,32 @@ class Form:
         if not isinstance(source, (str, PathLike, Mapping)):
             raise wrong_type("a profile", source, "a file that `pelt link` wrote, or the arrays that `peltc.link` gave")
         arrays = dict(source) if isinstance(source, Mapping) else self._read(Path(source), inputs)
+        labels = arrays.pop(LABELS, None)
         self._check(name, arrays, ())
+        if labels is not None:
+            try:
+                fitting = self.labels is not None and len(read(labels)) == self._count(arrays)
+            except ValueError:
+                fitting = False
+            if not fitting:
+                raise self._foreign(name, "has names of other labels than")
+            arrays[LABELS] = labels
         return arrays
+
+    def names(self, arrays: Mapping[str, Array]) -> list[str] | None:
+        """What the labels of a profile are called, of which `arrays` gave the tensors; None where all profiles have
+        those of the artifact."""
+        if self.labels is None:
+            return None
+        if LABELS in arrays:
+            return read(arrays[LABELS])
+        count, most = self._count(arrays), list(self.labels["names"])
+        return most if count == len(most) else [f"LABEL_{i}" for i in range(count)]
+
+    def _count(self, arrays: Mapping[str, Array]) -> int:
+        """How many labels a profile has."""
+        assert self.labels is not None
+        return int((arrays[self.labels["input"]] == 0).sum())
 
     def stacked(self, names: Sequence[str], arrays: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors of several profiles, [profiles, ...] each, held against the form.
@@ -122,6 +176,10 @@ class Form:
                 bits = np.unpackbits(array, axis=-1, bitorder="little")
                 if (bits.sum(-1) != ones).any() or bits[..., size:].any():
                     raise self._foreign(name, f"does not choose {ones} of {size} modules in {key}, as every profile of")
+            elif self.labels is not None and key == self.labels["input"]:
+                counts = (array == 0).sum(-1, keepdims=True)
+                if (counts < 1).any() or (array != np.where(np.arange(array.shape[-1]) < counts, 0, FAR)).any():
+                    raise self._foreign(name, f"does not say in {key} which labels it has, as every profile of")
             elif not np.isfinite(array).all():
                 raise self._foreign(name, f"has values in {key} that are no numbers, for")
 
@@ -143,6 +201,8 @@ class Form:
             form = ort.AdapterFormat.read_adapter(str(file))
             version, found = form.get_model_version(), form.get_parameters()
             arrays = {name: np.array(value.numpy()) for name, value in found.items()}  # the file is let go
+            if self.labels is not None and (labels := labels_behind(file.read_bytes())) is not None:
+                arrays[LABELS] = labels
         except Exception:  # bytes that others wrote: ONNX Runtime and its bindings say it in many ways
             raise fail("E625", "the file is no profile", Place(str(file)), "what `pelt link` wrote") from None
         if version != number_of(self.record["fingerprint"]):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from peltc.compiler.files.labels import LABELS
 from peltc.compiler.files.manifest import LINK, PROFILE, PROFILE_WEIGHTS, STARTS
 from peltc.runtime.running.form import Form, Source
 from peltc.spec.diagnostics import PeltError, Place, fail, one_of, wrong_type
@@ -18,8 +19,6 @@ from peltc.spec.modes import BANK
 from peltc.spec.packages import needing
 
 Array = np.ndarray[Any, Any]
-CHOOSING = (PROFILE, PROFILE_WEIGHTS)
-"""The inputs that say which profiles each row has."""
 FIRST_ROOM = 8
 """For how many profiles a bank has room at first."""
 Blend = Mapping[str, float]
@@ -43,12 +42,14 @@ class Profiles:
 
     Attributes:
         held: what is kept of each profile, by its name, or by a key that is no text for those of a store.
+        labels: what the labels of each are called, where they may have others.
     """
 
     def __init__(self, record: Mapping[str, Any] | None, folder: Path):
         self.record, self.place = record, Place(str(folder))
         self.form = Form(record, self.place)
         self.held: dict[Hashable, Any] = {}
+        self.labels: dict[Hashable, list[str]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +68,7 @@ class Profiles:
         """
         if not isinstance(name, str) or not name:
             raise wrong_type("a profile's name", name, "a text")
-        self.take(name, self.form.arrays(name, source))
+        self.receive(name, self.form.arrays(name, source))
 
     def add_all(self, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
         """Add profiles, or replace those of these names: all, or none.
@@ -92,6 +93,16 @@ class Profiles:
         """
         self._known(name)
         del self.held[name]
+        self.labels.pop(name, None)
+
+    def labels_of(self, name: str) -> list[str] | None:
+        """What the labels of a profile are called; None where all have the artifact's.
+
+        Raises:
+            PeltError: E626 there is none of that name.
+        """
+        self._known(name)
+        return self.labels.get(name)
 
     def each(self, chosen: Chosen, texts: int | None) -> list[Shares]:
         """What is chosen as a list: one entry alone where the choice is for all texts.
@@ -166,8 +177,14 @@ class Profiles:
     def reserve(self, profiles: int) -> None:
         """Make room for so many profiles at once, where profiles lie in arrays."""
 
+    def receive(self, name: Hashable, arrays: Mapping[str, Array]) -> None:
+        """Keep a profile whose tensors were held against the form, and what its labels are called."""
+        self.take(name, {key: array for key, array in arrays.items() if key != LABELS})
+        if (labels := self.form.names(arrays)) is not None:
+            self.labels[name] = labels
+
     def take(self, name: Hashable, arrays: Mapping[str, Array]) -> None:
-        """Keep a profile whose tensors were held against the form."""
+        """Keep the tensors of a profile."""
         import onnxruntime as ort
 
         self.held[name] = {key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
@@ -263,6 +280,7 @@ class Bank(Profiles):
         with self.lock:
             self._leave(self._known(name))
             del self.held[name]
+            self.labels.pop(name, None)
 
     def each(self, chosen: Chosen, texts: int | None) -> list[Shares]:
         alone = is_one(chosen)
@@ -350,39 +368,3 @@ def profiles_of(manifest: Mapping[str, Any], folder: Path) -> Profiles:
     """What an artifact can have of profiles."""
     record = manifest.get("profiles")
     return Bank(record, folder) if record and record["mode"] == BANK else Profiles(record, folder)
-
-
-class Bound:
-    """A session of ONNX Runtime that binds a profile's tensors beside the inputs of each run.
-
-    Args:
-        session: of ONNX Runtime.
-        chosen: gives the profile's values by input name, from the number of rows.
-    """
-
-    def __init__(self, session: Any, chosen: Taken):
-        self._session, self._chosen, self._own = session, chosen, threading.local()
-
-    @property
-    def rows(self) -> int:
-        """How many rows the batch of this thread's next run has."""
-        return getattr(self._own, "rows", 1)
-
-    @rows.setter
-    def rows(self, rows: int) -> None:
-        self._own.rows = rows
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def get_inputs(self) -> list[Any]:
-        """The graph's inputs, but which profile each row has."""
-        return [i for i in self._session.get_inputs() if i.name not in CHOOSING]
-
-    def io_binding(self) -> Any:
-        """A binding with the profile's tensors in it. Graphs of one artifact need not all have the same inputs."""
-        binding, known = self._session.io_binding(), {i.name for i in self._session.get_overridable_initializers()}
-        for name, value in self._chosen(self.rows).items():
-            if name in known or name in CHOOSING:
-                binding.bind_ortvalue_input(name, value)
-        return binding

@@ -83,6 +83,14 @@ class Residents:
             if name not in self.profiles.held:
                 self.store.records.digest(name)
 
+    def labels(self, name: str) -> list[str] | None:
+        """What the labels of a profile are called; None where all have the artifact's.
+
+        Raises:
+            PeltError: E626 there is no such profile; E634 it is damaged.
+        """
+        return self.profiles.form.names(self.store.read(name)[1])
+
     @contextmanager
     def taken(self, chosen: Chosen, texts: int | None) -> Iterator[Taken]:
         """What runs take of profiles; see `Profiles.taken`.
@@ -163,7 +171,7 @@ class Residents:
         return True
 
     def _bring(self, key: Key, arrays: dict[str, Array]) -> None:
-        self.profiles.take(key, arrays)
+        self.profiles.receive(key, arrays)
         self.entries[key] = Entry(0, (-1, -1))  # so that the store is asked once more
         self.digests[key[0]] = key[1]
         self.counts["misses"] += 1

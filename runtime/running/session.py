@@ -14,6 +14,7 @@ import numpy as np
 
 from peltc.compiler.files.integrity import check_record
 from peltc.compiler.files.manifest import MANIFEST, read_manifest
+from peltc.runtime.running.bound import CHOOSING, Bound
 from peltc.runtime.running.engine import NO_PREPACKING, Engine, check_shared
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
@@ -24,8 +25,9 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
-from peltc.runtime.running.profiles import CHOOSING, Bound, Chosen, Taken, profiles_of
-from peltc.spec.diagnostics import Place, fail, wrong_type
+from peltc.runtime.running.profiles import Chosen, Taken, profiles_of
+from peltc.runtime.running.tokens import tokenized
+from peltc.spec.diagnostics import fail, wrong_type
 from peltc.spec.packages import needing
 
 if TYPE_CHECKING:
@@ -340,6 +342,19 @@ class Session:
         # The config of a model without a head may still have the names of one that it was trained with.
         return [str(name) for name in order] if len(named) in sizes and None not in order else None
 
+    def labels_of(self, profile: str | None) -> list[str] | None:
+        """What the labels of a profile are called, in the order of the last axis of `logits`: those that it does not
+        have are far below, at the end. The names of all where profiles have no labels of their own; see `labels`.
+
+        Raises:
+            PeltError: E626 there is no profile of that name; E634 it is damaged in its store.
+        """
+        if profile is None or self.kept.form.labels is None:
+            return self.labels
+        if profile not in self.kept.held and self.residents is not None:
+            return self.residents.labels(profile)
+        return self.kept.labels_of(profile)
+
     def tokenize(self, text: str | Sequence[str], max_length: int | None = None) -> dict[str, Array]:
         """Inputs from text, by the tokenizer in the artifact, padded on the left where a decoder generates.
 
@@ -354,37 +369,10 @@ class Session:
             PeltError: E216 a length that is none; E607 the artifact has no tokenizer; E617 no text, or one without
                 tokens; E623 the package `tokenizers` is missing.
         """
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            raise fail("E607", "the artifact has no tokenizer.json", Place(str(self.folder)),
-                       hint="put the model's tokenizer beside it and compile again")  # fmt: skip
-        with needing("Session.tokenize"):
-            from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(file))
-        graphs, own = self.manifest.get("graphs", ()), tokenizer.padding or {}
+        graphs = self.manifest.get("graphs", ())
         # A decoder goes on from its texts' ends, which must stand together: others are padded as their tokenizer says.
         left = "decode" in graphs and "encoder" not in graphs
-        said = {key: own[key] for key in ("pad_id", "pad_type_id", "pad_token") if key in own}
-        tokenizer.enable_padding(direction="left" if left else own.get("direction", "right"), length=None, **said)
-        side = (tokenizer.truncation or {}).get("direction", "right")
-        tokenizer.no_truncation()
-        if max_length is not None:
-            around = tokenizer.num_special_tokens_to_add(False)
-            if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length <= around:
-                because = f", since the tokenizer puts {around} around each text" if around else ""
-                raise wrong_type("the most tokens of a text, max_length,", max_length,
-                                 f"a whole number of at least {around + 1}{because}")  # fmt: skip
-            tokenizer.enable_truncation(max_length, direction=side)
-        texts = [text] if isinstance(text, str) else list(text)
-        encoded = tokenizer.encode_batch(texts)
-        empty = [i for i, found in enumerate(encoded) if not any(found.attention_mask)]
-        if empty or not encoded:
-            which = f"text {empty[0]}, {texts[empty[0]][:60]!r}, has no tokens" if encoded else "there is no text"
-            raise fail("E617", which, expected="texts of at least one token")
-        found = {
-            "input_ids": np.array([e.ids for e in encoded], np.int64),
-            "attention_mask": np.array([e.attention_mask for e in encoded], np.int64),
-            "token_type_ids": np.array([e.type_ids for e in encoded], np.int64),
-        }
+        found = tokenized(
+            self.folder / "tokenizer.json", [text] if isinstance(text, str) else list(text), max_length, left
+        )
         return {name: array for name, array in found.items() if name in self.inputs}

@@ -66,7 +66,7 @@ class ProfileStore:
         if artifact is not None:
             record = read_manifest(Path(artifact)).get("profiles")
             form = Form(record, Place(str(artifact)))
-            said = {"inputs": form.inputs, "masks": form.masks}
+            said = {"inputs": form.inputs, "masks": form.masks} | ({"labels": form.labels} if form.labels else {})
             assert record is not None
             about = {"fingerprint": record["fingerprint"]} | {k: json.dumps(v, sort_keys=True) for k, v in said.items()}
         self.artifact, self.place = artifact, Place(str(path))
@@ -237,8 +237,9 @@ def _record(about: Mapping[str, str], place: Place) -> dict[str, Any]:
         numbers = [*dict(inputs).values(), *dict(masks).values()]
         if not all(type(size) is int and size >= 0 for shape in numbers for size in shape):
             raise ValueError
-        if not all(len(mask) == 2 for mask in masks.values()):
+        labels = json.loads(about["labels"]) if "labels" in about else None
+        if not all(len(mask) == 2 for mask in masks.values()) or (labels and labels["input"] not in inputs):
             raise ValueError
     except (KeyError, ValueError, TypeError, RecursionError):
         raise fail("E630", "the store does not say what artifact it belongs to", place) from None
-    return {"fingerprint": fingerprint, "inputs": inputs, "masks": masks}
+    return {"fingerprint": fingerprint, "inputs": inputs, "masks": masks, "labels": labels}

@@ -245,8 +245,8 @@ def test_what_is_no_profile_is_refused(compiled: Path, model_folder: Folder, tmp
     file.write_bytes(b"\0" * 500)
     with pytest.raises(PeltError, match="E625 the file is no profile"):
         session.add_profile("x", file)
-    file.write_bytes(b"\0" * (1 << 21))
-    with pytest.raises(PeltError, match=r"E625 .* has 2,097,152 bytes"):
+    file.write_bytes(b"\0" * (1 << 22))
+    with pytest.raises(PeltError, match=r"E625 .* has 4,194,304 bytes"):
         session.add_profile("x", file)
     write_profile(file, arrays, "f" * 64)
     assert number_of("f" * 64) != number_of(linker.record["fingerprint"])

@@ -66,6 +66,12 @@ def read_adapter(path: Path, model: Any, base: Base | None, quirks: Quirks, talk
     return Read(tuple(modules), base, last.base, str(given), origin, Place(str(path)), model_key(base, modules))
 
 
+def labels_in(path: Path, base: Base) -> int | None:
+    """How many labels the head has that an adapter's folder brings; None where it brings none, or does not tell."""
+    found = choice_of(read_adapter_folder(path), base.config).labels
+    return found if isinstance(found, int) else None
+
+
 def model_key(base: Base, modules: Sequence[Module]) -> dict[str, Any]:
     """The spec's `model:`, where the base is of another class than its config says, or has other labels."""
     if not base.changed:

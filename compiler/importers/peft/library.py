@@ -82,6 +82,16 @@ def read_adapter(path: Path, model: Any, base: Base | None, quirks: Quirks, talk
                 model_key(folder, base, found))  # fmt: skip
 
 
+def labels_in(path: Path, weight: str) -> int | None:
+    """How many labels the head has that an adapter's folder brings; None where it brings none.
+
+    Args:
+        weight: the name of the head's weight in the model.
+    """
+    found = [tensor.shape for name, tensor in read_folder(path).tensors.items() if f".{name}".endswith(f".{weight}")]
+    return int(found[0][0]) if found and len(found[0]) == 2 else None
+
+
 def modules_of(folder: Folder, found: Sequence[Placed]) -> Iterator[Module]:
     """The modules, each at its site.
 
