@@ -179,8 +179,13 @@ def test_refused(bank: Path, adapters: dict[int, tuple[Path, Array]], model_fold
     fixed = [LORA[0], {"method": "replace", "at": "head", "mode": "static"}]
     with pytest.raises(PeltError, match=r"E208 .*no attachment is at the model's head"):
         peltc.compile(spec_of(NAMES, fixed, mode="bank", fewer_labels=True), base, tmp_path / "no", adapters[5][0])
-    own = {"title": "of all labels", "source": "a test", "site": "linear", "parameters": {"m": {"shape": ["out"], "init": "ones"}},
-           "output": "softmax(y) * m"}  # fmt: skip
+    own = {
+        "title": "of all labels",
+        "source": "a test",
+        "site": "linear",
+        "parameters": {"m": {"shape": ["out"], "init": "ones"}},
+        "output": "softmax(y) * m",
+    }
     content = {"pelt": 1, "methods": {"mixed": own}, "attach": [{"method": "mixed", "at": "head"}],
                "deploy": {"mode": "bank", "fewer_labels": True}}  # fmt: skip
     with pytest.raises(PeltError, match=r"E208 .*what 'mixed' makes of one label depends on the others"):

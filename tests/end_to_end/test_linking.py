@@ -168,7 +168,7 @@ def test_what_is_given_in_place_of_names_and_arrays(bank: Path, model_folder: Fo
     with pytest.raises(PeltError, match="E626 there is no profile"):
         session.remove_profile(["a"])  # type: ignore[arg-type]
     for chosen in (5, True, [], ["a"], ["a", "a", "a"], ["a", 5], {"a": 1, "b": 2}, iter(["a", "a"])):
-        with pytest.raises(PeltError, match="E216 the profiles? of a (batch|text) is given as"):
+        with pytest.raises(PeltError, match=r"E216 the profiles? of a (batch|text) is given as"):
             session(profile=chosen, input_ids=IDS)
     assert np.array_equal(session(profile=np.array(["a", "a"]), input_ids=IDS)["logits"],
                           session(profile="a", input_ids=IDS)["logits"])  # fmt: skip
