@@ -245,6 +245,7 @@ def test_reading_a_spec_loads_nothing_heavy() -> None:
 
 ORDINARY = {
     "prefix",  # what names begin with, and an argument of tempfile's functions
+    "prompt",  # what generation begins with, and a field of the protocols for it
     "clip",  # an operator of ONNX
     "replace",  # what dataclasses and strings do
 }

@@ -22,6 +22,8 @@ from peltc.spec.packages import needing
 @click.option("--allow", metavar="MODULE:FUNCTION", help="Whether a request may use a profile: f(caller, profile).")
 @click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Texts of a batch at most.")
 @click.option("--tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens of a batch at most.")
+@click.option("--new-tokens", "new", type=click.IntRange(1), default=4096, show_default=True,
+              help="Tokens that a text may get.")  # fmt: skip
 @click.option("--queue", type=click.IntRange(1), default=512, show_default=True, help="Texts that wait at most.")
 @click.option("--padding", type=click.FloatRange(0, 1), default=0.1, show_default=True,
               help="The share of a batch's tokens that may be padding.")  # fmt: skip
@@ -36,7 +38,7 @@ def serve_command(
     out: Path, store: Path | None, resident: int, host: str, port: int, grpc_port: int | None, allow: str | None,
     threads: int | None, **limits: Any,
 ) -> None:  # fmt: skip
-    """Serve the artifact OUT by the Open Inference Protocol, version 2.
+    """Serve the artifact OUT by the Open Inference Protocol, version 2, and, where it generates, by OpenAI's.
 
     Requests with different profiles are answered in common batches. SIGTERM ends it after the requests that it has.
     """

@@ -137,6 +137,7 @@ class _Generator:
         import torch
 
         self._runners = {name: _runner(records[name], session) for name, session in sessions.items()}
+        self._flat = _runner(records["decode"], sessions["decode"], flat=True)
         self._place = self._runners["decode"].device
         self._inputs = {n: {i.name: i for i in s.get_inputs()} for n, s in sessions.items()}
         caches = [i.type for name, i in self._inputs["decode"].items() if "past_key_values." in name]
@@ -152,6 +153,45 @@ class _Generator:
         found = {leaf.removeprefix(GIVEN): spec for inputs in self._inputs.values() for leaf, spec in inputs.items()}
         # tokens and masks [B, S], by name: ONNX Runtime's names of their types
         self.takes = {name: i.type for name, i in found.items() if len(i.shape) == 2 and "." not in name}
+
+    @property
+    def decoder_inputs(self) -> Mapping[str, Any]:
+        """What the decoder's graph takes, by its own names."""
+        return {name.removeprefix(GIVEN): spec for name, spec in self._inputs["decode"].items()}
+
+    @property
+    def starts(self) -> Mapping[str, Any]:
+        """What caches begin with, before there is a text."""
+        return self._starts
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the decoder's logits tell apart."""
+        outputs = self._flat.session.get_outputs()
+        return int(next(o.shape[-1] for o in outputs if o.name == "logits"))
+
+    def begun(self, batch: int, states: Any = None) -> dict[str, Any]:
+        """What the decoder's graph is given of the past of texts that begin.
+
+        Args:
+            states: the encoder's, where there is one.
+        """
+        kept = {KEPT: self._kept(batch, None)} if self._width else {}
+        return self._empty(batch, states) | kept
+
+    def advance(self, batch: int, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs of one run of the decoder's graph, by its own names, for who keeps the rows' caches himself.
+
+        Args:
+            leaves: tensors by the names of `decoder_inputs`.
+
+        Raises:
+            PeltError: E612 what ONNX Runtime says.
+        """
+        self._flat.session.rows = batch
+        with translating(shown({name: leaves[name] for name in self.takes if name in leaves})):
+            outputs: dict[str, Any] = self._flat(**leaves)
+        return {name.removeprefix(GROWN): value for name, value in outputs.items()}
 
     def get_encoder(self, modality: str | None = None) -> Any:
         return self._encoder if self._encoder is not None else super().get_encoder(modality)  # type: ignore[misc]
@@ -296,13 +336,19 @@ class _Generator:
         return found
 
 
-def _runner(record: Any, session: Any) -> Any:
+def _runner(record: Any, session: Any, flat: bool = False) -> Any:
     """`transformers`' runner of a graph: called with its inputs by name, it gives what the model returns, and what is
-    kept from the prompt, None where nothing is."""
+    kept from the prompt, None where nothing is.
+
+    Args:
+        flat: whether it gives the graph's outputs by their names instead.
+    """
     from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
     class Runner(OnnxModelRunner):
         def unflatten(self, outputs: list[Any]) -> Any:
+            if flat:
+                return dict(zip((o.name for o in self.session.get_outputs()), outputs, strict=True))
             first = outputs[0] if self.session.get_outputs()[0].name == GROWN + KEPT else None
             return super().unflatten(outputs), first
 

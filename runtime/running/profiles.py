@@ -159,6 +159,14 @@ class Profiles:
         found = {} if key is None else self._known(key)
         yield lambda rows: found
 
+    def joined(self, each: Sequence[Taken]) -> Taken:
+        """What one run takes whose rows were each given their profile apart, some time ago.
+
+        Args:
+            each: what `taken` gave for each row, all of them alive; of one profile, where one is taken at a time.
+        """
+        return each[0]
+
     def check_offered(self, sessions: Iterable[Any]) -> None:
         """Whether graphs have all inputs that profiles bring, of which each takes its own.
 
@@ -347,6 +355,15 @@ class Bank(Profiles):
                 done = [row for row in self.left if not self.running[row]]
                 self.free += done
                 self.left.difference_update(done)
+
+    def joined(self, each: Sequence[Taken]) -> Taken:
+        import onnxruntime as ort
+
+        with self.lock:
+            stacked = self.stacked  # rows that are read stay where they are, in arrays that have grown too
+        values = [taken(1)[PROFILE] for taken in each]  # alive while their numbers are read, which are theirs
+        picked = np.concatenate([value.numpy() for value in values])
+        return lambda rows: {**stacked, PROFILE: ort.OrtValue.ortvalue_from_numpy(picked)}
 
 
 def is_one(chosen: object) -> bool:

@@ -12,11 +12,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from peltc.runtime.serving.inference import wrong
+from peltc.runtime.serving.growth_door import GrowthDoor
 from peltc.runtime.serving.metrics import CONTENT_TYPE
 from peltc.runtime.serving.protocol import HEADER, read, write
-from peltc.runtime.serving.service import Caller, Service
-from peltc.spec.diagnostics import PeltError, fail
+from peltc.runtime.serving.reading import body_of, caller_of
+from peltc.runtime.serving.service import Service
+from peltc.spec.diagnostics import PeltError
 
 Beside = Callable[[], Awaitable[Callable[[], Awaitable[object]] | None]]
 GONE = 499
@@ -49,6 +50,7 @@ def build(service: Service, beside: Beside | None = None) -> Starlette:
             Route(f"{model}/ready", door.model_ready),
             Route(f"{model}/infer", door.infer, methods=["POST"]),
             Route("/metrics", door.counted),
+            *GrowthDoor(service).routes(),
         ],
         lifespan=lifespan,
     )
@@ -62,9 +64,10 @@ class Door:
 
     async def about(self, request: Request) -> Response:
         """Server metadata."""
-        return JSONResponse(
-            {"name": "peltc", "version": metadata.version("peltc"), "extensions": ["binary_tensor_data"]}
-        )
+        return JSONResponse({"name": "peltc", "version": metadata.version("peltc"), "extensions": self._extensions()})
+
+    def _extensions(self) -> list[str]:
+        return ["binary_tensor_data", *(["generate"] if self.service.growth is not None else [])]
 
     async def live(self, request: Request) -> Response:
         """Health: the process answers."""
@@ -99,23 +102,11 @@ class Door:
         return response
 
     async def _answered(self, request: Request) -> Response:
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise wrong("the body is compressed")
-        body, size = await self._body(request), request.headers.get(HEADER)
+        body, size = await body_of(request, self.service.limits.body), request.headers.get(HEADER)
         asked = await self.service.aside(read, body, size)
-        address = request.client.host if request.client else ""
-        outputs = await self.service.answer(asked, Caller(dict(request.headers), address))
+        outputs = await self.service.answer(asked, caller_of(request))
         content, headers = await self.service.aside(write, asked, self.service.name, outputs)
         return Response(content, headers=headers)
-
-    async def _body(self, request: Request) -> bytes:
-        """The body, of which no more is read than is allowed."""
-        found, most = bytearray(), self.service.limits.body
-        async for part in request.stream():
-            found += part
-            if len(found) > most:
-                raise fail("E807", f"the request has more than {most:,} bytes")
-        return bytes(found)
 
     def _other(self, request: Request) -> Response | None:
         """The answer where another model is asked for."""

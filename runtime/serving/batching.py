@@ -44,16 +44,16 @@ class Batcher:
         session: the artifact, with its profiles.
         limits: of the queue and of batches.
         metrics: where batches are counted.
+        profiles: how many different ones a batch may have; as many as may be in memory where nothing is said.
     """
 
-    def __init__(self, session: Session, limits: ServingLimits, metrics: Metrics):
+    def __init__(self, session: Session, limits: ServingLimits, metrics: Metrics, profiles: int | None = None):
         self.session, self.limits, self.metrics = session, limits, metrics
         self.joiner = Joiner(session)
-        self.profiles = session.residents.most if session.residents else limits.rows
-        """How many different profiles a batch may have."""
+        self.profiles = profiles or (session.residents.most if session.residents else limits.rows)
         self._queue: list[Waiting] = []
         self._changed, self._closing = threading.Condition(), False
-        metrics.queue.set_function(self.waiting)
+        metrics.waiting.append(self.waiting)
         self._worker = threading.Thread(target=self._work, name="batches", daemon=True)
         self._worker.start()
 

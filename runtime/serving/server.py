@@ -60,6 +60,8 @@ def serve(
                     runner.should_exit = True
                     return None
             said(f"http://{shown}:{listening.getsockname()[1]}/v2/models/{service.name}/infer")
+            if service.growth is not None:
+                said(f"http://{shown}:{listening.getsockname()[1]}/v1")
             if server is None:
                 return None
             said(f"grpc://{shown}:{number}")
@@ -71,7 +73,7 @@ def serve(
         runner = uvicorn.Server(config)
         with suppress(KeyboardInterrupt):  # the signal that uvicorn has heard, passed on when all was answered
             runner.run(sockets=[listening])
-        service.batcher.close()
+        service.end()
     if failed:
         raise failed[0]
 

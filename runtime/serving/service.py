@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from peltc.runtime.running.session import Session
+from peltc.runtime.serving.asking import Asked
 from peltc.runtime.serving.batching import Batcher
+from peltc.runtime.serving.growth import Growing, Growth
 from peltc.runtime.serving.inference import PROFILE, Inference, datatype, wrong
 from peltc.runtime.serving.joining import Ask
 from peltc.runtime.serving.limits import ServingLimits
@@ -61,13 +64,63 @@ class Service:
         self.session, self.limits, self.allow = session, limits or ServingLimits(), allow
         self.name = str(session.manifest["name"])
         self.metrics = Metrics(session)
-        self.batcher = Batcher(session, self.limits, self.metrics)
+        self.generates = "decode" in session.manifest.get("graphs", ())
+        self._opening = threading.Lock()
+        self._batcher: Batcher | None = None
+        self.growth, self._without = self._growth()
+        if self.growth is None:
+            self.batcher  # noqa: B018  # what is wrong with it, now rather than later
         self._threads = ThreadPoolExecutor(4, "requests")
         """Who read and write requests, so that a long one keeps no other waiting."""
 
+    @property
+    def batcher(self) -> Batcher:
+        """Who answers single passes. Where an artifact generates as well, the graph for them is opened when somebody
+        asks for one: it takes as much memory again."""
+        with self._opening:
+            if self._batcher is None:
+                self._batcher = Batcher(self.session, self.limits, self.metrics, self._shares()[0])
+            return self._batcher
+
     async def close(self) -> None:
         """Answer what waits, and take nothing more."""
-        await self.aside(self.batcher.close)
+        if self.growth is not None:
+            await self.aside(self.growth.close, self.limits.grace)
+        await self.aside(self.end)
+
+    def end(self) -> None:
+        """Take no single pass any more; those that wait are answered."""
+        if self._batcher is not None:
+            self._batcher.close()
+
+    def _growth(self) -> tuple[Growth | None, PeltError | None]:
+        """Who lets texts grow, or why nobody does; single passes are served all the same."""
+        if not self.generates:
+            return None, fail("E611", "the artifact has no graphs with a cache, which generation takes",
+                              expected="an artifact compiled with --generation")  # fmt: skip
+        try:
+            return Growth(self.session, self.limits, self.metrics, self._shares()[1]), None
+        except PeltError as error:
+            if error.diagnostics[0].code not in ("E611", "E623"):
+                raise
+            log.warning("generation is not served: %s", error)
+            return None, error
+
+    def _shares(self) -> tuple[int, int]:
+        """How many different profiles a batch of single passes and texts that grow may have at once: together no more
+        than may be in memory, so that neither waits for ever for what the other holds.
+
+        Raises:
+            PeltError: E636 there is room for one.
+        """
+        residents = self.session.residents
+        if residents is None or not self.generates:
+            most = residents.most if residents is not None else self.limits.rows
+            return most, most
+        if residents.most < 2:
+            raise fail("E636", "single passes and texts that grow take profiles at the same time, and one may be in"
+                       " memory", expected="at least 2", hint="--resident 2")  # fmt: skip
+        return residents.most - residents.most // 2, residents.most // 2
 
     async def aside(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """What a call returns, made in another thread."""
@@ -82,14 +135,38 @@ class Service:
         """
         names = asked.profile if isinstance(asked.profile, list) else [asked.profile]
         for name in dict.fromkeys(names):
-            allowed = self.allow is None or self.allow(caller, name)
-            if not (await allowed if inspect.isawaitable(allowed) else allowed):
-                raise fail(
-                    "E804", f"the profile {name!r:.140} is not allowed" if name else "the bare base is not allowed"
-                )
+            await self.check_allowed(caller, name)
         ask = await self.aside(self._held, asked)
         outputs = await asyncio.wrap_future(self.batcher.submit(ask))
         return {name: outputs[name] for name in asked.outputs or outputs}
+
+    async def allows(self, caller: Caller, name: str | None) -> bool:
+        """Whether a caller may use a profile, or the bare base where the name is None."""
+        allowed = self.allow is None or self.allow(caller, name)
+        return bool(await allowed if inspect.isawaitable(allowed) else allowed)
+
+    async def check_allowed(self, caller: Caller, name: str | None) -> None:
+        """Whether a caller may use a profile.
+
+        Raises:
+            PeltError: E804.
+        """
+        if not await self.allows(caller, name):
+            raise fail("E804", f"the profile {name!r:.140} is not allowed" if name else "the bare base is not allowed")
+
+    async def grow(self, asked: Asked, caller: Caller) -> Growing:
+        """Let a request's texts grow.
+
+        Raises:
+            PeltError: E611 the artifact does not generate; E804 the profile is not allowed; E626 there is none of the
+                name; and as `Growth.begin`.
+        """
+        if self.growth is None:
+            raise PeltError(self._without.diagnostics if self._without else ())
+        await self.check_allowed(caller, asked.profile)
+        await self.aside(self.session.check_profiles, asked.profile, 1)
+        growing: Growing = await self.aside(self.growth.begin, asked, asyncio.get_running_loop())
+        return growing
 
     def check_name(self, name: str) -> None:
         """Whether a model is the one that is served.
@@ -122,15 +199,16 @@ class Service:
         ]
         return status, "\n".join(lines)
 
-    def count(self, door: str, status: int, started: float) -> None:
+    def count(self, door: str, status: int, started: float | None) -> None:
         """Count a request.
 
         Args:
-            door: `http` or `grpc`.
-            started: when it came, by the clock that only goes forward.
+            door: `http`, `grpc` or `openai`.
+            started: when it came, by the clock that only goes forward; None where texts grew, as long as was asked for.
         """
         self.metrics.requests.labels(door, str(status)).inc()
-        self.metrics.seconds.observe(time.monotonic() - started)
+        if started is not None:
+            self.metrics.seconds.observe(time.monotonic() - started)
 
     def _held(self, asked: Inference) -> Ask:
         """A request's texts, held against the model; its profiles are there."""

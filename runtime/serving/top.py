@@ -59,7 +59,7 @@ class Counts:
 
 def _moves(name: str) -> bool:
     """Whether what a name counts goes up and down, and is told as it is now."""
-    return name in ("pelt_queue_rows", "pelt_profiles_resident")
+    return name in ("pelt_queue_rows", "pelt_profiles_resident", "pelt_growing_rows")
 
 
 def counted(text: str) -> Counts:
@@ -119,7 +119,21 @@ def told(now: Counts, seconds: float) -> list[str]:
         f"profiles   {now.of('pelt_profiles_resident'):,.0f} in memory{share};"
         f" {misses:,.0f} came, {now.of('pelt_profile_evictions_total'):,.0f} left",
     ]  # fmt: skip
-    return lines
+    return [*lines, *_grown(now, seconds)]
+
+
+def _grown(now: Counts, seconds: float) -> list[str]:
+    """The lines about texts that grow; none where none ever did."""
+    tokens, read = now.of("pelt_generated_tokens_total"), now.of("pelt_prompt_tokens_total")
+    growing = now.of("pelt_growing_rows")
+    if not (tokens or growing):
+        return []
+    rate = f", {tokens / seconds:,.1f} a second" if seconds else ""
+    return [
+        f"tokens     {tokens:,.0f} generated{rate}, {read:,.0f} of prompts read; {growing:,.0f} texts grow",
+        f"growth     {_number(now.mean('pelt_step_rows'))} texts a run, of {_time(now.mean('pelt_step_seconds'))};"
+        f" 95 % had their first token within {_time(now.quantile('pelt_first_token_seconds', 0.95))}",
+    ]
 
 
 def _time(seconds: float) -> str:

@@ -286,6 +286,15 @@ class Bench:
         os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
         return [Row(*row) for row in serving.measure(self.minilm(), self.folder / "serving")]
 
+    def load(self) -> list[Row]:
+        """Two hundred clients at once, and memory meanwhile: see load.py beside."""
+        sys.path.insert(0, str(Path(__file__).parent))
+        import load
+
+        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
+        (self.folder / "load").mkdir(exist_ok=True)
+        return [Row(*row) for row in load.measure(self.minilm(), self.folder / "load")]
+
     def bert_base(self) -> Path:
         folder = self.folder / "bert-base"
         if not (folder / "config.json").is_file():
@@ -375,7 +384,7 @@ def write_page(text: str) -> None:
 
 def main() -> None:
     names = ("warm_minilm", "cold_llama", "warm_llama", "imported", "verify_llama", "latency", "unipelt", "profiles",
-             "store", "serving")  # fmt: skip
+             "store", "serving", "load")  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
