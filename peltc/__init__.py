@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from peltc.runtime.training.attach import attach as attach
     from peltc.runtime.training.loop import consistency_loss as consistency_loss
     from peltc.runtime.training.loop import parameter_groups as parameter_groups
+    from peltc.runtime.triton.configs import TritonTuning as TritonTuning
+    from peltc.runtime.triton.repository import export_triton as export_triton
     from peltc.spec.diagnostics import Diagnostic as Diagnostic
     from peltc.spec.diagnostics import PeltError as PeltError
     from peltc.spec.specification import Spec as Spec
@@ -53,6 +55,7 @@ _WHERE = {
     "compile": "peltc.runtime.building.compile",
     "combine": "peltc.runtime.building.adapters",
     "export_peft": "peltc.runtime.building.adapters",
+    "export_triton": "peltc.runtime.triton.repository",
     "verify": "peltc.runtime.building.compile",
     "attach": "peltc.runtime.training.attach",
     "Session": "peltc.runtime.running.session",
@@ -60,14 +63,15 @@ _WHERE = {
     "StoreLimits": "peltc.runtime.running.records",
     "ServingLimits": "peltc.runtime.serving.limits",
     "serve": "peltc.runtime.serving.server",
+    "TritonTuning": "peltc.runtime.triton.configs",
     "consistency_loss": "peltc.runtime.training.loop",
     "parameter_groups": "peltc.runtime.training.loop",
 }
 
 __all__ = [
     "Anatomy", "Diagnostic", "PeltError", "Plan", "ProfileStore", "ServingLimits", "Session", "Site", "Spec",
-    "StoreLimits", "attach", "combine", "compile", "consistency_loss", "export_peft", "link", "load_spec",
-    "parameter_groups", "plan", "serve", "survey", "verify",
+    "StoreLimits", "TritonTuning", "attach", "combine", "compile", "consistency_loss", "export_peft", "export_triton",
+    "link", "load_spec", "parameter_groups", "plan", "serve", "survey", "verify",
 ]  # fmt: skip
 
 
