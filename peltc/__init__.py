@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from peltc.runtime.running.session import Session as Session
     from peltc.runtime.running.store import ProfileStore as ProfileStore
     from peltc.runtime.serving.limits import ServingLimits as ServingLimits
+    from peltc.runtime.serving.ray_app import ray_app as ray_app
     from peltc.runtime.serving.server import serve as serve
     from peltc.runtime.training.attach import attach as attach
     from peltc.runtime.training.loop import consistency_loss as consistency_loss
@@ -63,6 +64,7 @@ _WHERE = {
     "StoreLimits": "peltc.runtime.running.records",
     "ServingLimits": "peltc.runtime.serving.limits",
     "serve": "peltc.runtime.serving.server",
+    "ray_app": "peltc.runtime.serving.ray_app",
     "TritonTuning": "peltc.runtime.triton.configs",
     "consistency_loss": "peltc.runtime.training.loop",
     "parameter_groups": "peltc.runtime.training.loop",
@@ -71,7 +73,7 @@ _WHERE = {
 __all__ = [
     "Anatomy", "Diagnostic", "PeltError", "Plan", "ProfileStore", "ServingLimits", "Session", "Site", "Spec",
     "StoreLimits", "TritonTuning", "attach", "combine", "compile", "consistency_loss", "export_peft", "export_triton",
-    "link", "load_spec", "parameter_groups", "plan", "serve", "survey", "verify",
+    "link", "load_spec", "parameter_groups", "plan", "ray_app", "serve", "survey", "verify",
 ]  # fmt: skip
 
 
