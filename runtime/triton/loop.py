@@ -155,6 +155,8 @@ class TritonPythonModel:
             given = {name: given[name] for name in about["inputs"]}
             made = await self._run(about["decode"], {**given, **row, **cache, **source}, about["outputs"])
             logits = made["logits"].as_numpy()[0, -1]
+            if np.isnan(logits).any():
+                raise ValueError("E626 the profile is not in the server's graph yet, or its answer is no number")
             token = pick(logits, asked["temperature"], int(asked["top_k"]), asked["top_p"], draw)
             yield token
             if token in about["end"]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -153,7 +153,8 @@ class Writer:
         graphs = {name: self._graph(name, model) for name, model in called.items()}
         for name, graph in graphs.items():
             labels = self._labels(graph) if name == "model" else {}
-            config = configs.of_graph(called[name], graph, self.tuning, labels)
+            tuned = self.tuning if name == "model" else replace(self.tuning, delay=0)  # each step of a text would wait
+            config = configs.of_graph(called[name], graph, tuned, labels)
             self._configure(config, labels)
             if name == "model":
                 self._front(config.name, graph, labels)
@@ -182,7 +183,7 @@ class Writer:
             else:
                 self.how[file] = link(self.folder / file, folder / file, self.copy)["how"]
         ir.save(graph, folder / "model.onnx")
-        return opened(folder / "model.onnx", self.stacked)
+        return opened(folder / "model.onnx", self.stacked, Place(str(self.folder / f"{name}.onnx")))
 
     def _folder(self, model: str) -> Path:
         """The folder of a model's version."""

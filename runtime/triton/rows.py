@@ -86,11 +86,13 @@ class Stacked:
     """All profiles in one file.
 
     Attributes:
+        size: how many rows there are.
         places: of each input's array, by the input's name.
     """
 
     file: Path
     stamp: str
+    size: int
     places: Mapping[str, Place]
 
     def tensor(self, name: str) -> ir.ExternalTensor:
@@ -142,4 +144,4 @@ def write_rows(
                 arrays[name][row + 1] = values[row + 1]
     for array in arrays.values():
         array.flush()  # type: ignore[attr-defined]
-    return Stacked(file, numbers.stamp, places)
+    return Stacked(file, numbers.stamp, numbers.size, places)

@@ -226,7 +226,7 @@ def test_drawing_is_that_of_transformers(k: int, p: float, t: float) -> None:
 def test_exports_follow_each_other(kind: str, artifacts: Any, tmp_path: Path) -> None:
     """A name keeps its row; rows of names that are gone keep their values until they are given anew."""
     out, place = artifacts["toy"], tmp_path / "repository"
-    own = drawn(out, ["a", "b", "c", "d"])
+    own = drawn(out, ["a", "b", "c", "d", "e"])
     session = peltc.Session(out, CPU)
     for name, arrays in own.items():
         session.add_profile(name, arrays)
@@ -253,6 +253,16 @@ def test_exports_follow_each_other(kind: str, artifacts: Any, tmp_path: Path) ->
         assert right("a") and right("c") and right("d")
         with pytest.raises(Refused, match="E626"):
             right("b")
+        again = export("acde")
+        assert again["rows"]["e"] == 4
+        server.load("toy_gate")  # the names of this export, before the graph that has what they name
+        session.add_profile("e", own["e"])
+        mixed = server.ask("toy", {"input_ids": IDS, "profile_name": who("a", "e", "", "c")})["logits"]
+        expected = session(input_ids=IDS, profile=["a", "e", None, "c"])["logits"]
+        assert np.isnan(mixed[1]).all() and np.array_equal(mixed[[0, 2, 3]], expected[[0, 2, 3]])
+        server.load("toy_model")
+        mixed = server.ask("toy", {"input_ids": IDS, "profile_name": who("a", "e", "", "c")})["logits"]
+        assert np.array_equal(mixed, expected)
         third = export("dc", renumber=True)
         assert third["rows"] == {"c": 0, "d": 1} and third["gone"] == [] and third["stamp"] != first["stamp"]
         server.load("toy")
@@ -300,6 +310,9 @@ def test_configs_are_triton_s_own(artifacts: Any, profiles: Any, tmp_path: Path)
     assert graph.dynamic_batching.default_queue_policy.max_queue_size == 9
     assert [(g.kind, g.count) for g in graph.instance_group] == [(messages.ModelInstanceGroup.KIND_AUTO, 2)]
     assert graph.parameters["intra_op_thread_count"].string_value == "3"
+    peltc.export_triton(artifacts["teller"], tmp_path / "t", profiles["teller"], tuning=tuned)
+    step = text_format.Parse((tmp_path / "t/teller_decode/config.pbtxt").read_text(), messages.ModelConfig())
+    assert step.HasField("dynamic_batching") and step.dynamic_batching.max_queue_delay_microseconds == 0
     row = graph.input[-1]
     assert row.name.startswith("profile@") and row.HasField("reshape") and [*row.dims] == [1]
     assert [(o.name, [*o.dims], o.label_filename) for o in graph.output] == [("logits", [2], "logits.txt")]
