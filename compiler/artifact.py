@@ -38,20 +38,24 @@ TOOLS = ("peltc", "onnx-ir", "onnxscript", "transformers", "torch", "onnxruntime
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, mark: str = MANIFEST, what: str = "artifact") -> Iterator[Path]:
     """A folder beside `out` that takes its place when the block ends well; otherwise nothing is left behind.
+
+    Args:
+        mark: the file by which a folder that may be replaced is known.
+        what: such a folder is called in messages.
 
     Raises:
         PeltError: E601 `out` is something else than an artifact, E602 the disk is full or not writable.
     """
-    out = free(out)
+    out = free(out, mark, what)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with staging(out.parent, f".{out.name}-") as folder:
             yield folder
             _exchange(folder, out)
     except OSError as error:
-        raise fail("E602", f"cannot write the artifact: {error.strerror or error}", Place(str(out)),
+        raise fail("E602", f"cannot write the {what}: {error.strerror or error}", Place(str(out)),
                    "a folder that can be written, on a disk with room") from error  # fmt: skip
 
 
@@ -61,20 +65,20 @@ def tidy(out: Path) -> None:
         sweep(out.parent, prefix, out)
 
 
-def free(out: Path) -> Path:
-    """Where an output path leads, links followed, if an artifact may be written there.
+def free(out: Path, mark: str = MANIFEST, what: str = "artifact") -> Path:
+    """Where an output path leads, links followed, if an artifact, or what else `mark` tells, may be written there.
 
     Raises:
         PeltError: E601 something is there that is no artifact, E602 the path leads nowhere.
     """
     try:
         place = out.resolve()
-        taken = place.exists() and not (place.is_dir() and ((place / MANIFEST).is_file() or not any(place.iterdir())))
+        taken = place.exists() and not (place.is_dir() and ((place / mark).is_file() or not any(place.iterdir())))
     except (OSError, RuntimeError) as error:
-        raise fail("E602", f"cannot write the artifact: {error}", Place(str(out)), "a path to follow") from None
+        raise fail("E602", f"cannot write the {what}: {error}", Place(str(out)), "a path to follow") from None
     if taken:
-        raise fail("E601", "the output path is taken by something that is no artifact", Place(str(out)),
-                   "a new folder, an empty one, or an artifact to replace")  # fmt: skip
+        raise fail("E601", f"the output path is taken by something that is no {what}", Place(str(out)),
+                   f"a new folder, an empty one, or an {what} to replace")  # fmt: skip
     return place
 
 

@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from peltc.runtime.running.session import Session as Session
     from peltc.runtime.running.store import ProfileStore as ProfileStore
     from peltc.runtime.serving.limits import ServingLimits as ServingLimits
+    from peltc.runtime.serving.ray_app import ray_app as ray_app
     from peltc.runtime.serving.server import serve as serve
     from peltc.runtime.training.attach import attach as attach
     from peltc.runtime.training.loop import consistency_loss as consistency_loss
     from peltc.runtime.training.loop import parameter_groups as parameter_groups
+    from peltc.runtime.triton.configs import TritonTuning as TritonTuning
+    from peltc.runtime.triton.repository import export_triton as export_triton
     from peltc.spec.diagnostics import Diagnostic as Diagnostic
     from peltc.spec.diagnostics import PeltError as PeltError
     from peltc.spec.specification import Spec as Spec
@@ -53,6 +56,7 @@ _WHERE = {
     "compile": "peltc.runtime.building.compile",
     "combine": "peltc.runtime.building.adapters",
     "export_peft": "peltc.runtime.building.adapters",
+    "export_triton": "peltc.runtime.triton.repository",
     "verify": "peltc.runtime.building.compile",
     "attach": "peltc.runtime.training.attach",
     "Session": "peltc.runtime.running.session",
@@ -60,14 +64,16 @@ _WHERE = {
     "StoreLimits": "peltc.runtime.running.records",
     "ServingLimits": "peltc.runtime.serving.limits",
     "serve": "peltc.runtime.serving.server",
+    "ray_app": "peltc.runtime.serving.ray_app",
+    "TritonTuning": "peltc.runtime.triton.configs",
     "consistency_loss": "peltc.runtime.training.loop",
     "parameter_groups": "peltc.runtime.training.loop",
 }
 
 __all__ = [
     "Anatomy", "Diagnostic", "PeltError", "Plan", "ProfileStore", "ServingLimits", "Session", "Site", "Spec",
-    "StoreLimits", "attach", "combine", "compile", "consistency_loss", "export_peft", "link", "load_spec",
-    "parameter_groups", "plan", "serve", "survey", "verify",
+    "StoreLimits", "TritonTuning", "attach", "combine", "compile", "consistency_loss", "export_peft", "export_triton",
+    "link", "load_spec", "parameter_groups", "plan", "ray_app", "serve", "survey", "verify",
 ]  # fmt: skip
 
 

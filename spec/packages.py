@@ -13,7 +13,7 @@ PACKAGES = {
     "networkx": "networkx", "yaml": "pyyaml", "jsonschema": "jsonschema", "numpy": "numpy", "ml_dtypes": "ml_dtypes",
     "click": "click", "tqdm": "tqdm", "tokenizers": "tokenizers", "starlette": "starlette",
     "uvicorn": "uvicorn", "prometheus_client": "prometheus-client",
-    "grpc": "grpcio", "tritonclient": "tritonclient",
+    "grpc": "grpcio", "tritonclient": "tritonclient", "ray": "ray[serve]",
 }  # fmt: skip
 """What `pip` calls the packages that the project imports, by what Python calls them."""
 EXTRAS = {
@@ -22,6 +22,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "grpc": "serve",
     "tritonclient": "serve",
+    "ray": "ray",
 }
 """Those that the project installs when they are asked for alone, and by what name."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import re
 import shlex
+import shutil
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -125,10 +126,17 @@ def serving(folder: Path) -> dict[str, Any]:
     return {"address": addresses.get(timeout=60).split("/")[2]}
 
 
+def triton(folder: Path) -> dict[str, Any]:
+    peltc.compile({**ATTACHED, "name": "minilm"}, models.save("bert", folder / "model"), folder / "out", verify=False,
+                  mode="bank")  # fmt: skip
+    shutil.copy(folder / "out/profiles/minilm.onnx_adapter", folder / "ada.onnx_adapter")
+    return {}
+
+
 PREPARED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "README.md": readme, "docs/artifact.md": artifact, "docs/generation.md": generation,
     "docs/training.md": training, "docs/models.md": own_module, "docs/profiles.md": profiles,
-    "docs/import.md": importing, "docs/serving.md": serving,
+    "docs/import.md": importing, "docs/serving.md": serving, "docs/triton.md": triton,
 }  # fmt: skip
 """What stands ready in a page's folder, and the names that its blocks do not make themselves."""
 

@@ -1,4 +1,4 @@
-"""The commands that give adapters away: to Hugging Face PEFT, and several as one."""
+"""The commands that give things away: adapters to Hugging Face PEFT, several as one, artifacts to Triton."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from peltc.runtime.commands.shell import cli, quiet_option, talking
+from peltc.spec.packages import needing
 
 
 @cli.command("export-peft")
@@ -65,3 +66,54 @@ def combine_command(
             f"  cutting to the rank leaves out {made.error:.2%} of the change, {made.errors[worst]:.2%} at {worst}"
         )
     click.echo(f"  pelt-compile {out / SPEC} {model} -o {out}-artifact")
+
+
+@cli.command("export-triton")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--repository", required=True, type=click.Path(path_type=Path), help="The model repository's folder."
+)
+@click.option("--profiles", "store", type=click.Path(dir_okay=False, path_type=Path), help="A store of profiles.")
+@click.option("--profile", "files", multiple=True, metavar="NAME=FILE", help="A profile that `pelt link` wrote.")
+@click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Texts of a batch at most.")
+@click.option("--delay", type=click.IntRange(0), default=2000, show_default=True,
+              help="Microseconds that a batch waits for more.")  # fmt: skip
+@click.option("--queue", type=click.IntRange(1), default=512, show_default=True, help="Requests that wait at most.")
+@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True,
+              help="Tokens of a generated text at most, with its beginning.")  # fmt: skip
+@click.option("--instances", type=click.IntRange(1), default=1, show_default=True,
+              help="Sessions of each graph; each has the base in memory.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="Threads of one operator on the CPU.")
+@click.option("--copy", is_flag=True, help="Copy the base's files rather than link them.")
+@click.option("--renumber", is_flag=True, help="Give profiles new rows, and leave out those of profiles that are gone.")
+@quiet_option
+def triton_command(
+    out: Path, repository: Path, store: Path | None, files: tuple[str, ...], threads: int | None, copy: bool,
+    renumber: bool, quiet: bool, **tuning: int,
+) -> None:  # fmt: skip
+    """Write the artifact OUT as a model repository of the Triton Inference Server.
+
+    An export that is there is replaced, under the next version's number.
+    """
+    with needing("pelt export-triton"):
+        from peltc.runtime.triton.configs import TritonTuning
+        from peltc.runtime.triton.repository import export_triton
+
+    if store is not None and files:
+        raise click.UsageError("--profiles and --profile are given: a store has all of its profiles")
+    named = dict(_named(each) for each in files)
+    with talking(quiet) as talk:
+        tuned = TritonTuning(threads=threads or 0, **tuning)
+        made = export_triton(
+            out, repository, store or named or None, tuning=tuned, copy=copy, renumber=renumber, talk=talk
+        )
+    click.echo(f"{repository}: {', '.join(made.models)}, version {made.version}; {made.profiles:,} profiles")
+    for file, how in made.how.items():
+        click.echo(f"  {file} ({how})")
+
+
+def _named(each: str) -> tuple[str, str]:
+    name, _, file = each.partition("=")
+    if not name or not file:
+        raise click.UsageError(f"--profile {each}: NAME=FILE is meant")
+    return name, file
