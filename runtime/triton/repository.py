@@ -13,6 +13,7 @@ the artifact's own, linked, so that the disk has them once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import load_file
 
-from peltc.compiler.artifact import link, staged
+from peltc.compiler.artifact import link, staged, tidy
 from peltc.compiler.files.integrity import check_record
 from peltc.compiler.files.manifest import LINK, MANIFEST, PROFILES, STARTS, read_manifest
 from peltc.compiler.files.talk import Talk, logged
@@ -42,6 +43,9 @@ from peltc.spec.modes import BANK
 
 Array = np.ndarray[Any, Any]
 Profiles = ProfileStore | str | Path | Mapping[str, Source]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What artifacts are called, which folders are called after."""
+GRAPHS = ("model", "decode", "encoder")
 CHECKED = "checked."
 """What precedes the names of what has passed the gate."""
 
@@ -94,12 +98,16 @@ def export_triton(
     folder, place, tuned = Path(out), Path(repository), tuning or TritonTuning()
     manifest = read_manifest(folder)
     check_record(folder / MANIFEST, manifest)
-    record = manifest.get("profiles")
+    record, name = manifest.get("profiles"), str(manifest.get("name"))
+    if not NAME.fullmatch(name) or not {"model"} <= {*manifest.get("graphs", ())} <= {*GRAPHS}:
+        raise fail("E603", f"the manifest has a name or graphs that no artifact has: {name!r:.60}", Place(str(folder)),
+                   "what pelt-compile wrote")  # fmt: skip
     if record and record["mode"] != BANK:
         raise fail("E811", "the profiles of this artifact are brought one at a time, with each request's tensors",
                    Place(str(folder)), "an artifact compiled with `mode: bank`")  # fmt: skip
     if profiles is not None:
         _ = Form(record, Place(str(folder))).inputs  # which an artifact without profiles does not have
+    tidy(place.resolve())
     with (
         _opened(profiles, folder, record["fingerprint"] if record else "") as source,
         staged(place, RECORD, WHAT) as new,
@@ -140,7 +148,8 @@ class Writer:
         form = Form(record, Place(str(self.folder)))
         names, read = _reading(given, self.folder, form)
         numbers = earlier.numbers.following(names, record["fingerprint"], renumber)
-        starts = {name: load_file(self.folder / LINK / STARTS)[name] for name in record["inputs"]}
+        found = load_file(self.folder / LINK / STARTS)
+        starts = {name: found[name] for name in record["inputs"]}
         before = (earlier.data(), earlier.numbers) if numbers.gone else None
         self.stacked = write_rows(self.new / DATA, numbers, starts, read, before)
         self.told = {"rows": dict(numbers.rows), "bare": record["no_bare_base"]}
@@ -254,10 +263,8 @@ class Writer:
         """The names of the classes, by the outputs that are scores of them."""
         file = self.folder / "config.json"
         named = json.loads(file.read_text(encoding="utf-8")).get("id2label") if file.is_file() else None
-        if not isinstance(named, dict) or not named:
-            return {}
-        labels = [str(named[key]) for key in sorted(named, key=int)]
-        if any(name == f"LABEL_{i}" for i, name in enumerate(labels)) or any("\n" in name for name in labels):
+        labels = [str(named.get(str(i), "")) for i in range(len(named))] if isinstance(named, dict) else []
+        if any(not name or "\n" in name for name in labels):
             return {}
         return {t.name: labels for t in graph.outputs if len(t.axes) == 2 and t.axes[1] == len(labels)}
 

@@ -373,6 +373,12 @@ def test_what_cannot_be_exported_leaves_what_is_there(artifacts: Any, profiles: 
     refused("E216", profiles=3)
     refused("E631", profiles=tmp_path / "none.store")
     refused("E603", artifact=tmp_path)
+    for key, value in (("name", "../../toy"), ("graphs", ["model", "../decode"]), ("graphs", [])):
+        shutil.copytree(out, tmp_path / "other")
+        manifest = json.loads((out / "pelt.json").read_text())
+        (tmp_path / "other/pelt.json").write_text(json.dumps({**manifest, key: value}))
+        refused("E603", artifact=tmp_path / "other")
+        shutil.rmtree(tmp_path / "other")
     (place / "mine").mkdir()
     assert "mine" in refused("E601")
     (place / "mine").rmdir()
