@@ -24,6 +24,7 @@ from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.linking.profiles import brought, check_exchange, keep, record, without
+from peltc.compiler.linking.uneven import uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
@@ -32,6 +33,7 @@ from peltc.compiler.passes.packing import masks_of
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.passes.rows import by_rows
 from peltc.compiler.passes.stand_in import ids_of
+from peltc.compiler.passes.uneven import shown_in
 from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.compiler.survey.anatomy import Site
@@ -104,13 +106,17 @@ def build(
         hold(model.graph)
     profiles = None
     if plan.exchange:
-        profiles = record(plan, base, fixed, offered, masks)
+        rows = uneven(plan, bases, sites)
+        profiles = record(plan, base, fixed, offered, masks, rows)
         if profiles["no_bare_base"] and all(leaves_the_base(model.graph, offered) for model in graphs.values()):
             profiles["no_bare_base"], offered = None, zeroed(graphs.values(), offered)
+        if not profiles["no_bare_base"]:  # no token and no key stands before the text of a row without a profile
+            names = set().union(*map(shown_in, graphs.values()))
+            offered |= zeroed(graphs.values(), {name: offered[name] for name in names})
         called = dict(zip(offered, profiles["inputs"], strict=True))
         for model in graphs.values():
             offer(model.graph, called) if plan.exchange == SWAPPABLE else by_rows(model, called)
-        keep(source, {called[name]: array for name, array in offered.items()}, folder)
+        keep(base, embeds, {called[name]: array for name, array in offered.items()}, folder)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))

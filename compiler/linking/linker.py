@@ -7,7 +7,7 @@ of the base is read, and torch is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
@@ -19,16 +19,19 @@ import numpy as np
 from peltc.compiler.adapter.identity import BaseRecord, public_name, stored_samples
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
+from peltc.compiler.adapter.profile import is_profile
 from peltc.compiler.adapter.provenance import check_file, other_mathematics
 from peltc.compiler.adapter.weights import check_arrays, load_tensors, sourced
 from peltc.compiler.base.opening import read_base
-from peltc.compiler.files.checkpoint import open_checkpoint
+from peltc.compiler.files.checkpoint import open_checkpoint, read_header
 from peltc.compiler.files.manifest import ADAPTER, LINK, MANIFEST, read_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
-from peltc.compiler.linking.profiles import DIGITS, changing, exchanged
+from peltc.compiler.linking.lengths import fitted, fitting, said
+from peltc.compiler.linking.profiles import DIGITS, EMBEDS, changing, exchanged
 from peltc.compiler.passes.offer import STAMP, constants
 from peltc.compiler.passes.rewrite import rewritten
+from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.spec.diagnostics import PeltError, Place, fail, wrong_type
 from peltc.spec.document import parse
@@ -61,15 +64,16 @@ class Linker:
         imported = manifest.get("imported")
         self.quirks = imported["quirks"]["asked"] if imported else AS_TRAINED
         held = manifest["base"]
-        self.base = read_base(
-            self.folder / LINK, folder=self.folder, architecture=held["architecture"], config={},
-            precision=held["precision"], variant="ids", fingerprint=held["fingerprint"],
-            checkpoint=open_checkpoint(self.folder))  # fmt: skip
+        known = {"folder": self.folder, "architecture": held["architecture"], "config": {},
+                 "precision": held["precision"], "fingerprint": held["fingerprint"],
+                 "checkpoint": open_checkpoint(self.folder)}  # fmt: skip
+        self.base, embedded = read_base(self.folder / LINK, variant="ids", **known), self.folder / LINK / EMBEDS
+        self.source = read_base(embedded, variant=EMBEDS, **known) if embedded.is_dir() else self.base
         spec = build_spec(parse(manifest["spec"], str(self.folder / MANIFEST)), manifest["spec"])
         modes = {module["attachment"]: module["mode"] for module in manifest["modules"]}  # whoever said them
         spec = replace(spec, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in spec.attach))
         self.plan = make_plan(spec, self.base.anatomy, self.base.fingerprint)
-        self.sites = {site.key: site for site in self.base.anatomy}
+        self.sites = {site.key: site for site in self.source.anatomy}
         self._made: dict[str, Array] = {}
 
     def link(self, weights: str | Path | Mapping[str, Array], talk: Talk = logged) -> dict[str, Array]:
@@ -85,22 +89,45 @@ class Linker:
         if not isinstance(weights, (str, PathLike, Mapping)):
             raise wrong_type("an adapter", weights, "a file or a folder, or arrays by tensor name")
         if isinstance(weights, Mapping):
-            tensors = check_arrays(self.plan, weights, self._source)
+            plan = self._fitting({name: np.shape(array) for name, array in weights.items()})
+            tensors = check_arrays(plan, weights, self._source)
         elif imports(weights):
             found = import_adapter(Path(weights), base=self.base, quirks=self.quirks)
-            theirs, own = mathematics(found.plan), mathematics(self.plan)
+            plan = self._fitting({name: array.shape for name, array in found.tensors.items()})
+            theirs, own = mathematics(found.plan), mathematics(plan)
             if theirs.digest != own.digest:
-                raise PeltError(other_mathematics(self.plan, "the adapter", theirs, own))
-            tensors = check_arrays(self.plan, found.tensors, self._source)
+                raise PeltError(other_mathematics(plan, "the adapter", theirs, own))
+            tensors = check_arrays(plan, found.tensors, self._source)
         else:
+            file = Path(weights)
+            plan = self.plan if is_profile(file) else self._fitting({n: t.shape for n, t in read_header(file).items()})
             here = BaseRecord(self.base.architecture, public_name(str(self.folder)))
-            for sentence in check_file(self.plan, Path(weights), here, stored_samples(self.base)):
+            for sentence in check_file(plan, file, here, stored_samples(self.base)):
                 talk(f"warning: {sentence}")
-            tensors = load_tensors(self.plan, Path(weights), self._source)
-        made, end = self._written(tensors), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
-        profile = {name: np.ascontiguousarray(made.pop(name.removesuffix(end))) for name in self.record["inputs"]}
-        self._check_fixed(tensors, made)
+            tensors = load_tensors(plan, file, self._source)
+        made, end = self._written(plan, tensors), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
+        profile = {name: np.ascontiguousarray(fitted(made.pop(name.removesuffix(end)), shape))
+                   for name, shape in self.record["inputs"].items()}  # fmt: skip
+        self._check_fixed(plan, tensors, made)
         return profile
+
+    def _fitting(self, shapes: Mapping[str, Sequence[int]]) -> Plan:
+        """The plan of an adapter whose tensors have these shapes: with fewer tokens or keys before the text than the
+        artifact's, if it has fewer.
+
+        Raises:
+            PeltError: E411 it has others, and may not.
+        """
+        for attachment, options in said(self.plan, shapes).items():
+            own = {claim.attachment: claim.options for claim in self.plan.claims}[attachment]
+            for option, count in options.items():
+                why = self.record.get("one_length", "") or (f"there is room for {own[option]}" if count > own[option]
+                                                            else "")  # fmt: skip
+                if why:
+                    raise fail("E411", f"the adapter has {count} tokens in '{attachment}', and the artifact's profiles"
+                               f" have {own[option]} ({option}): {why}", Place(str(self.folder)),
+                               f"an adapter with {own[option]}", f"compile with `{option}: {count}`")  # fmt: skip
+        return fitting(self.plan, shapes, self.base.anatomy)
 
     @cached_property
     def _held(self) -> dict[str, Array]:
@@ -114,16 +141,17 @@ class Linker:
         self._made |= sourced(self.plan, known)
         return self._made
 
-    def _written(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    def _written(self, plan: Plan, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The constants of the graph with the modules in it, by name."""
-        return constants(rewritten(self.base, self.plan, self.sites, tensors, self.base)[0])
+        return constants(rewritten(self.source, plan, self.sites, tensors, self.base)[0])
 
-    def _check_fixed(self, tensors: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+    def _check_fixed(self, plan: Plan, tensors: Mapping[str, Array], made: Mapping[str, Array]) -> None:
         """Whether all that a profile does not bring is as it is in the artifact: tensors in other modes, and what the
         graph has of frozen ones alone. Frozen tensors that are part of what a profile brings may differ.
 
         Args:
-            tensors: the adapter's.
+            plan: the adapter's.
+            tensors: its tensors.
             made: the constants that come of them, without those of the profile.
 
         Raises:
@@ -134,7 +162,7 @@ class Linker:
         other = [name for name in held if name not in exchanged(self.plan) and not _equal(tensors[name], held[name])]
         wrong = [name for name in other if name not in changed]
         if other and not wrong:
-            own = self._written({**tensors, **{name: held[name] for name in other}})
+            own = self._written(plan, {**tensors, **{name: held[name] for name in other}})
             wrong = other if any(not _equal(array, own[name]) for name, array in made.items()) else []
         if wrong:
             raise fail("E411", f"the adapter has other values than the artifact in {names(wrong)}, which profiles do"

@@ -18,14 +18,18 @@ from peltc.compiler.adapter.weights import start_tensors
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.manifest import LINK, STARTS
 from peltc.compiler.linking.bare import disturbance
+from peltc.compiler.linking.uneven import Uneven
 from peltc.compiler.passes.offer import STAMP, constants, decided
 from peltc.compiler.passes.packing import masks_of
+from peltc.compiler.passes.uneven import shown_in
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.modes import EXCHANGED
 
 Array = np.ndarray[Any, Any]
 KEPT = ("graph.onnx", "anatomy.json", "base.json")
+EMBEDS = "embeds"
+"""The folder, in that of what linking reads, of the base on embedded tokens."""
 DIGITS = 8
 """Of the fingerprint, in the names of inputs."""
 Write = Callable[..., tuple[ir.Model, Any]]
@@ -46,22 +50,23 @@ def check_exchange(plan: Plan) -> None:
     """Whether profiles can bring what a plan lets them bring.
 
     Raises:
-        PeltError: E207 two modes of profiles; E208 tokens before the sequence, whose number the graph's positions are
-            made for; keys or values that lie in the cache before the first token.
+        PeltError: E207 two modes of profiles, or tokens before the sequence of which profiles bring some alone; E208
+            keys or values that lie in the cache before the first token.
     """
     if len({claim.mode for claim in changing(plan)}) > 1:
         raise fail("E207", "profiles are brought one at a time and by rows", Place(plan.spec.path),
                    f"one of the modes {' and '.join(EXCHANGED)} for all attachments that profiles bring")  # fmt: skip
-    beginning = [claim for claim in plan.claims if "prepend" in claim.effects and plan.spec.generation]
+    beginning = [claim for claim in plan.claims if "prepend" in claim.effects]
+    if len({claim.mode in EXCHANGED for claim in beginning}) > 1:
+        names = " and ".join(f"'{claim.attachment}'" for claim in beginning)
+        raise fail("E207", f"profiles bring some of the tokens of {names}, and others are fixed",
+                   Place(plan.spec.path), "one mode for all that put tokens before the sequence")  # fmt: skip
     for claim in changing(plan):
-        if beginning:
+        if beginning and plan.spec.generation:
             raise fail("E208", f"the cache begins with the tokens of '{beginning[0].attachment}' as the modules of one"
                                f" profile read them, and profiles bring '{claim.attachment}'",
                        expected="mode: static for all attachments, or a graph without generation")  # fmt: skip
         at = f"'{claim.attachment}' at {claim.site.name}"
-        if "prepend" in claim.effects:
-            raise fail("E208", f"{at} puts tokens before the sequence, which profiles cannot bring yet",
-                       expected="mode: static for this attachment")  # fmt: skip
         if plan.spec.generation and {"keys", "values"} & set(claim.effects):
             raise fail("E208", f"{at} puts keys into the cache before the first token, which profiles cannot bring yet",
                        expected="mode: static for this attachment")  # fmt: skip
@@ -89,7 +94,8 @@ def brought(plan: Plan, tensors: Mapping[str, Array], model: ir.Model, write: Wr
     other = {name: draw.normal(0, 0.1, plan.tensors[name].shape).astype(np.float32) for name in sorted(exchanged(plan))}
     other |= {name: opposite(tensors[name]) for name in other if plan.tensors[name].part == "mask"}
     mine = constants(model)
-    found = decided(mine, constants(write(tensors={**tensors, **other})[0])).keys() | masks_of(model).keys()
+    changed = decided(mine, constants(write(tensors={**tensors, **other})[0]))
+    found = changed.keys() | masks_of(model).keys() | shown_in(model)
     return {name: array for name, array in mine.items() if name in found}
 
 
@@ -108,6 +114,7 @@ def record(
     tensors: Mapping[str, Array],
     inputs: Mapping[str, Array],
     masks: Mapping[str, tuple[int, int]],
+    rows: Uneven,
 ) -> dict[str, Any]:
     """What the manifest says of profiles.
 
@@ -115,6 +122,7 @@ def record(
         tensors: the adapter's tensors, at start values where profiles bring them.
         inputs: the constants that profiles bring, by name.
         masks: those of them that are masks' bits: of how many modules, and how many take part.
+        rows: whether a row may have fewer tokens or keys before its text than others.
     """
     shapes = sorted((name, array.shape) for name, array in inputs.items())
     known = hashlib.sha256(json.dumps([base.fingerprint, whole_digest(plan), shapes]).encode()).hexdigest()
@@ -124,17 +132,20 @@ def record(
         "fingerprint": known,
         "inputs": {called[name]: list(array.shape) for name, array in inputs.items()},
         "masks": {called[name]: list(sizes) for name, sizes in masks.items() if name in called},
-        "no_bare_base": disturbance(changing(plan), tensors, base.array) or None,
+        "no_bare_base": rows.none or disturbance(changing(plan), tensors, base.array, hidden=True) or None,
+        "one_length": rows.fewer or None,
     }
 
 
-def keep(base: Base, starts: Mapping[str, Array], folder: Path) -> None:
+def keep(base: Base, embeds: Base | None, starts: Mapping[str, Array], folder: Path) -> None:
     """Put what linking reads into an artifact's folder, and what stands where no profile brings anything.
 
     Args:
+        embeds: the base on embedded tokens, where tokens are put before the sequence.
         starts: the inputs' default values by name.
     """
-    (folder / LINK).mkdir()
+    (folder / LINK / EMBEDS).mkdir(parents=True) if embeds is not None else (folder / LINK).mkdir()
     save_file({name: np.ascontiguousarray(array) for name, array in starts.items()}, folder / LINK / STARTS)
-    for name in KEPT:
-        shutil.copyfile(base.graph_file.with_name(name), folder / LINK / name)
+    for one, place in ((base, folder / LINK), *([(embeds, folder / LINK / EMBEDS)] if embeds is not None else [])):
+        for name in KEPT:
+            shutil.copyfile(one.graph_file.with_name(name), place / name)

@@ -12,12 +12,18 @@ from peltc.compiler.interpreters.emitter import Emitter, clone_between
 from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.passes.insert_experts import Experts
 from peltc.compiler.passes.insertion import Around, swap_input
+from peltc.compiler.passes.uneven import shown
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula.syntax import Call, Expr, Name, names
 from peltc.spec.method import RUNTIME_NAMES
+from peltc.spec.modes import EXCHANGED
 
+BATCH = "batch"
+"""What graphs call the axis of texts."""
+Widening = tuple[Around, ir.Value | None]
+"""How many positions a mask is wider by, and which of them profiles bring; None for all."""
 MASK_STEPS = {"Cast", "Not", "Identity", "Mul", "Sub", "Unsqueeze"}
 
 
@@ -138,40 +144,54 @@ class Inserter(Experts):
         assert total is not None
         widened = set(self.extended.values())
         mask = next(v for v in total.inputs if v is not None and (v.name == site.values["mask"] or v in widened))
-        origin, fill = _mask_origin(mask)
+        origin, fill = mask_origin(mask)
         emitter = self.emitter(claim, mask)
-        wider = self.wider(origin, fill, positions, emitter)
-        swap_input(total, mask, self.rebuilt(origin, mask, wider, positions, emitter))
+        key = positions, self.shown_of(claim, origin, positions, emitter)
+        wider = self.wider(origin, fill, key, emitter)
+        swap_input(total, mask, self.rebuilt(origin, mask, wider, key, emitter))
         for use in tuple(context.uses()):
             if use.node.op_type == "Where" and use.idx > 0 and (rows := use.node.inputs[0]) is not None:
-                swap_input(use.node, rows, self.rebuilt(origin, rows, wider, positions, emitter))
+                swap_input(use.node, rows, self.rebuilt(origin, rows, wider, key, emitter))
 
-    def wider(self, origin: ir.Value, fill: float, positions: Around, emitter: Emitter) -> ir.Value:
+    def shown_of(self, claim: Claim, origin: ir.Value, positions: Around, emitter: Emitter) -> ir.Value | None:
+        """Which of a claim's positions profiles bring; None where all rows see all of them."""
+        before, behind = positions
+        if claim.mode not in EXCHANGED or behind or not of_rows(origin):
+            return None
+        key = claim.attachment, before
+        if key not in self.shown:
+            self.shown[key] = shown(before, emitter)
+        return self.shown[key]
+
+    def wider(self, origin: ir.Value, fill: float, key: Widening, emitter: Emitter) -> ir.Value:
         """A mask [..., T] as [..., P + T + Q]."""
-        key = (origin, origin, positions)
-        if key not in self.extended:
+        known = (origin, origin, *key)
+        if known not in self.extended:
             lead = emitter.node("Shape", [origin], {"start": 0, "end": -1})
             kind = origin.dtype or ir.DataType.FLOAT
             parts = [origin]
-            for place, count in zip((0, 2), positions, strict=True):
+            for place, count in zip((0, 2), key[0], strict=True):
                 if count:
                     shape = emitter.node("Concat", [lead, emitter.integers([count])], {"axis": 0})
-                    constant = emitter.constant(
+                    content = emitter.constant(
                         np.array(bool(fill)) if kind == ir.DataType.BOOL else np.array(fill, kind.numpy()), dtype=kind
-                    )
-                    parts.insert(place, emitter.node("Expand", [constant, shape]))
-            self.extended[key] = emitter.node("Concat", parts, {"axis": -1})
-            self.extended[key].type = origin.type
-        return self.extended[key]
+                    ) if key[1] is None else visible(key[1], fill, kind, emitter)  # fmt: skip
+                    part = emitter.node("Expand", [content, shape])
+                    if origin.shape is not None:
+                        part.shape = ir.Shape([*[None] * (len(origin.shape) - 1), count])
+                    parts.insert(place, part)
+            self.extended[known] = emitter.node("Concat", parts, {"axis": -1})
+            self.extended[known].type = origin.type
+        return self.extended[known]
 
     def rebuilt(
-        self, origin: ir.Value, target: ir.Value, wider: ir.Value, positions: Around, emitter: Emitter
-    ) -> ir.Value:
+        self, origin: ir.Value, target: ir.Value, wider: ir.Value, key: Widening, emitter: Emitter
+    ) -> ir.Value:  # fmt: skip
         """What was derived from a mask, derived from the wider one; shared by the layers that share the mask."""
-        key = (origin, target, positions)
-        if key not in self.extended:
-            self.extended[key] = clone_between(origin, target, wider, emitter)
-        return self.extended[key]
+        known = (origin, target, *key)
+        if known not in self.extended:
+            self.extended[known] = clone_between(origin, target, wider, emitter)
+        return self.extended[known]
 
     def embedding(self, site: Site, claims: list[Claim]) -> None:
         """Tokens before the sequence: `prepend` has its own pass."""
@@ -216,7 +236,25 @@ def _repeat_heads(value: ir.Value, site: Site, repeats: int, emitter: Emitter) -
     return emitter.node("Reshape", [wide, emitter.integers([0, kv * repeats, -1, dh])])
 
 
-def _mask_origin(mask: ir.Value) -> tuple[ir.Value, float]:
+def of_rows(origin: ir.Value) -> bool:
+    """Whether a mask is one for each text of the batch."""
+    return origin.shape is not None and len(origin.shape) == 4 and str(origin.shape[0]) == BATCH
+
+
+def visible(places: ir.Value, fill: float, kind: ir.DataType, emitter: Emitter) -> ir.Value:
+    """What a mask has at places [P] of which ones are shown, where `fill` shows one, and zeros are hidden."""
+    if not fill:
+        one = emitter.constant(np.float32(1), dtype=ir.DataType.FLOAT)
+        places = emitter.node("Sub", [one, places])
+        places.shape = ir.Shape([None])
+        if kind != ir.DataType.BOOL:
+            lowest = emitter.constant(np.float32(kind.min), dtype=ir.DataType.FLOAT)
+            places = emitter.node("Mul", [places, lowest])
+            places.shape = ir.Shape([None])
+    return emitter.node("Cast", [places], {"to": kind.value})
+
+
+def mask_origin(mask: ir.Value) -> tuple[ir.Value, float]:
     """Where a mask was still itself, before casts and scalings, and the content that shows a position."""
     origin, steps = mask, list[ir.Node]()
     while (node := origin.producer()) is not None and node.op_type in MASK_STEPS:

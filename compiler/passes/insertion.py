@@ -39,7 +39,8 @@ class Insertion:
         self.biased: dict[str, Any] = {}  # what claims make of the bias of a map that has none
         self.apart: dict[str, list[dict[str, str]]] = {}  # of experts whose maps are one site, the values of each
         self.kept: set[ir.Node] = set()  # nodes that go on reading the values which claims replace
-        self.extended: dict[tuple[ir.Value, ir.Value, Around], ir.Value] = {}
+        self.extended: dict[tuple[ir.Value, ir.Value, Around, ir.Value | None], ir.Value] = {}
+        self.shown: dict[tuple[str, int], ir.Value] = {}  # which keys profiles bring, by attachment and number
         self.starts: dict[str, Array] = {}
         self.caches: dict[ir.Value, ir.Value] = {}
 

@@ -9,6 +9,7 @@ text. What the tokens themselves are is of no effect: nobody sees more of them t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 from peltc.compiler.passes.begin import no_padding
-from peltc.compiler.passes.prepend import in_front, leave
+from peltc.compiler.passes.prepend import in_front, leave, without
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 
@@ -56,5 +57,5 @@ def stand_in(model: ir.Model, claim: Claim, sites: Mapping[str, Site], config: M
     end = ""
     if claim.site.stack == "encoder" and claim.text is not None:
         end = sites[claim.text.key].values["end"]
-    leave(graph, length, axis, end, shapes, emitter)
+    leave(graph, partial(without, length=length, emitter=emitter), axis, end, shapes, emitter)
     graph.sort()

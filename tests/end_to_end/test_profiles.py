@@ -313,13 +313,6 @@ def test_an_artifact_whose_modules_are_fixed_takes_none(model_folder: Folder, tm
     assert not (tmp_path / "y").exists()
 
 
-def test_tokens_before_the_sequence_are_refused(model_folder: Folder, tmp_path: Path) -> None:
-    with pytest.raises(PeltError, match=r"E208 'prompt' at embedding.word puts tokens before the sequence"):
-        peltc.compile(spec_of([{"method": "prompt", "at": "embedding.word"}]), model_folder("bert"), tmp_path / "out",
-                      mode="swappable")  # fmt: skip
-    assert not (tmp_path / "out").exists()
-
-
 def masked(size: int, k: int, masks: str = "packed") -> Any:
     """X-PEFT's spec, for a bank."""
     attach = [{"recipe": "xpeft", "n": size, "k": k, "std": 0.5, "reduction": 4}]

@@ -1,0 +1,131 @@
+"""Whether a row may have fewer tokens or keys before its text than profiles bring, or none: what is not filled is
+masked then, which is exact where a mask is all that a text is seen by. Read from the graphs, so that it holds for every
+input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from peltc.compiler.base.base import Base
+from peltc.compiler.export.exported import DECODE
+from peltc.compiler.passes.insert_attention import mask_origin, of_rows
+from peltc.compiler.plan.claims import Claim, Plan
+from peltc.compiler.survey.anatomy import Site
+from peltc.spec.modes import EXCHANGED
+
+TEXT = "sequence"
+"""What graphs call the axis of a text's tokens."""
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """Why rows must have all that stands before their text.
+
+    Attributes:
+        none: why no row can be without; "" where it can, and is the bare base then.
+        fewer: why no row can have fewer; "" where it can.
+    """
+
+    none: str = ""
+    fewer: str = ""
+
+
+def before(claim: Claim) -> bool:
+    """Whether profiles bring something of a claim that stands before the text."""
+    joins = [effect for effect in ("keys", "values") if effect in claim.effects and any(claim.added(effect))]
+    return claim.mode in EXCHANGED and bool(joins or "prepend" in claim.effects)
+
+
+def uneven(plan: Plan, bases: Mapping[str, Base], sites: Mapping[str, Mapping[str, Site]]) -> Uneven:
+    """Whether rows may have fewer of a plan's tokens and keys.
+
+    Args:
+        bases: of the artifact's graphs, by name.
+        sites: of each, by key.
+    """
+    claims = [claim for claim in plan.claims if before(claim)]
+    if not claims:
+        return Uneven()
+    none = next(_reasons(plan, claims, bases, sites), "")
+    blind = [c for c in plan.claims if c.mixed and "mask" not in c.reads] if plan.prepends else []
+    fewer = none or (f"'{blind[0].attachment}' at {blind[0].site.name} reads the whole text by '{blind[0].mixed}',"
+                     " without its mask" if blind else "")  # fmt: skip
+    return Uneven(none, fewer)
+
+
+def _reasons(
+    plan: Plan, claims: list[Claim], bases: Mapping[str, Base], sites: Mapping[str, Mapping[str, Site]]
+) -> Iterator[str]:
+    """What stands against rows without what profiles bring before the text."""
+    for claim in claims:
+        if claim.takes:
+            yield f"'{claim.attachment}' takes positions before the text, whether there is a profile or not"
+    for name, base in bases.items():
+        graph = base.load_graph().graph
+        values = {v.name: v for v in graph.inputs} | {v.name: v for node in graph for v in node.outputs}
+        for claim in claims:
+            site = sites[name].get(claim.site.key)
+            if site is not None and "prepend" not in claim.effects:
+                mask = values.get(site.values.get("mask") or None)
+                behind = any(claim.added(e)[1] for e in ("keys", "values") if e in claim.effects)
+                if mask is None or behind or not of_rows(mask_origin(mask)[0]):
+                    yield f"the attention at {site.name} has no mask for each text that could hide keys"
+        prompts = [claim for claim in claims if "prepend" in claim.effects]
+        if prompts:
+            yield from _of_prompts(prompts[0], name, base, graph)
+
+
+def _of_prompts(claim: Claim, name: str, base: Base, graph: ir.Graph) -> Iterator[str]:
+    """The same of tokens before the sequence, in one graph."""
+    given = {v.name for v in graph.inputs}
+    encoder = claim.site.stack == "encoder" and any(site.stack == "decoder" for site in base.anatomy)
+    if name == DECODE and encoder:
+        return
+    if "attention_mask" not in given:
+        yield "the model takes no mask of its text"
+    if name == DECODE and "position_ids" not in given:
+        yield "the graph with a cache counts positions by itself, and counts those of tokens that a row does not have"
+    own = [site for site in base.anatomy if site.stack == claim.site.stack]
+    cores = {site.layer_path for site in own if site.kind == "attention" and site.role == "attention"}
+    if {site.layer_path for site in own if site.layer is not None} - cores:
+        yield "not every layer of the model has attention, by which alone a mask hides"
+    if name == "model" and claim.cut != "head":
+        for output in graph.outputs:
+            sizes = [str(size) for size in output.shape or ()]
+            if "target" not in sizes and sizes[1:2] != [TEXT] and not _of_first(output):
+                yield f"the model's '{output.name}' is read elsewhere than at the first token of a text"
+
+
+def _of_first(output: ir.Value) -> bool:
+    """Whether what a value reads of a text's tokens is the first one."""
+    pending, seen = [output], {output}
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if node is None:
+            continue
+        for given in node.inputs:
+            if given is None or given in seen or given.const_value is not None or given.is_graph_input():
+                continue
+            seen.add(given)
+            if given.shape is None:
+                return False
+            if TEXT not in [str(size) for size in given.shape]:
+                pending.append(given)
+            elif not _takes_first(node):
+                return False
+    return True
+
+
+def _takes_first(node: ir.Node) -> bool:
+    """Whether a node takes the first of the second axis."""
+    numbers = [None if v is None or v.const_value is None else v.const_value.numpy() for v in node.inputs[1:]]
+    if node.op_type == "Gather":
+        return node.attributes.get_int("axis", 0) == 1 and numbers[0] is not None and not numbers[0].any()
+    if node.op_type != "Slice" or any(number is None for number in numbers):
+        return False
+    return [number.tolist() for number in numbers[:3] if number is not None] == [[0], [1], [1]]

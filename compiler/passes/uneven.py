@@ -1,0 +1,106 @@
+"""Rows with fewer tokens before the text than others: as many as a profile has, and none where there is no profile.
+
+    shown [P]      which of P places a profile fills, the last ones; an input of the graph beside the tokens
+    whole texts    tokens, text ─► the same, turned so that the places that are not filled stand behind the text
+                   outputs ─► the text's, which begins where the row's tokens end
+    with a cache   the places that are not filled stand before the tokens, and positions are counted from these
+
+A row then is what a shorter text with padding is: what is not filled is masked, and the text has the places that it
+has behind so many tokens. Turning changes no number, so that a profile that fills all places is as if it were alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from peltc.compiler.interpreters.emitter import Emitter
+
+SHOWN = "pelt.shown"
+"""Metadata of a constant that says which places profiles fill."""
+INTEGER = ir.DataType.INT64
+
+
+def shown(length: int, emitter: Emitter) -> ir.Value:
+    """The constant that says which of so many places are filled [P]: ones."""
+    value = emitter.constant(np.ones(length, np.float32), "shown", ir.DataType.FLOAT)
+    value.metadata_props[SHOWN] = str(length)
+    return value
+
+
+def shown_in(model: ir.Model) -> set[str]:
+    """The names of such constants of a graph."""
+    return {name for name, value in model.graph.initializers.items() if SHOWN in value.metadata_props}
+
+
+class Uneven:
+    """Tokens of which rows have different numbers, in a graph.
+
+    Args:
+        emitter: adds nodes.
+        length: how many tokens there is room for.
+        text: a value [B, S, ...] as long as the text, and with a row for each.
+    """
+
+    def __init__(self, emitter: Emitter, length: int, text: ir.Value):
+        self.emitter, self.length = emitter, length
+        self.shown = shown(length, emitter)
+        self.rows = emitter.node("Shape", [text], {"start": 0, "end": 1})
+        self.text_length = emitter.node("Shape", [text], {"start": 1, "end": 2})
+        total = emitter.node("ReduceSum", [self.shown, emitter.integers([0])], {"keepdims": 1})
+        count = emitter.node("Cast", [total], {"to": INTEGER.value})
+        count.shape = ir.Shape([1])
+        sizes = emitter.node("Concat", [self.rows, emitter.integers([1])], {"axis": 0})
+        self.count = self.typed(emitter.node("Expand", [count, sizes]), [None, 1])
+        """How many tokens each row has [B, 1]."""
+        self.order: ir.Value | None = None
+        self.own: ir.Value | None = None
+
+    @staticmethod
+    def typed(value: ir.Value, sizes: Sequence[int | None] | None = None) -> ir.Value:
+        """A whole number's value, with its shape."""
+        value.type = ir.TensorType(INTEGER)
+        if sizes is not None:
+            value.shape = ir.Shape(sizes)
+        return value
+
+    def filled(self, dtype: ir.DataType) -> ir.Value:
+        """Which places are filled [P], as a mask."""
+        return self.emitter.node("Cast", [self.shown], {"to": dtype.value})
+
+    def turned(self, value: ir.Value) -> ir.Value:
+        """Tokens and text [B, P + S, ...], each row's empty places moved behind its text."""
+        emitter = self.emitter
+        if self.order is None:
+            whole = emitter.node("Add", [self.text_length, emitter.integers([self.length])])
+            lacking = self.typed(emitter.node("Sub", [emitter.integers([self.length]), self.count]), [None, 1])
+            places = self.typed(emitter.node("Add", [self.counted(whole), lacking]), [None, None])
+            self.order = self.places(emitter.node("Mod", [places, whole]))
+        return self.picked(value, self.order)
+
+    def text_of(self, value: ir.Value) -> ir.Value:
+        """Of a value [B, P + S, ...] that was turned, the places of the text [B, S, ...]."""
+        if self.own is None:
+            places = self.emitter.node("Add", [self.counted(self.text_length), self.count])
+            self.own = self.places(places)
+        return self.picked(value, self.own)
+
+    def counted(self, limit: ir.Value) -> ir.Value:
+        """The numbers below one [1] that the graph computes."""
+        emitter = self.emitter
+        scalars = [emitter.constant(np.int64(n), "number") for n in (0, 1)]
+        most = emitter.node("Squeeze", [limit, emitter.integers([0])])
+        most.shape = ir.Shape([])
+        return self.typed(emitter.node("Range", [scalars[0], most, scalars[1]]), [None])
+
+    def places(self, numbers: ir.Value) -> ir.Value:
+        """Numbers of places [B, L] as `GatherND` reads them [B, L, 1]."""
+        self.typed(numbers, [None, None])
+        return self.typed(self.emitter.node("Unsqueeze", [numbers, self.emitter.integers([2])]), [None, None, 1])
+
+    def picked(self, value: ir.Value, places: ir.Value) -> ir.Value:
+        found = self.emitter.node("GatherND", [value, places], {"batch_dims": 1})
+        found.type, found.shape = value.type, value.shape
+        return found
