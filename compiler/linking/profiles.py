@@ -50,8 +50,7 @@ def check_exchange(plan: Plan) -> None:
     """Whether profiles can bring what a plan lets them bring.
 
     Raises:
-        PeltError: E207 two modes of profiles, or tokens before the sequence of which profiles bring some alone; E208
-            keys or values that lie in the cache before the first token.
+        PeltError: E207 two modes of profiles, or tokens before the sequence of which profiles bring some alone.
     """
     if len({claim.mode for claim in changing(plan)}) > 1:
         raise fail("E207", "profiles are brought one at a time and by rows", Place(plan.spec.path),
@@ -61,15 +60,6 @@ def check_exchange(plan: Plan) -> None:
         names = " and ".join(f"'{claim.attachment}'" for claim in beginning)
         raise fail("E207", f"profiles bring some of the tokens of {names}, and others are fixed",
                    Place(plan.spec.path), "one mode for all that put tokens before the sequence")  # fmt: skip
-    for claim in changing(plan):
-        if beginning and plan.spec.generation:
-            raise fail("E208", f"the cache begins with the tokens of '{beginning[0].attachment}' as the modules of one"
-                               f" profile read them, and profiles bring '{claim.attachment}'",
-                       expected="mode: static for all attachments, or a graph without generation")  # fmt: skip
-        at = f"'{claim.attachment}' at {claim.site.name}"
-        if plan.spec.generation and {"keys", "values"} & set(claim.effects):
-            raise fail("E208", f"{at} puts keys into the cache before the first token, which profiles cannot bring yet",
-                       expected="mode: static for this attachment")  # fmt: skip
 
 
 def without(plan: Plan, tensors: Mapping[str, Array], read: Callable[[str], Array]) -> dict[str, Array]:

@@ -5,7 +5,7 @@ input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -51,10 +51,18 @@ def uneven(plan: Plan, bases: Mapping[str, Base], sites: Mapping[str, Mapping[st
     if not claims:
         return Uneven()
     none = next(_reasons(plan, claims, bases, sites), "")
-    blind = [c for c in plan.claims if c.mixed and "mask" not in c.reads] if plan.prepends else []
-    fewer = none or (f"'{blind[0].attachment}' at {blind[0].site.name} reads the whole text by '{blind[0].mixed}',"
-                     " without its mask" if blind else "")  # fmt: skip
-    return Uneven(none, fewer)
+    return Uneven(none, none or next(_blind(plan.claims, claims), ""))
+
+
+def _blind(claims: Iterable[Claim], brought: Iterable[Claim]) -> Iterator[str]:
+    """Which claims read places before or behind the text that a mask alone tells from it.
+
+    Args:
+        brought: those by which profiles bring something before the text.
+    """
+    for claim in claims if any("prepend" in own.effects for own in brought) else ():
+        if claim.mixed and "mask" not in claim.reads:
+            yield f"'{claim.attachment}' at {claim.site.name} reads the whole text by '{claim.mixed}', without its mask"
 
 
 def _reasons(
@@ -64,6 +72,7 @@ def _reasons(
     for claim in claims:
         if claim.takes:
             yield f"'{claim.attachment}' takes positions before the text, whether there is a profile or not"
+    yield from _blind([claim for claim in plan.claims if claim.mode not in EXCHANGED], claims)
     for name, base in bases.items():
         graph = base.load_graph().graph
         values = {v.name: v for v in graph.inputs} | {v.name: v for node in graph for v in node.outputs}

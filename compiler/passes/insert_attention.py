@@ -88,8 +88,8 @@ class Inserter(Experts):
     def caches_of(now: Mapping[str, ir.Value]) -> list[ir.Value]:
         """The caches that keys and values are joined to."""
         nodes = [value.producer() for value in now.values()]
-        first = [node.inputs[0] for node in nodes if node is not None and node.op_type == "Concat"]
-        inputs = [value for value in first if value is not None and value.is_graph_input()]
+        joined = [value for node in nodes if node is not None and node.op_type == "Concat" for value in node.inputs]
+        inputs = [value for value in joined if value is not None and value.is_graph_input()]
         return [value for value in inputs if value.shape is not None and len(value.shape) == 4]
 
     def begins(self, claim: Claim, effect: str, role: str, read: ir.Value) -> bool:
@@ -104,33 +104,95 @@ class Inserter(Experts):
             or not _joins(claim.effects[effect], role)
         ):
             return False
-        start = self.starts.get(cache.name)
-        if start is None:
-            heads, size = (int(cache.shape[axis]) for axis in (1, 3))  # type: ignore[arg-type]
-            start = np.zeros((1, heads, 0, size), np.float32)
-        values: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
-        numeric = NumericInterpreter()
-        found = numeric.evaluate(claim.effects[effect], claim.scope({**values, role: start}, numeric))
-        self.starts[cache.name] = np.asarray(found, np.float32)
+        if self.exchange:
+            self.begin_within(claim, effect, role, cache, read)
+        else:
+            start = self.starts.get(cache.name)
+            if start is None:
+                heads, size = (int(cache.shape[axis]) for axis in (1, 3))  # type: ignore[arg-type]
+                start = np.zeros((1, heads, 0, size), np.float32)
+            values: dict[str, Any] = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
+            numeric = NumericInterpreter()
+            found = numeric.evaluate(claim.effects[effect], claim.scope({**values, role: start}, numeric))
+            self.starts[cache.name] = np.asarray(found, np.float32)
+        self.longer[cache] = self.longer.get(cache, 0) + claim.added(effect)[0]
         if not claim.takes:
-            self.caches[cache], self.caches[read] = cache, cache
+            self.counted[cache], self.counted[read] = cache, cache
         return True
 
+    def begin_within(self, claim: Claim, effect: str, role: str, cache: ir.Value, read: ir.Value) -> None:
+        """Let the graph put what a claim puts before keys or values into the cache, while there is nothing in it.
+
+        before   concat(cache, k) ─► ...      after   concat(more[: P or 0], cache, k) ─► ...
+        """
+        value, interpreter = self.evaluate(claim, effect, cache, **{role: cache})
+        emitter, node = interpreter.emitter, read.producer()
+        joined = interpreter.value(value).producer()
+        assert node is not None and joined is not None
+        stop = emitter.node("Mul", [self.beginning(cache, emitter), emitter.integers([2**62])])
+        bounds = emitter.integers([0]), stop, emitter.integers([2])
+        parts = [emitter.node("Slice", [part, *bounds]) for part in joined.inputs if part is not cache]
+        for part in parts:
+            part.shape = ir.Shape([None, cache.shape[1], None, cache.shape[3]]) if cache.shape is not None else None
+        self.graph.remove(joined, safe=True)
+        emitter.added.discard(joined)
+        inputs = [*parts, *node.inputs]
+        node.resize_inputs(len(inputs))
+        for i, given in enumerate(inputs):
+            node.replace_input_with(i, given)
+
+    def beginning(self, cache: ir.Value, emitter: Emitter) -> ir.Value:
+        """One where nothing is in the caches yet, as before a text's first step, and zero ever after [1]."""
+        if self.begun is None:
+            length = emitter.node("Shape", [cache], {"start": 2, "end": 3})
+            none = emitter.node("Equal", [length, emitter.integers([0])])
+            self.begun = emitter.node("Cast", [none], {"to": ir.DataType.INT64.value})
+        return self.begun
+
     def count_text(self) -> None:
-        """Number positions by the text's, where the graph numbers them by a cache that begins with others."""
-        for value, cache in self.caches.items():
-            longer = self.starts[cache.name or ""].shape[2]
+        """Number positions by the text's, where the graph numbers them by a cache that begins with others; and by all,
+        where these take positions and are not in the cache yet."""
+        for value, cache in self.counted.items():
             for use in tuple(value.uses()):
                 # What was in the cache before is only counted; what it has grown to is laid out too.
                 if use.node.op_type != "Shape" or not (value is cache or _counts(use.node)):
                     continue
-                shape = use.node.outputs[0]
-                emitter = Emitter(self.graph, ir.DataType.INT64, f"pelt.{cache.name}", {})
-                axes = slice(use.node.attributes.get_int("start", 0), use.node.attributes.get_int("end", 4))
-                text = emitter.node("Sub", [shape, emitter.integers([0, 0, longer, 0][axes])])
-                for reader in tuple(shape.uses()):
-                    if reader.node not in emitter.added and (value is cache or _numbers(reader.node)):
-                        reader.node.replace_input_with(reader.idx, text)
+                if use.node.outputs[0] is self.length_of_begun:
+                    continue
+                self.recount(use.node, cache, -1, within=value is cache)
+        for cache in self.longer:
+            for use in tuple(cache.uses()) if cache not in self.counted and self.exchange else ():
+                if use.node.op_type == "Shape" and use.node.outputs[0] is not self.length_of_begun:
+                    self.recount(use.node, cache, 1, within=True)
+
+    @property
+    def length_of_begun(self) -> ir.Value | None:
+        """The sizes by which the graph tells whether there is anything in the caches."""
+        node = None if self.begun is None else self.begun.producer()
+        none = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
+        return None if none is None else none.inputs[0]
+
+    def recount(self, node: ir.Node, cache: ir.Value, sign: int, within: bool) -> None:
+        """Let what reads a cache's sizes read them without the positions before the text, or with them.
+
+        Args:
+            node: gives the sizes.
+            sign: whether these positions are added or taken away.
+            within: whether the sizes are those that a run is given, at first without anything.
+        """
+        shape = node.outputs[0]
+        emitter = Emitter(self.graph, ir.DataType.INT64, f"pelt.{cache.name}", {})
+        axes = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", 4))
+        longer = emitter.integers([0, 0, self.longer[cache], 0][axes])
+        if within and self.exchange:
+            assert self.begun is not None
+            first = self.begun
+            there = first if sign > 0 else emitter.node("Sub", [emitter.integers([1]), first])
+            longer = emitter.node("Mul", [longer, there])
+        text = emitter.node("Add" if sign > 0 else "Sub", [shape, longer])
+        for reader in tuple(shape.uses()):
+            if reader.node not in emitter.added and (within or _numbers(reader.node)):
+                reader.node.replace_input_with(reader.idx, text)
 
     def widen_mask(self, site: Site, claim: Claim, positions: Around) -> None:
         """Let the mask show new positions before the others, and behind them.
@@ -146,21 +208,24 @@ class Inserter(Experts):
         mask = next(v for v in total.inputs if v is not None and (v.name == site.values["mask"] or v in widened))
         origin, fill = mask_origin(mask)
         emitter = self.emitter(claim, mask)
-        key = positions, self.shown_of(claim, origin, positions, emitter)
+        key = positions, self.shown_of(claim, origin, positions)
         wider = self.wider(origin, fill, key, emitter)
         swap_input(total, mask, self.rebuilt(origin, mask, wider, key, emitter))
         for use in tuple(context.uses()):
             if use.node.op_type == "Where" and use.idx > 0 and (rows := use.node.inputs[0]) is not None:
                 swap_input(use.node, rows, self.rebuilt(origin, rows, wider, key, emitter))
 
-    def shown_of(self, claim: Claim, origin: ir.Value, positions: Around, emitter: Emitter) -> ir.Value | None:
-        """Which of a claim's positions profiles bring; None where all rows see all of them."""
+    def shown_of(self, claim: Claim, origin: ir.Value, positions: Around) -> ir.Value | None:
+        """Which of a claim's positions profiles bring, of all sites of an attachment that have as many; None where all
+        rows see all of them."""
         before, behind = positions
-        if claim.mode not in EXCHANGED or behind or not of_rows(origin):
+        if claim.mode not in EXCHANGED or behind or not of_rows(origin) or self.numbers is None:
             return None
         key = claim.attachment, before
-        if key not in self.shown:
-            self.shown[key] = shown(before, emitter)
+        if key not in self.shown:  # in all graphs by one name
+            number = list(self.numbers[claim.attachment]).index(before)
+            emitter = Emitter(self.graph, ir.DataType.FLOAT, f"pelt.{claim.attachment}", claim.marks)
+            self.shown[key] = shown(before, emitter, f"shown.{number}" if number else "shown")
         return self.shown[key]
 
     def wider(self, origin: ir.Value, fill: float, key: Widening, emitter: Emitter) -> ir.Value:
@@ -244,11 +309,11 @@ def of_rows(origin: ir.Value) -> bool:
 def visible(places: ir.Value, fill: float, kind: ir.DataType, emitter: Emitter) -> ir.Value:
     """What a mask has at places [P] of which ones are shown, where `fill` shows one, and zeros are hidden."""
     if not fill:
-        one = emitter.constant(np.float32(1), dtype=ir.DataType.FLOAT)
+        one = emitter.constant(np.float32(1), "one", ir.DataType.FLOAT)
         places = emitter.node("Sub", [one, places])
         places.shape = ir.Shape([None])
         if kind != ir.DataType.BOOL:
-            lowest = emitter.constant(np.float32(kind.min), dtype=ir.DataType.FLOAT)
+            lowest = emitter.constant(np.float32(kind.min), "lowest", ir.DataType.FLOAT)
             places = emitter.node("Mul", [places, lowest])
             places.shape = ir.Shape([None])
     return emitter.node("Cast", [places], {"to": kind.value})

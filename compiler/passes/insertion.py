@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,15 @@ Around = tuple[int, int]
 class Insertion:
     """A graph that modules are put into: what formulas read there, and how their results take the place of values."""
 
-    def __init__(self, model: ir.Model, tensors: Mapping[str, Array], keeps: bool = False):
-        self.graph, self.tensors = model.graph, dict(tensors)
+    def __init__(
+        self,
+        model: ir.Model,
+        tensors: Mapping[str, Array],
+        keeps: bool = False,
+        exchange: Mapping[str, Sequence[int]] | None = None,
+    ):
+        self.graph, self.tensors, self.numbers = model.graph, dict(tensors), exchange
+        self.exchange = exchange is not None
         self.keeper = Keeper(model.graph) if keeps else None
         self.values: dict[str, ir.Value] = {v.name: v for v in model.graph.inputs if v.name}
         for node in model.graph:
@@ -42,7 +49,9 @@ class Insertion:
         self.extended: dict[tuple[ir.Value, ir.Value, Around, ir.Value | None], ir.Value] = {}
         self.shown: dict[tuple[str, int], ir.Value] = {}  # which keys profiles bring, by attachment and number
         self.starts: dict[str, Array] = {}
-        self.caches: dict[ir.Value, ir.Value] = {}
+        self.longer: dict[ir.Value, int] = {}  # by how many positions caches are longer than the text in them
+        self.counted: dict[ir.Value, ir.Value] = {}  # caches, before and after a step, which positions are counted by
+        self.begun: ir.Value | None = None  # whether there is anything in the caches yet
 
     def emitter(self, claim: Claim, like: ir.Value) -> Emitter:
         dtype = like.dtype or ir.DataType.FLOAT

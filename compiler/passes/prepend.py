@@ -166,9 +166,10 @@ def _same_input(
     return inputs[value.name]
 
 
-def without(value: ir.Value, length: int, emitter: Emitter) -> ir.Value:
+def without(value: ir.Value, length: int | ir.Value, emitter: Emitter) -> ir.Value:
     """A value [B, P + S, ...] from the text's first position on."""
-    cut = emitter.node("Slice", [value, *(emitter.integers([n]) for n in (length, 2**62, 1))])
+    start = length if isinstance(length, ir.Value) else emitter.integers([length])
+    cut = emitter.node("Slice", [value, start, *(emitter.integers([n]) for n in (2**62, 1))])
     cut.type = value.type
     return cut
 
@@ -183,12 +184,30 @@ def tokens_of(claims: Iterable[Claim], tensors: Mapping[str, Array]) -> Array:
     return np.concatenate(parts)
 
 
-def in_front(value: ir.Value, constant: ir.Value, ids: ir.Value, shape: list[int], emitter: Emitter) -> ir.Value:
-    """A constant [1, P, ...], once per sequence of the batch, joined before a value [B, S, ...]."""
+def no_padding(config: Mapping[str, Any]) -> int:
+    """An id that is not the padding's."""
+    return int(config.get("pad_token_id") == 0)
+
+
+def in_front(
+    value: ir.Value,
+    constant: ir.Value,
+    ids: ir.Value,
+    shape: list[int],
+    emitter: Emitter,
+    most: ir.Value | None = None,
+) -> ir.Value:
+    """A constant [1, P, ...], once per sequence of the batch, joined before a value [B, S, ...].
+
+    Args:
+        most: how many of the P are joined [1]; all where absent.
+    """
     batch = emitter.node("Shape", [ids], {"start": 0, "end": 1})
     target = emitter.node("Concat", [batch, emitter.integers(shape[1:])], {"axis": 0})
     repeated = emitter.node("Expand", [constant, target])
     repeated.shape = ir.Shape([None, *shape[1:]])
+    if most is not None:
+        repeated = emitter.node("Slice", [repeated, emitter.integers([0]), most, emitter.integers([1])])
     joined = emitter.node("Concat", [repeated, value], {"axis": 1})
     joined.type = value.type
     return joined

@@ -14,6 +14,7 @@ from peltc.compiler.passes.insertion import Array
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
 from peltc.compiler.passes.stand_in import stand_in
+from peltc.compiler.passes.uneven import numbers
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.survey.anatomy import Site
 
@@ -36,10 +37,12 @@ def rewritten(
     staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.key in sites]
     generates = source.variant in GRAPHS
     inserted = [claim for claim in staying if "prepend" not in claim.effects]
-    starts = insert(model, inserted, sites, tensors, keeps=bool(plan.held) and source.variant == DECODE)
+    exchange = numbers(plan.claims) if plan.exchange else None
+    starts = insert(model, inserted, sites, tensors, keeps=bool(plan.held) and source.variant == DECODE,
+                    exchange=exchange)  # fmt: skip
     if prepended := [claim for claim in plan.claims if "prepend" in claim.effects]:
         if generates:
-            begin(model, source.variant, prepended, tensors, sites, base.config)
+            begin(model, source.variant, prepended, tensors, sites, base.config, bool(plan.exchange))
         else:
             prepend(model, prepended, tensors, sites, base)
     if taking := next((claim for claim in staying if claim.takes), None):

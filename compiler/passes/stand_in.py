@@ -16,8 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter, replace_uses
-from peltc.compiler.passes.begin import no_padding
-from peltc.compiler.passes.prepend import in_front, leave, without
+from peltc.compiler.passes.prepend import in_front, leave, no_padding, without
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 

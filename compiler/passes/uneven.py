@@ -11,23 +11,35 @@ has behind so many tokens. Turning changes no number, so that a profile that fil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
+from peltc.compiler.plan.claims import Claim
+from peltc.spec.modes import EXCHANGED
 
 SHOWN = "pelt.shown"
 """Metadata of a constant that says which places profiles fill."""
 INTEGER = ir.DataType.INT64
 
 
-def shown(length: int, emitter: Emitter) -> ir.Value:
+def shown(length: int, emitter: Emitter, name: str = "shown") -> ir.Value:
     """The constant that says which of so many places are filled [P]: ones."""
-    value = emitter.constant(np.ones(length, np.float32), "shown", ir.DataType.FLOAT)
+    value = emitter.constant(np.ones(length, np.float32), name, ir.DataType.FLOAT)
     value.metadata_props[SHOWN] = str(length)
     return value
+
+
+def numbers(claims: Iterable[Claim]) -> dict[str, list[int]]:
+    """By attachment, how many keys before the text profiles bring at its sites, each number once."""
+    found: dict[str, dict[int, None]] = {}
+    for claim in claims:
+        if claim.mode in EXCHANGED:
+            joined = [claim.added(effect)[0] for effect in ("keys", "values") if effect in claim.effects]
+            found.setdefault(claim.attachment, {}).update(dict.fromkeys(joined))
+    return {name: list(each) for name, each in found.items()}
 
 
 def shown_in(model: ir.Model) -> set[str]:
@@ -42,11 +54,14 @@ class Uneven:
         emitter: adds nodes.
         length: how many tokens there is room for.
         text: a value [B, S, ...] as long as the text, and with a row for each.
+        brought: whether profiles bring them; all rows have all of them otherwise.
     """
 
-    def __init__(self, emitter: Emitter, length: int, text: ir.Value):
+    def __init__(self, emitter: Emitter, length: int, text: ir.Value, brought: bool = True):
         self.emitter, self.length = emitter, length
         self.shown = shown(length, emitter)
+        if not brought:
+            del self.shown.metadata_props[SHOWN]
         self.rows = emitter.node("Shape", [text], {"start": 0, "end": 1})
         self.text_length = emitter.node("Shape", [text], {"start": 1, "end": 2})
         total = emitter.node("ReduceSum", [self.shown, emitter.integers([0])], {"keepdims": 1})

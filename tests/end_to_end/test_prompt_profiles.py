@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import peltc
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.commands.cli import run
-from peltc.runtime.verification.verify import TOLERANCE
+from peltc.runtime.verification.verify import TOLERANCE, load_model
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 
@@ -174,6 +174,13 @@ def test_more_tokens_than_there_is_room_for_are_refused(model_folder: Folder, tm
     arrays = peltc.link(tmp_path / "out", tmp_path / "few.safetensors")
     shown = next(array for name, array in arrays.items() if ".shown@" in name)
     assert shown.tolist() == [0, 0, 1, 1]
+    with peltc.ProfileStore(tmp_path / "store", tmp_path / "out") as store:  # which links it as it is asked for
+        store.put("t/few", tmp_path / "few.safetensors")
+    session = peltc.Session(tmp_path / "out", CPU, store=tmp_path / "store")
+    plain = peltc.Session(tmp_path / "out", CPU)
+    plain.add_profile("few", arrays)
+    found = session(profile=["t/few", None, None, "t/few"], **texts("bert"))["logits"]
+    assert np.array_equal(found, plain(profile=["few", None, None, "few"], **texts("bert"))["logits"])
 
 
 def test_a_text_that_is_read_whole_keeps_its_length(model_folder: Folder, tmp_path: Path) -> None:
@@ -195,6 +202,36 @@ def test_a_text_that_is_read_whole_keeps_its_length(model_folder: Folder, tmp_pa
         expected = peltc.Session(tmp_path / "few", CPU)(**texts("bert"))["logits"]
         found = session(profile=["few"] * 3 + [None], **texts("bert"))["logits"]
         assert np.abs(found - expected)[:3].max() < 1e-6 * np.abs(expected).max()
+
+
+def test_a_fixed_module_that_reads_a_text_whole_has_no_row_without(model_folder: Folder, tmp_path: Path) -> None:
+    """It would count empty places in rows that have no profile."""
+    gated = {**LORA, "gate": True, "mode": "static"}
+    manifest = peltc.compile(spec_of([*attached("prompt", "bert", ROOM), gated]), model_folder("bert"),
+                             tmp_path / "out", mode="bank", verify=False)  # fmt: skip
+    assert "'lora' at" in manifest["profiles"]["no_bare_base"]
+    with pytest.raises(PeltError, match=r"E627 .*reads the whole text by 'mean_seq'"):
+        peltc.Session(tmp_path / "out", CPU)(**texts("bert"))
+
+
+def test_what_is_measured_counts(model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the base that PyTorch has is another one, rows without a profile are refused, and the compiler says why."""
+    from peltc.runtime.verification import bare as measured
+
+    def other(base: Any) -> Any:
+        model = load_model(base)
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)
+        return model
+
+    monkeypatch.setattr(measured, "load_model", other)
+    told: list[str] = []
+    manifest = peltc.compile(spec_of(attached("prompt", "bert", ROOM)), model_folder("bert"), tmp_path / "out",
+                             mode="bank", talk=told.append)  # fmt: skip
+    assert any("every text needs a profile of full length" in line for line in told)
+    assert "measured, rows without a profile differ" in manifest["profiles"]["no_bare_base"]
+    with pytest.raises(PeltError, match=r"E627 .*measured"):
+        peltc.Session(tmp_path / "out", CPU)(**texts("bert"))
 
 
 def test_a_head_that_reads_the_last_place_has_no_row_without(model_folder: Folder, tmp_path: Path) -> None:
