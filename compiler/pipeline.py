@@ -24,7 +24,7 @@ from peltc.compiler.base.limits import Limits, values_below
 from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.linking.profiles import brought, check_exchange, keep, record, without
-from peltc.compiler.linking.uneven import uneven
+from peltc.compiler.linking.uneven import evened, uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
@@ -86,6 +86,8 @@ def build(
     fixed, offered, masks = tensors, dict[str, Array](), dict[str, tuple[int, int]]()
     if plan.exchange:
         check_exchange(plan)
+        rows = uneven(plan, bases, sites)
+        plan = evened(plan) if rows.none else plan
         fixed, offered = without(plan, tensors, base.array), {}
     graphs, starts = {}, dict[str, Array]()
     for name, one in bases.items():
@@ -106,13 +108,12 @@ def build(
         hold(model.graph)
     profiles = None
     if plan.exchange:
-        rows = uneven(plan, bases, sites)
-        profiles = record(plan, base, fixed, offered, masks, rows)
+        places = set().union(*map(shown_in, graphs.values()))
+        profiles = record(plan, base, fixed, offered, masks, places, rows)
         if profiles["no_bare_base"] and all(leaves_the_base(model.graph, offered) for model in graphs.values()):
             profiles["no_bare_base"], offered = None, zeroed(graphs.values(), offered)
         if not profiles["no_bare_base"]:  # no token and no key stands before the text of a row without a profile
-            names = set().union(*map(shown_in, graphs.values()))
-            offered |= zeroed(graphs.values(), {name: offered[name] for name in names})
+            offered |= zeroed(graphs.values(), {name: offered[name] for name in places})
         called = dict(zip(offered, profiles["inputs"], strict=True))
         for model in graphs.values():
             offer(model.graph, called) if plan.exchange == SWAPPABLE else by_rows(model, called)

@@ -29,6 +29,7 @@ from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
 from peltc.compiler.linking.lengths import fitted, fitting, said
 from peltc.compiler.linking.profiles import DIGITS, EMBEDS, changing, exchanged
+from peltc.compiler.linking.uneven import evened
 from peltc.compiler.passes.offer import STAMP, constants
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.plan.claims import Plan
@@ -39,6 +40,7 @@ from peltc.spec.foreign import AS_TRAINED
 from peltc.spec.specification import build_spec
 
 Array = np.ndarray[Any, Any]
+EARLIER = "it was compiled by a version that knew no others"
 SAME = 1e-6
 """How far apart two computations of the same may be, as a share of the largest value."""
 
@@ -72,7 +74,7 @@ class Linker:
         spec = build_spec(parse(manifest["spec"], str(self.folder / MANIFEST)), manifest["spec"])
         modes = {module["attachment"]: module["mode"] for module in manifest["modules"]}  # whoever said them
         spec = replace(spec, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in spec.attach))
-        self.plan = make_plan(spec, self.base.anatomy, self.base.fingerprint)
+        self.plan = self._evened(make_plan(spec, self.base.anatomy, self.base.fingerprint))
         self.sites = {site.key: site for site in self.source.anatomy}
         self._made: dict[str, Array] = {}
 
@@ -121,13 +123,18 @@ class Linker:
         for attachment, options in said(self.plan, shapes).items():
             own = {claim.attachment: claim.options for claim in self.plan.claims}[attachment]
             for option, count in options.items():
-                why = self.record.get("one_length", "") or (f"there is room for {own[option]}" if count > own[option]
-                                                            else "")  # fmt: skip
+                why = self.record.get("one_length", EARLIER)
+                if count > own[option]:
+                    why = why or f"there is room for {own[option]}"
                 if why:
                     raise fail("E411", f"the adapter has {count} tokens in '{attachment}', and the artifact's profiles"
                                f" have {own[option]} ({option}): {why}", Place(str(self.folder)),
                                f"an adapter with {own[option]}", f"compile with `{option}: {count}`")  # fmt: skip
-        return fitting(self.plan, shapes, self.base.anatomy)
+        return self._evened(fitting(self.plan, shapes, self.base.anatomy))
+
+    def _evened(self, plan: Plan) -> Plan:
+        """A plan with all before the text that the artifact has, where it has no input that says how much."""
+        return plan if self.record.get("places") else evened(plan)
 
     @cached_property
     def _held(self) -> dict[str, Array]:

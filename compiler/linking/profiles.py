@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ def record(
     tensors: Mapping[str, Array],
     inputs: Mapping[str, Array],
     masks: Mapping[str, tuple[int, int]],
+    places: Container[str],
     rows: Uneven,
 ) -> dict[str, Any]:
     """What the manifest says of profiles.
@@ -112,6 +113,7 @@ def record(
         tensors: the adapter's tensors, at start values where profiles bring them.
         inputs: the constants that profiles bring, by name.
         masks: those of them that are masks' bits: of how many modules, and how many take part.
+        places: those of them that say which places before the text a profile fills.
         rows: whether a row may have fewer tokens or keys before its text than others.
     """
     shapes = sorted((name, array.shape) for name, array in inputs.items())
@@ -122,6 +124,7 @@ def record(
         "fingerprint": known,
         "inputs": {called[name]: list(array.shape) for name, array in inputs.items()},
         "masks": {called[name]: list(sizes) for name, sizes in masks.items() if name in called},
+        "places": [called[name] for name in inputs if name in places],
         "no_bare_base": rows.none or disturbance(changing(plan), tensors, base.array, hidden=True) or None,
         "one_length": rows.fewer or None,
     }

@@ -6,19 +6,17 @@ input.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
 from peltc.compiler.export.exported import DECODE
-from peltc.compiler.passes.insert_attention import mask_origin, of_rows
+from peltc.compiler.passes.insert_attention import alone, mask_origin, of_rows
+from peltc.compiler.passes.stand_in import ids_of
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.modes import EXCHANGED
-
-TEXT = "sequence"
-"""What graphs call the axis of a text's tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,41 +58,49 @@ def _blind(claims: Iterable[Claim], brought: Iterable[Claim]) -> Iterator[str]:
     Args:
         brought: those by which profiles bring something before the text.
     """
-    for claim in claims if any("prepend" in own.effects for own in brought) else ():
+    for claim in claims if any(own.takes or "prepend" in own.effects for own in brought) else ():
         if claim.mixed and "mask" not in claim.reads:
             yield f"'{claim.attachment}' at {claim.site.name} reads the whole text by '{claim.mixed}', without its mask"
+
+
+def evened(plan: Plan) -> Plan:
+    """The plan where each row has all that stands before its text."""
+    return replace(plan, claims=tuple(replace(claim, even=True) for claim in plan.claims))
 
 
 def _reasons(
     plan: Plan, claims: list[Claim], bases: Mapping[str, Base], sites: Mapping[str, Mapping[str, Site]]
 ) -> Iterator[str]:
     """What stands against rows without what profiles bring before the text."""
-    for claim in claims:
-        if claim.takes:
-            yield f"'{claim.attachment}' takes positions before the text, whether there is a profile or not"
     yield from _blind([claim for claim in plan.claims if claim.mode not in EXCHANGED], claims)
     for name, base in bases.items():
         graph = base.load_graph().graph
         values = {v.name: v for v in graph.inputs} | {v.name: v for node in graph for v in node.outputs}
         for claim in claims:
             site = sites[name].get(claim.site.key)
-            if site is not None and "prepend" not in claim.effects:
+            if site is not None and claim.takes:
+                if not all(alone(claim, effect) for effect in claim.effects):
+                    yield f"'{claim.attachment}' at {site.name} does more than to put keys before the text's"
+            elif site is not None and "prepend" not in claim.effects:
                 mask = values.get(site.values.get("mask") or None)
                 behind = any(claim.added(e)[1] for e in ("keys", "values") if e in claim.effects)
                 if mask is None or behind or not of_rows(mask_origin(mask)[0]):
                     yield f"the attention at {site.name} has no mask for each text that could hide keys"
-        prompts = [claim for claim in claims if "prepend" in claim.effects]
-        if prompts:
-            yield from _of_prompts(prompts[0], name, base, graph)
+        longer = [claim for claim in claims if claim.takes or "prepend" in claim.effects]
+        if longer:
+            yield from _of_longer(longer[0], name, base, graph)
 
 
-def _of_prompts(claim: Claim, name: str, base: Base, graph: ir.Graph) -> Iterator[str]:
-    """The same of tokens before the sequence, in one graph."""
-    given = {v.name for v in graph.inputs}
+def _of_longer(claim: Claim, name: str, base: Base, graph: ir.Graph) -> Iterator[str]:
+    """The same of what takes places in the sequence, in one graph."""
+    given = {v.name or "" for v in graph.inputs}
     encoder = claim.site.stack == "encoder" and any(site.stack == "decoder" for site in base.anatomy)
-    if name == DECODE and encoder:
+    if (name == DECODE and encoder) or (name == "encoder" and not encoder):
         return
-    if "attention_mask" not in given:
+    ids, axis = ids_of(claim, given) if name == "model" else ("", "")
+    causal = ids == "decoder_input_ids"  # which does not see what stands behind it
+    mask = "decoder_attention_mask" if "decoder_input_ids" in given and not encoder else "attention_mask"
+    if mask not in given and not causal:
         yield "the model takes no mask of its text"
     if name == DECODE and "position_ids" not in given:
         yield "the graph with a cache counts positions by itself, and counts those of tokens that a row does not have"
@@ -102,15 +108,16 @@ def _of_prompts(claim: Claim, name: str, base: Base, graph: ir.Graph) -> Iterato
     cores = {site.layer_path for site in own if site.kind == "attention" and site.role == "attention"}
     if {site.layer_path for site in own if site.layer is not None} - cores:
         yield "not every layer of the model has attention, by which alone a mask hides"
-    if name == "model" and claim.cut != "head":
+    before_head = claim.cut == "head" or (claim.takes and claim.site.stack == "encoder")
+    if name == "model" and not before_head:
         for output in graph.outputs:
             sizes = [str(size) for size in output.shape or ()]
-            if "target" not in sizes and sizes[1:2] != [TEXT] and not _of_first(output):
+            if "target" not in {*sizes} - {axis} and sizes[1:2] != [axis] and not _of_first(output, axis):
                 yield f"the model's '{output.name}' is read elsewhere than at the first token of a text"
 
 
-def _of_first(output: ir.Value) -> bool:
-    """Whether what a value reads of a text's tokens is the first one."""
+def _of_first(output: ir.Value, axis: str) -> bool:
+    """Whether what a value reads of a text's tokens, along an axis, is the first one."""
     pending, seen = [output], {output}
     while pending:
         value = pending.pop()
@@ -123,7 +130,7 @@ def _of_first(output: ir.Value) -> bool:
             seen.add(given)
             if given.shape is None:
                 return False
-            if TEXT not in [str(size) for size in given.shape]:
+            if axis not in [str(size) for size in given.shape]:
                 pending.append(given)
             elif not _takes_first(node):
                 return False

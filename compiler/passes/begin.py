@@ -21,10 +21,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 from peltc.compiler.passes.prepend import Array, in_front, no_padding, tokens_of
 from peltc.compiler.passes.read_first import read_first
-from peltc.compiler.passes.uneven import Uneven
+from peltc.compiler.passes.uneven import INTEGER, Uneven
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
-from peltc.spec.modes import EXCHANGED
 
 TEXT = "text"
 """What the axes of the text alone are called; inside, those of the text behind the tokens keep their names."""
@@ -62,7 +61,7 @@ def begin(
     emitter = Emitter(graph, ir.DataType.FLOAT, f"pelt.{claims[0].attachment}", claims[0].marks)
     begun = emitter.constant(tokens[None], "tokens") if stage == "encoder" else None
     uneven = None
-    if claims[0].mode in EXCHANGED:
+    if claims[0].uneven:
         text = next(v for v in graph.inputs if v.name == "attention_mask") if ids is None else ids
         uneven = Uneven(emitter, len(tokens), text)
     if ids is not None and begun is not None:
@@ -78,15 +77,18 @@ def follow(model: ir.Model, length: int, claim: Claim, own: bool = True, uneven:
         length: how many.
         claim: what they are of.
         own: whether they stand before the text that the graph reads; otherwise, before an encoder's.
-        uneven: where rows have different numbers of them in an encoder.
+        uneven: where rows have different numbers of them, which an encoder has turned.
     """
     graph = model.graph
     inputs = {v.name: v for v in graph.inputs}
     emitter = Emitter(graph, ir.DataType.FLOAT, f"pelt.{claim.attachment}", claim.marks)
     behind = own and "decoder_input_ids" in inputs
     mask, positions = inputs.get("decoder_attention_mask" if behind else "attention_mask"), inputs.get("position_ids")
+    if own and claim.takes and claim.uneven and mask is not None:
+        uneven = Uneven(emitter, length, inputs["decoder_input_ids" if behind else "input_ids"])
     if positions is not None and own:
-        shifted = emitter.node("Add", [positions, emitter.constant(np.int64(length), "positions", ir.DataType.INT64)])
+        counted = emitter.constant(np.int64(length), "positions", INTEGER) if uneven is None else uneven.count
+        shifted = emitter.node("Add", [positions, counted])
         shifted.type = positions.type
         replace_uses(positions, shifted, emitter.added, graph)
     if mask is not None:
@@ -97,7 +99,8 @@ def follow(model: ir.Model, length: int, claim: Claim, own: bool = True, uneven:
             wide = in_front(mask, ones, mask, [1, length], emitter)
             kept = emitter.added
         else:
-            wide = uneven.turned(in_front(mask, uneven.filled(dtype), mask, [1, length], uneven.emitter))
+            wide = in_front(mask, uneven.filled(dtype), mask, [1, length], uneven.emitter)
+            wide = wide if own else uneven.turned(wide)
             kept = uneven.emitter.added
         replace_uses(mask, wide, kept, graph)
     graph.sort()

@@ -12,13 +12,12 @@ from peltc.compiler.interpreters.emitter import Emitter, clone_between
 from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.passes.insert_experts import Experts
 from peltc.compiler.passes.insertion import Around, swap_input
-from peltc.compiler.passes.uneven import shown
+from peltc.compiler.passes.uneven import Uneven, shown
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 from peltc.spec.formula.syntax import Call, Expr, Name, names
 from peltc.spec.method import RUNTIME_NAMES
-from peltc.spec.modes import EXCHANGED
 
 BATCH = "batch"
 """What graphs call the axis of texts."""
@@ -43,6 +42,8 @@ class Inserter(Experts):
                 around = claim.added(effect)
                 if any(around) and self.begins(claim, effect, role, read):
                     new, emitter = read, self.emitter(claim, read)
+                elif stands(claim, effect) and not self.caches_of(now):
+                    new, emitter = self.stood(claim, effect, role, read)
                 else:
                     value, interpreter = self.evaluate(claim, effect, read, **self.text_of(claim, now, made))
                     emitter = interpreter.emitter
@@ -84,6 +85,25 @@ class Inserter(Experts):
         made |= emitter.added
         return text
 
+    def stood(self, claim: Claim, effect: str, role: str, read: ir.Value) -> tuple[ir.Value, Emitter]:
+        """Keys or values with those that a profile brings at the places that these take; see `stand_in`."""
+        value, interpreter = self.evaluate(claim, effect, read, **{role: read})
+        emitter, joined = interpreter.emitter, interpreter.value(value).producer()
+        assert joined is not None
+        parts = [part for part in joined.inputs if part is not read]
+        part = parts[0] if len(parts) == 1 else emitter.node("Concat", parts, {"axis": -2})
+        self.graph.remove(joined, safe=True)
+        emitter.added.discard(joined)
+        if self.standing is None:
+            own = Emitter(self.graph, ir.DataType.FLOAT, f"pelt.{claim.attachment}", claim.marks)
+            behind = claim.site.stack == "decoder" and "decoder_input_ids" in self.values
+            ids = self.values["decoder_input_ids" if behind else "input_ids"]
+            self.standing = Uneven(own, claim.takes, ids)
+        assert part is not None
+        found = self.standing.over(read, part)
+        emitter.added |= self.standing.emitter.added
+        return found, emitter
+
     @staticmethod
     def caches_of(now: Mapping[str, ir.Value]) -> list[ir.Value]:
         """The caches that keys and values are joined to."""
@@ -98,11 +118,7 @@ class Inserter(Experts):
         cache = next(iter(self.caches_of({role: read})), None)
         if cache is None or cache.shape is None or cache.name is None:
             return False
-        if (
-            claim.reads & set(RUNTIME_NAMES) - {"k", "v"}
-            or claim.added(effect)[1]
-            or not _joins(claim.effects[effect], role)
-        ):
+        if not alone(claim, effect):
             return False
         if self.exchange:
             self.begin_within(claim, effect, role, cache, read)
@@ -219,7 +235,7 @@ class Inserter(Experts):
         """Which of a claim's positions profiles bring, of all sites of an attachment that have as many; None where all
         rows see all of them."""
         before, behind = positions
-        if claim.mode not in EXCHANGED or behind or not of_rows(origin) or self.numbers is None:
+        if not claim.uneven or behind or not of_rows(origin) or self.numbers is None:
             return None
         key = claim.attachment, before
         if key not in self.shown:  # in all graphs by one name
@@ -260,6 +276,19 @@ class Inserter(Experts):
 
     def embedding(self, site: Site, claims: list[Claim]) -> None:
         """Tokens before the sequence: `prepend` has its own pass."""
+
+
+def alone(claim: Claim, effect: str) -> bool:
+    """Whether keys or values that a claim puts before the text's depend on nothing that is computed at run time, and
+    the text's own stay as they are."""
+    role = {"keys": "k", "values": "v"}[effect]
+    reads = claim.reads & set(RUNTIME_NAMES) - {"k", "v"}
+    return not reads and not claim.added(effect)[1] and _joins(claim.effects[effect], role)
+
+
+def stands(claim: Claim, effect: str) -> bool:
+    """Whether a profile brings keys or values that take positions, which stand in the sequence at these."""
+    return bool(claim.takes) and claim.uneven and alone(claim, effect)
 
 
 def _joins(expr: Expr, role: str) -> bool:

@@ -14,6 +14,7 @@ from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 from peltc.compiler.interpreters.onnx import OnnxInterpreter
 from peltc.compiler.passes.keep import Keeper
 from peltc.compiler.passes.packing import unpacked
+from peltc.compiler.passes.uneven import Uneven
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
@@ -51,6 +52,7 @@ class Insertion:
         self.starts: dict[str, Array] = {}
         self.longer: dict[ir.Value, int] = {}  # by how many positions caches are longer than the text in them
         self.counted: dict[ir.Value, ir.Value] = {}  # caches, before and after a step, which positions are counted by
+        self.standing: Uneven | None = None  # the places of keys that take positions, where profiles bring these
         self.begun: ir.Value | None = None  # whether there is anything in the caches yet
 
     def emitter(self, claim: Claim, like: ir.Value) -> Emitter:

@@ -25,7 +25,6 @@ from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.passes.uneven import Uneven
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
-from peltc.spec.modes import EXCHANGED
 
 Array = np.ndarray[Any, Any]
 
@@ -58,7 +57,7 @@ def prepend(
     text = _embedded(graph, base, claim.site, ids, emitter) if role == "embedding" else _looked_up(
         graph, claim.site, ids, emitter)  # fmt: skip
     longer = in_front(text, emitter.constant(tokens[None], "tokens"), ids, [1, length, tokens.shape[1]], emitter)
-    uneven = Uneven(emitter, length, ids) if claim.mode in EXCHANGED else None
+    uneven = Uneven(emitter, length, ids) if claim.uneven else None
     if uneven is not None:
         longer = uneven.turned(longer)
     longer.shape = ir.Shape(["batch", "positions", tokens.shape[1]])

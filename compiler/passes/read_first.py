@@ -23,7 +23,6 @@ from peltc.compiler.passes.uneven import INTEGER, Uneven
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
-from peltc.spec.modes import EXCHANGED
 
 TEXT = {"query": "new", "total": "text"}
 """What the axes of inputs are called that are shorter than within the graph."""
@@ -57,7 +56,7 @@ def read_first(
     looked_up = next(v for node in graph for v in node.outputs if v.name == site.values["y"])
     emitter = Emitter(graph, looked_up.dtype or ir.DataType.FLOAT, f"pelt.{claim.attachment}", claim.marks)
     begin = emitter.constant(tokens[None], "tokens")
-    uneven = Uneven(emitter, length, ids, brought=claim.mode in EXCHANGED)
+    uneven = Uneven(emitter, length, ids, brought=claim.uneven)
     now = _now(length, ids, mask, emitter)
 
     table = next(v for v in graph.inputs if v.name == site.parameters["weight"])
@@ -108,6 +107,6 @@ def _from_first(length: int, uneven: Uneven) -> ir.Value:
     """The tokens' positions [B, P], counted from each row's first; of empty places 0."""
     emitter = uneven.emitter
     places = emitter.constant(np.arange(length, dtype=np.int64)[None], "places", INTEGER)
-    lacking = emitter.node("Sub", [emitter.integers([length]), uneven.count])
-    own = emitter.node("Max", [uneven.typed(emitter.node("Sub", [places, lacking])), emitter.integers([0])])
+    own = emitter.node("Sub", [places, uneven.lacking])
+    own = emitter.node("Max", [uneven.typed(own), emitter.integers([0])])
     return uneven.typed(own, [None, length])

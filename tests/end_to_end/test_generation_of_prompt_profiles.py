@@ -18,6 +18,7 @@ import peltc
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.training.attach import attach_plan
 from peltc.runtime.verification.verify import TOLERANCE, load_model
+from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 
 Folder = Callable[..., Path]
@@ -84,10 +85,10 @@ CASES = [("gpt2", "all"), ("llama", "all"), ("t5", "all"), ("t5", "prefix"), ("l
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_tokens_and_logits_equal_pytorch(family: str, kind: str, model_folder: Folder, tmp_path: Path) -> None:
     base, given = model_folder(family), texts(family)
-    one_length = kind == "shifted" or kind.startswith("fixed")
+    fixed = kind.startswith("fixed")
     own: dict[str, dict[str, Array]] = {}
     expected: dict[tuple[str | None, int], Any] = {}
-    for seed, (name, length) in enumerate({"one": ROOM, "other": ROOM, "few": ROOM if one_length else FEW}.items()):
+    for seed, (name, length) in enumerate({"one": ROOM, "other": ROOM, "few": ROOM if fixed else FEW}.items()):
         spec = spec_of(attached(kind, family, length))
         plan, read = plan_for(spec, base)
         own[name] = drawn(spec, base, seed)
@@ -102,8 +103,8 @@ def test_tokens_and_logits_equal_pytorch(family: str, kind: str, model_folder: F
         session = peltc.Session(tmp_path / mode, CPU)
         for name, tensors in own.items():
             session.add_profile(name, peltc.link(tmp_path / mode, tensors))
-        names: list[str | None] = [*own] if kind == "shifted" or kind.startswith("fixed") else [*own, None]
-        assert (manifest["profiles"]["no_bare_base"] is None) == (kind != "shifted")
+        names: list[str | None] = [*own] if fixed else [*own, None]
+        assert manifest["profiles"]["no_bare_base"] is None
         for beams in BEAMS:
             for rows in ([names[i % len(names)] for i in range(4)], [names[-1 - i % len(names)] for i in range(4)]):
                 if mode == "bank":
@@ -114,6 +115,28 @@ def test_tokens_and_logits_equal_pytorch(family: str, kind: str, model_folder: F
                 found = session.generate(num_beams=beams, profile=name, **given)
                 for row in range(4):
                     same(found, expected[name, beams], row, beams == 1)
+
+
+def test_a_decoder_that_takes_no_mask_has_no_text_without(model_folder: Folder, tmp_path: Path) -> None:
+    """Behind an encoder, nothing could hide the places of keys that take positions; profiles that fill them do."""
+    base, given = model_folder("t5"), texts("t5")
+    spec = spec_of(attached("shifted", "t5", ROOM))
+    tensors = [drawn(spec, base, seed) for seed in range(2)]
+    manifest = peltc.compile(spec, base, tmp_path / "out", tensors[0], mode="bank")
+    assert manifest["profiles"]["one_length"] == "the model takes no mask of its text"
+    assert manifest["profiles"]["places"] == []
+    session, (plan, read) = peltc.Session(tmp_path / "out", CPU), plan_for(spec, base)
+    with pytest.raises(PeltError, match="E627"):
+        session.generate(**given)
+    with pytest.raises(PeltError, match="E411"):
+        peltc.link(tmp_path / "out", drawn(spec_of(attached("shifted", "t5", FEW)), base, 0))
+    for i in range(2):
+        session.add_profile(str(i), peltc.link(tmp_path / "out", tensors[i]))
+    found = session.generate(profile=["0", "1", "1", "0"], **given)
+    for i in range(2):
+        expected = attach_plan(load_model(read), plan, tensors[i]).eval().generate(**given)
+        for row in (0, 3) if i == 0 else (1, 2):
+            same(found, expected, row, True)
 
 
 def test_steps_go_on_from_an_own_cache(model_folder: Folder, tmp_path: Path) -> None:
