@@ -25,6 +25,7 @@ from peltc.compiler.files.manifest import CACHE
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.linking.heads import check_heads
 from peltc.compiler.linking.profiles import brought, check_exchange, keep, lacking, record, without
+from peltc.compiler.linking.uneven import Uneven, before, evened, uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
@@ -35,6 +36,7 @@ from peltc.compiler.passes.packing import masks_of
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.passes.rows import Rows
 from peltc.compiler.passes.stand_in import ids_of
+from peltc.compiler.passes.uneven import shown_in
 from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.compiler.survey.anatomy import Site
@@ -88,6 +90,10 @@ def build(
     check_exchange(plan)
     check_heads(plan, base)
     if plan.exchange:
+        rows = uneven(plan, bases, sites)
+        if plan.spec.blend and any(map(before, plan.claims)):
+            rows = Uneven("a text may have several profiles, each of which brings as many keys before it")
+        plan = evened(plan) if rows.none else plan
         fixed, offered = without(plan, tensors, base.array), {}
     graphs, starts = {}, dict[str, Array]()
     for name, one in bases.items():
@@ -108,9 +114,12 @@ def build(
         hold(model.graph)
     profiles = None
     if plan.exchange:
-        profiles = record(plan, base, fixed, offered, masks, absent_of(graphs["model"]))
+        places = set().union(*map(shown_in, graphs.values()))
+        profiles = record(plan, base, fixed, offered, masks, places, rows, absent_of(graphs["model"]))
         if profiles["no_bare_base"] and all(leaves_the_base(model.graph, offered) for model in graphs.values()):
             profiles["no_bare_base"], offered = None, zeroed(graphs.values(), offered)
+        if not profiles["no_bare_base"]:  # no token and no key stands before the text of a row without a profile
+            offered |= zeroed(graphs.values(), {name: offered[name] for name in places})
         profiles["no_bare_base"] = lacking(base, plan) or profiles["no_bare_base"]
         called = dict(zip(offered, profiles["inputs"], strict=True))
         for model in graphs.values():
@@ -118,7 +127,7 @@ def build(
                 offer(model.graph, called)
             else:
                 (Blend if plan.spec.blend else Rows)(model.graph, called).run()
-        keep(source, {called[name]: array for name, array in offered.items()}, folder)
+        keep(base, embeds, {called[name]: array for name, array in offered.items()}, folder)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))

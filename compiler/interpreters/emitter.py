@@ -38,7 +38,7 @@ class Emitter:
         output.name = name
         if kind == "Shape":
             output.type = ir.TensorType(ir.DataType.INT64)
-        elif kind == "Greater":
+        elif kind in ("Greater", "Equal"):
             output.type = ir.TensorType(ir.DataType.BOOL)
         elif kind == "Where":
             output.type = inputs[1].type if inputs[1] is not None else None

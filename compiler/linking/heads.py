@@ -18,7 +18,7 @@ from peltc.compiler.files.labels import written
 from peltc.compiler.importers.importing import imports, labels_in
 from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.linking.bare import drawn
-from peltc.compiler.passes.absent import ABSENT, absent
+from peltc.compiler.passes.absent import ABSENT, absent, heads_of
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.compiler.survey.anatomy import Anatomy, Site
@@ -50,12 +50,12 @@ class Head:
 
     def __init__(self, base: Base, room: Plan, weights: Weights, labels: Sequence[str] | None):
         self.room, self.base, self.plan, self.names = room, base, room, labels
-        most = room.heads[0].site.sizes["out"]
+        most = heads_of(room)[0].site.sizes["out"]
         if isinstance(weights, Mapping):
             shapes = {name: np.shape(array) for name, array in weights.items()}
             self.count = count_of(room, base, shapes)
         elif imports(weights):
-            found = labels_in(Path(weights), base, room.heads[0].site.parameters["weight"])
+            found = labels_in(Path(weights), base, heads_of(room)[0].site.parameters["weight"])
             self.count = len(labels) if found is None and labels is not None else found or most
         else:
             file = Path(weights)
@@ -83,9 +83,9 @@ class Head:
         """Its tensors in those of the artifact, zeros for labels that it does not have, and what hides these."""
         found = {}
         for name, array in tensors.items():
-            room = self.room.tensors[name].shape
-            found[name] = np.pad(array, [(0, most - size) for size, most in zip(array.shape, room, strict=True)])
-        return {**found, ABSENT: absent(self.count, self.room.heads[0].site.sizes["out"])}
+            own, room = self.plan.tensors[name].shape, self.room.tensors[name].shape
+            found[name] = np.pad(array, [(0, most - size) for size, most in zip(own, room, strict=True)])
+        return {**found, ABSENT: absent(self.count, heads_of(self.room)[0].site.sizes["out"])}
 
 
 def check_heads(plan: Plan, base: Base) -> None:
@@ -96,7 +96,7 @@ def check_heads(plan: Plan, base: Base) -> None:
     """
     if not plan.spec.fewer_labels:
         return
-    place, heads = plan.spec.places.get("deploy", Place(plan.spec.path)), plan.heads
+    place, heads = plan.spec.places.get("deploy", Place(plan.spec.path)), heads_of(plan)
     if not plan.exchange:
         raise fail("E207", "profiles may have fewer labels, and there are none", place,
                    f"one of the modes {' and '.join(EXCHANGED)}, or no `fewer_labels`")  # fmt: skip
@@ -122,7 +122,10 @@ def check_heads(plan: Plan, base: Base) -> None:
 
 def of_labels(plan: Plan, anatomy: Anatomy, labels: int) -> Plan:
     """The plan on a model whose head has another number of labels."""
-    key, modes = plan.heads[0].site.key, {claim.attachment: claim.mode for claim in plan.claims}  # whoever said them
+    key, modes = (
+        heads_of(plan)[0].site.key,
+        {claim.attachment: claim.mode for claim in plan.claims},
+    )  # whoever said them
     sites = tuple(_with(site, labels) if site.key == key else site for site in anatomy)
     spec = replace(plan.spec, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in plan.spec.attach))
     return make_plan(spec, replace(anatomy, sites=sites), plan.fingerprint)
@@ -130,7 +133,7 @@ def of_labels(plan: Plan, anatomy: Anatomy, labels: int) -> Plan:
 
 def base_of_labels(base: Base, plan: Plan, labels: int) -> Base:
     """A base without weights, as it is where its head has another number of labels."""
-    head, parameters = plan.heads[0].site, dict(base.parameters)
+    head, parameters = heads_of(plan)[0].site, dict(base.parameters)
     sites = tuple(_with(site, labels) if site.key == head.key else site for site in base.anatomy)
     for name in head.parameters.values():
         if (known := parameters.get(name)) is not None:
@@ -149,7 +152,7 @@ def _with(site: Site, labels: int) -> Site:
 def count_of(plan: Plan, base: Base, shapes: Mapping[str, Sequence[int]]) -> int:
     """How many labels an adapter's head has, by the shapes of its tensors by name; as many as there is room for, where
     they do not tell."""
-    most = plan.heads[0].site.sizes["out"]
+    most = heads_of(plan)[0].site.sizes["out"]
     other = of_labels(plan, base.anatomy, most + 1)
     for name, tensor in plan.tensors.items():
         shape = shapes.get(name, ())

@@ -19,17 +19,21 @@ import numpy as np
 from peltc.compiler.adapter.identity import BaseRecord, public_name, stored_samples
 from peltc.compiler.adapter.mathematics import mathematics
 from peltc.compiler.adapter.mismatch import names
+from peltc.compiler.adapter.profile import is_profile
 from peltc.compiler.adapter.provenance import check_file, other_mathematics
 from peltc.compiler.adapter.weights import check_arrays, load_tensors, sourced
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import read_base
-from peltc.compiler.files.checkpoint import open_checkpoint
+from peltc.compiler.files.checkpoint import open_checkpoint, read_header
 from peltc.compiler.files.labels import LABELS
 from peltc.compiler.files.manifest import ADAPTER, LINK, MANIFEST, read_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
 from peltc.compiler.linking.heads import Head, sourced_of
-from peltc.compiler.linking.profiles import DIGITS, changing, exchanged
+from peltc.compiler.linking.lengths import fitted, fitting, said
+from peltc.compiler.linking.profiles import DIGITS, EMBEDS, changing, exchanged
+from peltc.compiler.linking.uneven import evened
+from peltc.compiler.passes.absent import heads_of
 from peltc.compiler.passes.offer import STAMP, constants
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.plan.claims import Plan
@@ -40,6 +44,7 @@ from peltc.spec.foreign import AS_TRAINED
 from peltc.spec.specification import build_spec
 
 Array = np.ndarray[Any, Any]
+EARLIER = "it was compiled by a version that knew no others"
 SAME = 1e-6
 """How far apart two computations of the same may be, as a share of the largest value."""
 
@@ -65,15 +70,16 @@ class Linker:
         imported = manifest.get("imported")
         self.quirks = imported["quirks"]["asked"] if imported else AS_TRAINED
         held = manifest["base"]
-        self.base = read_base(
-            self.folder / LINK, folder=self.folder, architecture=held["architecture"], config={},
-            precision=held["precision"], variant="ids", fingerprint=held["fingerprint"],
-            checkpoint=open_checkpoint(self.folder))  # fmt: skip
+        known = {"folder": self.folder, "architecture": held["architecture"], "config": {},
+                 "precision": held["precision"], "fingerprint": held["fingerprint"],
+                 "checkpoint": open_checkpoint(self.folder)}  # fmt: skip
+        self.base, embedded = read_base(self.folder / LINK, variant="ids", **known), self.folder / LINK / EMBEDS
+        self.source = read_base(embedded, variant=EMBEDS, **known) if embedded.is_dir() else self.base
         spec = build_spec(parse(manifest["spec"], str(self.folder / MANIFEST)), manifest["spec"])
         modes = {module["attachment"]: module["mode"] for module in manifest["modules"]}  # whoever said them
         spec = replace(spec, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in spec.attach))
-        self.plan = make_plan(spec, self.base.anatomy, self.base.fingerprint)
-        self.sites = {site.key: site for site in self.base.anatomy}
+        self.plan = self._evened(make_plan(spec, self.base.anatomy, self.base.fingerprint))
+        self.sites = {site.key: site for site in self.source.anatomy}
         self._made: dict[str, Array] = {}
 
     def link(
@@ -92,17 +98,19 @@ class Linker:
         """
         if not isinstance(weights, (str, PathLike, Mapping)):
             raise wrong_type("an adapter", weights, "a file or a folder, or arrays by tensor name")
-        if labels is not None and not self.plan.heads:
+        if labels is not None and not heads_of(self.plan):
             raise wrong_type("the labels of a profile", labels, "none, for an artifact whose profiles all have the"
                              " model's", "deploy: {fewer_labels: true}")  # fmt: skip
-        head = Head(self.base, self.plan, weights, labels) if self.plan.heads else None
+        head = Head(self.base, self.plan, weights, labels) if heads_of(self.plan) else None
         base, plan = (self.base, self.plan) if head is None else (head.base, head.plan)
         tensors = self._tensors(weights, base, plan, talk)
         if head is not None:
             tensors = head.padded(tensors)
-        made, end = self._written(tensors), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
-        profile = {name: np.ascontiguousarray(made.pop(name.removesuffix(end))) for name in self.record["inputs"]}
-        self._check_fixed(tensors, made)
+        whole = self._fitting({name: array.shape for name, array in tensors.items()}, self.plan, self.base)
+        made, end = self._written(whole, tensors), f"{STAMP}{self.record['fingerprint'][:DIGITS]}"
+        profile = {name: np.ascontiguousarray(fitted(made.pop(name.removesuffix(end)), shape))
+                   for name, shape in self.record["inputs"].items()}  # fmt: skip
+        self._check_fixed(whole, tensors, made)
         return profile if head is None else {**profile, LABELS: head.named(self.record["labels"]["names"])}
 
     def _tensors(
@@ -111,17 +119,45 @@ class Linker:
         """An adapter's tensors, held against a plan."""
         source = self._source if plan is self.plan else partial(self._source_of, plan)
         if isinstance(weights, Mapping):
-            return check_arrays(plan, weights, source)
+            fit = self._fitting({name: np.shape(array) for name, array in weights.items()}, plan, base)
+            return check_arrays(fit, weights, source)
         if imports(weights):
             found = import_adapter(Path(weights), base=base, quirks=self.quirks)
-            theirs, own = mathematics(found.plan), mathematics(plan)
+            fit = self._fitting({name: array.shape for name, array in found.tensors.items()}, plan, base)
+            theirs, own = mathematics(found.plan), mathematics(fit)
             if theirs.digest != own.digest:
-                raise PeltError(other_mathematics(plan, "the adapter", theirs, own))
-            return check_arrays(plan, found.tensors, source)
+                raise PeltError(other_mathematics(fit, "the adapter", theirs, own))
+            return check_arrays(fit, found.tensors, source)
+        file = Path(weights)
+        fit = plan if is_profile(file) else self._fitting(
+            {name: tensor.shape for name, tensor in read_header(file).items()}, plan, base)  # fmt: skip
         here = BaseRecord(self.base.architecture, public_name(str(self.folder)))
-        for sentence in check_file(plan, Path(weights), here, stored_samples(self.base)):
+        for sentence in check_file(fit, file, here, stored_samples(self.base)):
             talk(f"warning: {sentence}")
-        return load_tensors(plan, Path(weights), source)
+        return load_tensors(fit, file, source)
+
+    def _fitting(self, shapes: Mapping[str, Sequence[int]], plan: Plan, base: Base) -> Plan:
+        """The plan of an adapter whose tensors have these shapes: with fewer tokens or keys before the text than the
+        artifact's, if it has fewer.
+
+        Raises:
+            PeltError: E411 it has others, and may not.
+        """
+        for attachment, options in said(plan, shapes).items():
+            own = {claim.attachment: claim.options for claim in plan.claims}[attachment]
+            for option, count in options.items():
+                why = self.record.get("one_length", EARLIER)
+                if count > own[option]:
+                    why = why or f"there is room for {own[option]}"
+                if why:
+                    raise fail("E411", f"the adapter has {count} tokens in '{attachment}', and the artifact's profiles"
+                               f" have {own[option]} ({option}): {why}", Place(str(self.folder)),
+                               f"an adapter with {own[option]}", f"compile with `{option}: {count}`")  # fmt: skip
+        return self._evened(fitting(plan, shapes, base.anatomy))
+
+    def _evened(self, plan: Plan) -> Plan:
+        """A plan with all before the text that the artifact has, where it has no input that says how much."""
+        return plan if self.record.get("places") else evened(plan)
 
     @cached_property
     def _held(self) -> dict[str, Array]:
@@ -139,16 +175,17 @@ class Linker:
         """The same of a plan of other labels."""
         return sourced_of(plan, self._source(given), given)
 
-    def _written(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    def _written(self, plan: Plan, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The constants of the graph with the modules in it, by name."""
-        return constants(rewritten(self.base, self.plan, self.sites, tensors, self.base)[0])
+        return constants(rewritten(self.source, plan, self.sites, tensors, self.base)[0])
 
-    def _check_fixed(self, tensors: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+    def _check_fixed(self, plan: Plan, tensors: Mapping[str, Array], made: Mapping[str, Array]) -> None:
         """Whether all that a profile does not bring is as it is in the artifact: tensors in other modes, and what the
         graph has of frozen ones alone. Frozen tensors that are part of what a profile brings may differ.
 
         Args:
-            tensors: the adapter's.
+            plan: the adapter's.
+            tensors: its tensors.
             made: the constants that come of them, without those of the profile.
 
         Raises:
@@ -159,7 +196,7 @@ class Linker:
         other = [name for name in held if name not in exchanged(self.plan) and not _equal(tensors[name], held[name])]
         wrong = [name for name in other if name not in changed]
         if other and not wrong:
-            own = self._written({**tensors, **{name: held[name] for name in other}})
+            own = self._written(plan, {**tensors, **{name: held[name] for name in other}})
             wrong = other if any(not _equal(array, own[name]) for name, array in made.items()) else []
         if wrong:
             raise fail("E411", f"the adapter has other values than the artifact in {names(wrong)}, which profiles do"

@@ -16,10 +16,18 @@ import onnx_ir as ir
 from peltc.compiler.files.labels import FAR
 from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.passes.insertion import Array, Insertion
-from peltc.compiler.plan.claims import Claim
+from peltc.compiler.plan.claims import Claim, Plan
+from peltc.spec.modes import EXCHANGED
 
 ABSENT = "pelt.absent"
 """What says it among the tensors by name, and the metadata of its constant in a graph."""
+
+
+def heads_of(plan: Plan) -> tuple[Claim, ...]:
+    """The claims of whose outputs, which are labels, profiles may have fewer."""
+    if not plan.spec.fewer_labels:
+        return ()
+    return tuple(c for c in plan.claims if (c.site.role, c.site.kind) == ("head", "linear") and c.mode in EXCHANGED)
 
 
 def absent(count: int, labels: int) -> Array:

@@ -9,7 +9,7 @@ gives the base graph back, but for a bias that is added to all experts' results 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -28,6 +28,7 @@ def insert(
     tensors: Mapping[str, Array],
     keeps: bool = False,
     heads: Iterable[Claim] = (),
+    exchange: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Array]:
     """Write claims into a graph, in place.
 
@@ -36,12 +37,14 @@ def insert(
         tensors: the adapter's tensors by name.
         keeps: whether what claims make of a whole text is kept from the prompt on; see `keep`.
         heads: claims whose labels a profile may have fewer of; see `absent`.
+        exchange: where profiles bring anything, so that the graph itself begins its caches: how many keys before the
+            text they bring, by attachment; see `numbers`.
 
     Returns:
         In a graph with a cache of keys and values, what each cache begins with [1, H, P, Dh], by its input's name: keys
         and values that stand before the text's are there before the first token.
     """
-    inserter = Inserter(model, tensors, keeps)
+    inserter = Inserter(model, tensors, keeps, exchange)
     groups: dict[str, list[Claim]] = {}
     for claim in claims:  # the plan was made on the graph of token ids, whose values have other names
         groups.setdefault(claim.site.key, []).append(replace(claim, site=sites[claim.site.key]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 from peltc.compiler.interpreters.onnx import OnnxInterpreter
 from peltc.compiler.passes.keep import Keeper
 from peltc.compiler.passes.packing import unpacked
+from peltc.compiler.passes.uneven import Uneven
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
@@ -28,8 +29,15 @@ Around = tuple[int, int]
 class Insertion:
     """A graph that modules are put into: what formulas read there, and how their results take the place of values."""
 
-    def __init__(self, model: ir.Model, tensors: Mapping[str, Array], keeps: bool = False):
-        self.graph, self.tensors = model.graph, dict(tensors)
+    def __init__(
+        self,
+        model: ir.Model,
+        tensors: Mapping[str, Array],
+        keeps: bool = False,
+        exchange: Mapping[str, Sequence[int]] | None = None,
+    ):
+        self.graph, self.tensors, self.numbers = model.graph, dict(tensors), exchange
+        self.exchange = exchange is not None
         self.keeper = Keeper(model.graph) if keeps else None
         self.values: dict[str, ir.Value] = {v.name: v for v in model.graph.inputs if v.name}
         for node in model.graph:
@@ -39,9 +47,13 @@ class Insertion:
         self.biased: dict[str, Any] = {}  # what claims make of the bias of a map that has none
         self.apart: dict[str, list[dict[str, str]]] = {}  # of experts whose maps are one site, the values of each
         self.kept: set[ir.Node] = set()  # nodes that go on reading the values which claims replace
-        self.extended: dict[tuple[ir.Value, ir.Value, Around], ir.Value] = {}
+        self.extended: dict[tuple[ir.Value, ir.Value, Around, ir.Value | None], ir.Value] = {}
+        self.shown: dict[tuple[str, int], ir.Value] = {}  # which keys profiles bring, by attachment and number
         self.starts: dict[str, Array] = {}
-        self.caches: dict[ir.Value, ir.Value] = {}
+        self.longer: dict[ir.Value, int] = {}  # by how many positions caches are longer than the text in them
+        self.counted: dict[ir.Value, ir.Value] = {}  # caches, before and after a step, which positions are counted by
+        self.standing: Uneven | None = None  # the places of keys that take positions, where profiles bring these
+        self.begun: ir.Value | None = None  # whether there is anything in the caches yet
 
     def emitter(self, claim: Claim, like: ir.Value) -> Emitter:
         dtype = like.dtype or ir.DataType.FLOAT

@@ -6,11 +6,13 @@
 
 Such a graph derives positions and masks from the longer sequence itself, so both are right by construction. What is
 embedded before the tokens join is taken from the graph that reads token ids, where positions are the text's own.
+Where profiles bring the tokens, rows may have fewer of them than others: see `uneven`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from peltc.compiler.base.base import Base
 from peltc.compiler.interpreters.emitter import Emitter, replace_uses
 from peltc.compiler.interpreters.numeric import NumericInterpreter
+from peltc.compiler.passes.uneven import Uneven
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 
@@ -54,6 +57,10 @@ def prepend(
     text = _embedded(graph, base, claim.site, ids, emitter) if role == "embedding" else _looked_up(
         graph, claim.site, ids, emitter)  # fmt: skip
     longer = in_front(text, emitter.constant(tokens[None], "tokens"), ids, [1, length, tokens.shape[1]], emitter)
+    uneven = Uneven(emitter, length, ids) if claim.uneven else None
+    if uneven is not None:
+        longer = uneven.turned(longer)
+    longer.shape = ir.Shape(["batch", "positions", tokens.shape[1]])
     own = set(emitter.added)
     if role == "embedding":
         start = next(v for v in _values(graph) if v.name == whole.values["y"])
@@ -62,36 +69,47 @@ def prepend(
     replace_uses(embedded, longer, own, graph)
     for value in list(graph.inputs):
         if value.name in ("attention_mask", "token_type_ids"):
-            fill = np.full((1, length), int(value.name == "attention_mask"), np.int64)
-            wide = in_front(value, emitter.constant(fill, value.name), ids, [1, length], emitter)
+            masks = value.name == "attention_mask"
+            if uneven is not None and masks:
+                fill = uneven.filled(value.dtype or ir.DataType.INT64)
+            else:
+                fill = emitter.constant(np.full((1, length), int(masks), np.int64), value.name)
+            wide = in_front(value, fill, ids, [1, length], emitter)
+            wide = wide if uneven is None else uneven.turned(wide)
             replace_uses(value, wide, own | emitter.added, graph)
     graph.inputs[graph.inputs.index(embedded)] = ids
     graph.sort()
-    leave(graph, length, "sequence", whole.values["end"] if claim.cut == "head" else "", shapes, emitter)
+    text_of = partial(without, length=length, emitter=emitter) if uneven is None else uneven.text_of
+    leave(graph, text_of, "sequence", whole.values["end"] if claim.cut == "head" else "", shapes, emitter)
     graph.sort()
     RemoveUnusedNodesPass()(model)
 
 
 def leave(
-    graph: ir.Graph, length: int, axis: str, end: str, shapes: Sequence[ir.Shape | None], emitter: Emitter
+    graph: ir.Graph,
+    text_of: Callable[[ir.Value], ir.Value],
+    axis: str,
+    end: str,
+    shapes: Sequence[ir.Shape | None],
+    emitter: Emitter,
 ) -> None:
     """Let the tokens before the text leave a graph, in place.
 
     Args:
-        length: how many there are.
+        text_of: gives the text's part of a value.
         axis: what the outputs' axis of positions is called.
         end: the value behind the last layer, where they leave before the head; "" where they leave from the outputs.
         shapes: of the outputs, as they are without the tokens.
     """
     if end:
         last = next(v for v in _values(graph) if v.name == end)
-        replace_uses(last, _without(last, length, emitter), emitter.added, graph)
+        replace_uses(last, text_of(last), emitter.added, graph)
     for i, (output, before) in enumerate(zip(list(graph.outputs), shapes, strict=True)):
         if before is not None and len(before) > 1 and str(before[1]) == axis:
             if end:  # cut already
                 output.shape = before
                 continue
-            cut = _without(output, length, emitter)
+            cut = text_of(output)
             cut.name, output.name = output.name, f"{output.name}.whole"
             cut.shape, cut.type = before, output.type
             graph.outputs[i] = cut  # only what leaves the graph is cut; inside, everybody sees all positions
@@ -147,9 +165,10 @@ def _same_input(
     return inputs[value.name]
 
 
-def _without(value: ir.Value, length: int, emitter: Emitter) -> ir.Value:
+def without(value: ir.Value, length: int | ir.Value, emitter: Emitter) -> ir.Value:
     """A value [B, P + S, ...] from the text's first position on."""
-    cut = emitter.node("Slice", [value, *(emitter.integers([n]) for n in (length, 2**62, 1))])
+    start = length if isinstance(length, ir.Value) else emitter.integers([length])
+    cut = emitter.node("Slice", [value, start, *(emitter.integers([n]) for n in (2**62, 1))])
     cut.type = value.type
     return cut
 
@@ -164,11 +183,30 @@ def tokens_of(claims: Iterable[Claim], tensors: Mapping[str, Array]) -> Array:
     return np.concatenate(parts)
 
 
-def in_front(value: ir.Value, constant: ir.Value, ids: ir.Value, shape: list[int], emitter: Emitter) -> ir.Value:
-    """A constant [1, P, ...], once per sequence of the batch, joined before a value [B, S, ...]."""
+def no_padding(config: Mapping[str, Any]) -> int:
+    """An id that is not the padding's."""
+    return int(config.get("pad_token_id") == 0)
+
+
+def in_front(
+    value: ir.Value,
+    constant: ir.Value,
+    ids: ir.Value,
+    shape: list[int],
+    emitter: Emitter,
+    most: ir.Value | None = None,
+) -> ir.Value:
+    """A constant [1, P, ...], once per sequence of the batch, joined before a value [B, S, ...].
+
+    Args:
+        most: how many of the P are joined [1]; all where absent.
+    """
     batch = emitter.node("Shape", [ids], {"start": 0, "end": 1})
     target = emitter.node("Concat", [batch, emitter.integers(shape[1:])], {"axis": 0})
     repeated = emitter.node("Expand", [constant, target])
+    repeated.shape = ir.Shape([None, *shape[1:]])
+    if most is not None:
+        repeated = emitter.node("Slice", [repeated, emitter.integers([0]), most, emitter.integers([1])])
     joined = emitter.node("Concat", [repeated, value], {"axis": 1})
     joined.type = value.type
     return joined

@@ -8,12 +8,14 @@ import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
 from peltc.compiler.export.exported import DECODE, GRAPHS
+from peltc.compiler.passes.absent import heads_of
 from peltc.compiler.passes.begin import begin, follow
 from peltc.compiler.passes.insert import insert
 from peltc.compiler.passes.insertion import Array
 from peltc.compiler.passes.prepend import prepend
 from peltc.compiler.passes.stack import stack
 from peltc.compiler.passes.stand_in import stand_in
+from peltc.compiler.passes.uneven import numbers
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.survey.anatomy import Site
 
@@ -36,12 +38,12 @@ def rewritten(
     staying = [claim for claim in plan.claims if not claim.absorbed and claim.site.key in sites]
     generates = source.variant in GRAPHS
     inserted = [claim for claim in staying if "prepend" not in claim.effects]
-    starts = insert(
-        model, inserted, sites, tensors, keeps=bool(plan.held) and source.variant == DECODE, heads=plan.heads[:1]
-    )
+    exchange = numbers(plan.claims) if plan.exchange else None
+    starts = insert(model, inserted, sites, tensors, keeps=bool(plan.held) and source.variant == DECODE,
+                    heads=heads_of(plan)[:1], exchange=exchange)  # fmt: skip
     if prepended := [claim for claim in plan.claims if "prepend" in claim.effects]:
         if generates:
-            begin(model, source.variant, prepended, tensors, sites, base.config)
+            begin(model, source.variant, prepended, tensors, sites, base.config, bool(plan.exchange))
         else:
             prepend(model, prepended, tensors, sites, base)
     if taking := next((claim for claim in staying if claim.takes), None):

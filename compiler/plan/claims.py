@@ -68,6 +68,7 @@ class Claim:
         follows: the first of the sites that share this one's parameters, whose tensors and options it has; "" there.
         text: where the text that the site reads is embedded, for a claim that takes positions before it.
         packed: a profile brings masks as they are, and the graph mixes the bank by them; not modules mixed already.
+        even: all rows of a batch have all that it puts before the text, as many as their profile's or not.
         mirrors: the table that the site's weight is the same tensor as, and stays: the claim changes it there.
     """
 
@@ -88,6 +89,7 @@ class Claim:
     mirrors: Site | None = None
     text: Site | None = None
     packed: bool = False
+    even: bool = False
 
     def scope(self, values: Mapping[str, Any], interpreter: Any) -> dict[str, Any]:
         """Everything a formula may read: constants, `values` for tensors and runtime names, `let:` bindings."""
@@ -178,6 +180,12 @@ class Claim:
     def mixed(self) -> str:
         """The function by which one position reads another; "" where none does."""
         return next((by for name in self.effects if (by := self.shape(name).mixed)), "")
+
+    @property
+    def uneven(self) -> bool:
+        """Whether rows of a batch may have fewer of what it puts before the text than others: what their profiles have,
+        and nothing where they have none."""
+        return self.mode in EXCHANGED and not self.even
 
     @cached_property
     def grows(self) -> bool:
@@ -302,13 +310,6 @@ class Plan:
     def held(self) -> tuple[Claim, ...]:
         """The claims that compute something of a whole text from the prompt, and keep it while the text grows."""
         return tuple(claim for claim in self.claims if claim.holds) if self.spec.gates else ()
-
-    @cached_property
-    def heads(self) -> tuple[Claim, ...]:
-        """The claims of whose outputs, which are labels, profiles may have fewer."""
-        if not self.spec.fewer_labels:
-            return ()
-        return tuple(c for c in self.claims if (c.site.role, c.site.kind) == ("head", "linear") and c.mode in EXCHANGED)
 
     def trained(self) -> int:
         """The number of trained values."""

@@ -37,7 +37,7 @@ def begin(folder: Path, plan: Plan, tensors: Mapping[str, Array], decode: Base, 
     """
     claims = [claim for claim in plan.claims if "prepend" in claim.effects]
     tokens = tokens_of(claims, tensors)
-    if claims[0].site.stack == "encoder":
+    if claims[0].site.stack == "encoder" or plan.exchange:  # which the graph reads itself
         return len(tokens)
     talk(f"reading the {len(tokens)} tokens before the text into the cache")
     site = next(s for s in decode.anatomy if s.kind == "embedding" and s.role == claims[0].site.role)

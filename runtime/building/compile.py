@@ -207,12 +207,16 @@ def _compile(
                     f" the change; `mode: static` keeps it, and so does `precision: float32`"
                 )
         if verify:
+            from peltc.runtime.verification.bare import not_bare
             from peltc.runtime.verification.verify import verify_folder
 
             talk("verifying against PyTorch")
             step = None if verify is True else verify
             manifest["verification"] = verify_folder(folder, plan, base, tensors, str(out), step=step)
             tell_open(manifest["verification"], talk)
+            if why := not_bare(folder, manifest, plan, base, tensors):
+                manifest["profiles"]["no_bare_base"] = manifest["profiles"]["one_length"] = why
+                talk(f"warning: every text needs a profile of full length: {why}")
             write_manifest(folder, manifest)
         for each in (base, *((embeds,) if embeds else ()), *staged_bases.values()):
             check_unchanged(each.checkpoint.stamps)

@@ -32,6 +32,7 @@ from peltc.compiler.export.exported import GRAPHS
 from peltc.compiler.files.checkpoint import MODULES, read_header
 from peltc.compiler.files.manifest import ADAPTER, CACHE, MANIFEST
 from peltc.compiler.files.talk import Talk
+from peltc.compiler.passes.absent import heads_of
 from peltc.compiler.plan.choice import Told
 from peltc.compiler.plan.claims import Plan
 from peltc.spec.diagnostics import PeltError, Place, fail
@@ -126,7 +127,7 @@ def _held(base: Base, plan: Plan, name: str) -> Array:
     Raises:
         PeltError: E504 the checkpoint lacks it.
     """
-    if base.lacks(name) and name in {own for claim in plan.heads for own in claim.site.parameters.values()}:
+    if base.lacks(name) and name in {own for claim in heads_of(plan) for own in claim.site.parameters.values()}:
         draw = np.random.default_rng([plan.spec.seed, zlib.crc32(name.encode())])
         return draw.normal(0.0, NEW, base.parameters[name].shape).astype(np.float32)
     if base.lacks(name):

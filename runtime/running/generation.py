@@ -24,14 +24,12 @@ from peltc.spec.diagnostics import Place, fail
 
 EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_values", "logits_to_keep"})
 """What `generate` may call `forward` with though no graph takes it."""
-
 HINTS = {
     "output_attentions": "a torch model with the modules attached gives them: peltc.attach",
     "output_hidden_states": "a torch model with the modules attached gives them: peltc.attach",
     "inputs_embeds": "give the text as input_ids",
 }
 """What may help who asks a graph for what it does not have, by name."""
-
 CACHES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
           "tensor(double)": "float64"}  # fmt: skip
 """The torch type of a cache, by what ONNX Runtime calls it."""
@@ -242,7 +240,7 @@ class _Generator:
         leaves |= {KEPT: self._kept(batch, cache if past else None)} if self._width else {}
         with translating(shown({name: given[name] for name in self.takes if name in given})):
             result, first = runner(**leaves)
-        _count_text(result["past_key_values"], self._starts)
+        _count_text(result["past_key_values"], past + length)
         if self._encoder is not None:
             result = self._joined(result, leaves, cache if past else None)
         if first is not None:
@@ -355,13 +353,16 @@ def _runner(record: Any, session: Any, flat: bool = False) -> Any:
     return Runner(record, session)
 
 
-def _count_text(grown: Any, starts: Mapping[str, Any]) -> None:
-    """Let a cache tell the length of the text in it, without what stands before."""
+def _count_text(grown: Any, length: int) -> None:
+    """Let a cache tell the length of the text in it, without what stands before.
+
+    Args:
+        length: of the text.
+    """
     cache: Any = grown.get("self_attention_cache") if isinstance(grown, dict) else grown
-    before = [start.shape[2] for leaf, start in starts.items() if ".layers.0.keys" in leaf]
-    if before:
-        whole = cache.get_seq_length
-        cache.get_seq_length = lambda layer_idx=0: max(whole(0) - before[0], 0)
+    whole = cache.get_seq_length
+    if (before := whole(0) - length) > 0:
+        cache.get_seq_length = lambda layer_idx=0: max(whole(0) - before, 0)
 
 
 class Encoder:

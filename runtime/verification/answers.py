@@ -109,6 +109,11 @@ def of_session(session: Session, base: Base, generation: bool = False) -> Answer
         name = session.manifest["name"]
         session.add_profile(name, session.folder / PROFILES / f"{name}{SUFFIX}")
         session.profile = name
+    return of_bare(session, base, generation)
+
+
+def of_bare(session: Session, base: Base, generation: bool = False) -> Answers:
+    """What an artifact answers as it is."""
     return _answers(lambda inputs: session(**dict[str, Any](inputs)), session.generate if generation else None, base)
 
 

@@ -216,8 +216,6 @@ def test_generation_with_profiles(model_folder: Folder, tmp_path: Path) -> None:
         texts.append(peltc.Session(tmp_path / name, CPU).generate(ids, **options))
         assert torch.equal(session.generate(ids, profile=name, **options), texts[-1])
     assert not torch.equal(*texts)
-    with pytest.raises(PeltError, match=r"E208 'prefix' at .* puts keys into the cache"):
-        peltc.compile(spec_of(ATTACHED["keys"]), base, tmp_path / "no", mode="swappable", generation=True)
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -263,13 +261,6 @@ def test_an_artifact_whose_modules_are_fixed_takes_none(model_folder: Folder, tm
         peltc.Session(tmp_path / "out", CPU).add_profile("x", {})
     assert run(["link", str(tmp_path / "out"), "--weights", "x", "-o", str(tmp_path / "y")]) == 1
     assert not (tmp_path / "y").exists()
-
-
-def test_tokens_before_the_sequence_are_refused(model_folder: Folder, tmp_path: Path) -> None:
-    with pytest.raises(PeltError, match=r"E208 'prompt' at embedding.word puts tokens before the sequence"):
-        peltc.compile(spec_of([{"method": "prompt", "at": "embedding.word"}]), model_folder("bert"), tmp_path / "out",
-                      mode="swappable")  # fmt: skip
-    assert not (tmp_path / "out").exists()
 
 
 def masked(size: int, k: int, masks: str = "packed") -> Any:
