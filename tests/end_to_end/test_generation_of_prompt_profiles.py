@@ -39,6 +39,7 @@ def attached(kind: str, family: str, length: int) -> list[dict[str, Any]]:
         "all": [prompt, prefix, LORA, {"method": "bottleneck", "at": "feed_forward.block", "reduction": 4}],
         "prefix": [prefix],
         "shifted": [shifted, LORA],
+        "gates": [{"recipe": "unipelt", "length": length, "hidden": 8, "r": 2, "reduction": 4}],
         "fixed prompt": [{**prompt, "mode": "static"}, LORA],
         "fixed prefix": [{**prefix, "mode": "static"}, prompt],
     }
@@ -46,7 +47,8 @@ def attached(kind: str, family: str, length: int) -> list[dict[str, Any]]:
 
 
 def spec_of(attach: list[dict[str, Any]]) -> Any:
-    return load_spec({"pelt": 1, "name": "first", "attach": attach, "deploy": {"generation": True}})
+    gates = {"gates": {"at": "prefill"}} if "recipe" in attach[0] else {}
+    return load_spec({"pelt": 1, "name": "first", "attach": attach, "deploy": {"generation": True, **gates}})
 
 
 def drawn(spec: Any, base: Path, seed: int) -> dict[str, Array]:
@@ -78,7 +80,7 @@ def same(found: Any, expected: Any, row: int, whole: bool) -> None:
         assert (ours[row] - theirs[row]).abs().max() <= TOLERANCE["float32"] * theirs.abs().max()
 
 
-CASES = [("gpt2", "all"), ("llama", "all"), ("t5", "all"), ("t5", "prefix"), ("llama", "shifted"),
+CASES = [("gpt2", "all"), ("llama", "all"), ("t5", "all"), ("t5", "prefix"), ("llama", "shifted"), ("llama", "gates"),
          ("gpt2", "fixed prompt"), ("llama", "fixed prefix")]  # fmt: skip
 
 
