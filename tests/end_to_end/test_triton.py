@@ -4,6 +4,7 @@ and in mixed batches; what is wrong with a request is refused alone; exports fol
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from google.protobuf import text_format
 from safetensors.numpy import load_file
 from torch import nn
 from transformers.generation import logits_process
-from triton_served import Refused, StandIn, Triton
+from triton_served import Asked, Refused, StandIn, Triton
 from tritonclient.grpc import model_config_pb2 as messages
 
 import peltc
@@ -201,6 +202,18 @@ def test_what_is_wrong_with_a_text_is_said(server: Any) -> None:
     ):
         with pytest.raises(Refused, match=said):
             server.stream("teller_generate", given)
+
+
+def test_a_text_ends_when_nobody_listens(repositories: Any) -> None:
+    """And no more are generated at once than were said."""
+    model = StandIn([repositories["teller"]]).models["teller_generate"]
+    for cancelled, queue, tokens, wrong in ((False, 512, 5, 0), (True, 512, 0, 0), (False, 0, 0, 1)):
+        one = Asked(asked([5, 6], max_new_tokens=5))
+        one.sender.cancelled, model.python.about["queue"] = cancelled, queue
+        asyncio.run(model.python.execute([one]))
+        assert one.sender.done and sum(response.has_error() for response in one.sender.sent) == wrong
+        assert len(one.sender.sent) == tokens + wrong
+    assert "E803" in one.sender.sent[0].error().message()
 
 
 @pytest.mark.parametrize(("k", "p", "t"), [(0, 1.0, 1.0), (5, 1.0, 0.7), (0, 0.6, 1.5), (7, 0.8, 1.0), (1, 0.1, 3.0)])
