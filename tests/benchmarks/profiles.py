@@ -1,4 +1,4 @@
-"""Profiles beside the bare base, on BERT-base's shape: linking one, switching, and batches where each row has its own.
+"""Profiles beside the bare base, on BERT-base's shape: linking one, and batches where each row has its own.
 
 All latencies are medians of interleaved runs in one process, as ratios to the base compiled the same way.
 """
@@ -53,14 +53,11 @@ def best_of(call: Callable[[], object], runs: int = 9) -> float:
 
 def measure(base: Path, folder: Path) -> list[tuple[str, str, str, str, str]]:
     """Rows of the table: what, ours, the alternative, the ratio, the goal."""
-    import onnxruntime as ort
-
     import peltc
     from peltc.compiler.base.opening import open_base
     from peltc.compiler.linking.linker import Linker
     from peltc.compiler.pipeline import build
     from peltc.compiler.plan.claims import Plan
-    from peltc.runtime.running.form import write_profile
     from peltc.spec.specification import Spec
 
     cpu, rows = ["CPUExecutionProvider"], []
@@ -79,35 +76,6 @@ def measure(base: Path, folder: Path) -> list[tuple[str, str, str, str, str]]:
     linking = best_of(lambda: linker.link(tensors))
     rows.append(("BERT-base's shape, a LoRA profile on q and v linked, in a process", f"{1000 * linking:.0f} ms", "",
                  "", "≤ 50 ms"))  # fmt: skip
-    file = folder / "one.onnx_adapter"
-    write_profile(file, linker.link(tensors), linker.record["fingerprint"])
-
-    session = peltc.Session(swap, cpu, spinning=False)
-    for seed in range(2):
-        session.add_profile(str(seed), linker.link(drawn(linker, seed)))
-    short = {name: np.ones((1, 1), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
-    options, adapter = ort.RunOptions(), ort.LoraAdapter()
-    adapter.Load(str(file))
-    options.add_active_adapter(adapter)
-
-    def switching(names: tuple[str, str]) -> Callable[[], None]:
-        def run() -> None:
-            for i in range(20):
-                session(profile=names[i % 2], **short)
-
-        return run
-
-    def theirs() -> None:
-        for _ in range(20):
-            session.inference.run(None, short, options)
-
-    same, other, own = switching(("0", "0")), switching(("0", "1")), theirs
-    pairs = [[best_of(call, 1) / 20 for call in (same, other, own)] for _ in range(15)]
-    kept, switched, builtin = (statistics.median(p[i] for p in pairs) for i in range(3))
-    rows.append(("BERT-base's shape, 1 × 1 token, profiles switched at each run",
-                 f"{1e6 * (switched - kept):+.0f} µs a switch", f"a run by LoraAdapter {1e3 * builtin:.2f} ms",
-                 f"a run {switched / builtin:.2f} × the time", "≤ 10 µs"))  # fmt: skip
-
     draw = np.random.default_rng(0)
     ids = draw.integers(1000, 20000, (TEXTS, TOKENS))
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}

@@ -286,6 +286,14 @@ class Bench:
         os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
         return [Row(*row) for row in serving.measure(self.minilm(), self.folder / "serving")]
 
+    def peers(self) -> list[Row]:
+        """Many adapters beside others that have them: see peers.py beside."""
+        sys.path.insert(0, str(Path(__file__).parent))
+        import peers
+
+        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
+        return [Row(*row) for row in peers.measure(self.bert_base(), self.folder / "peers")]
+
     def load(self) -> list[Row]:
         """Two hundred clients at once, and memory meanwhile: see load.py beside."""
         sys.path.insert(0, str(Path(__file__).parent))
@@ -384,7 +392,7 @@ def write_page(text: str) -> None:
 
 def main() -> None:
     names = ("warm_minilm", "cold_llama", "warm_llama", "imported", "verify_llama", "latency", "unipelt", "profiles",
-             "store", "serving", "load")  # fmt: skip
+             "peers", "store", "serving", "load")  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md")
