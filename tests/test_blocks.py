@@ -116,14 +116,18 @@ def importing(folder: Path) -> dict[str, Any]:
 
 
 def serving(folder: Path) -> dict[str, Any]:
-    """A server, which ends with the tests."""
-    peltc.compile({**ATTACHED, "name": "minilm"}, models.save("bert", folder / "model"), folder / "out", verify=False,
-                  mode="bank")  # fmt: skip
-    store, addresses = peltc.ProfileStore(folder / "STORE", folder / "out"), queue.SimpleQueue[str]()
-    store.put("acme/ada", folder / "out/profiles/minilm.onnx_adapter")
-    session = peltc.Session(folder / "out", store=store)
-    threading.Thread(target=serve, args=(session,), kwargs={"port": 0, "ready": addresses.put}, daemon=True).start()
-    return {"address": addresses.get(timeout=60).split("/")[2]}
+    """Two servers, which end with the tests; one of them generates."""
+    found = {}
+    for name, family, out in (("address", "bert", "out"), ("llama", "llama", "chat")):
+        model = with_tokenizer(models.save(family, folder / family))
+        peltc.compile({**ATTACHED, "name": "minilm" if family == "bert" else family}, model, folder / out, verify=False,
+                      mode="bank", generation=family == "llama")  # fmt: skip
+        store, addresses = peltc.ProfileStore(folder / f"STORE-{out}", folder / out), queue.SimpleQueue[str]()
+        store.put("acme/ada", next((folder / out / "profiles").glob("*.onnx_adapter")))
+        session = peltc.Session(folder / out, store=store)
+        threading.Thread(target=serve, args=(session,), kwargs={"port": 0, "ready": addresses.put}, daemon=True).start()
+        found[name] = addresses.get(timeout=60).split("/")[2]
+    return found
 
 
 def triton(folder: Path) -> dict[str, Any]:
