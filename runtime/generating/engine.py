@@ -150,6 +150,8 @@ class Engine:
         with self._changed:
             left = [*self._queue, *(row for group in self._groups for row in group.rows)]
         self.cancel(left)
+        for row in left:
+            row.fail(fail("E806", "the server is being stopped", hint="ask another one"))
         self._worker.join()
 
     def _longest(self, wish: Wish) -> int:

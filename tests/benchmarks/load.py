@@ -1,7 +1,7 @@
 """A server under load: many clients at once, each asking again as soon as it is answered, while another process puts,
 replaces and deletes profiles in the store. Counted are answers by status, wrong answers, and the server's memory.
 
-    python tests/benchmarks/load.py [--clients 200] [--seconds 300] [--growing 60]
+    python tests/benchmarks/load.py [--clients 200] [--seconds 300] [--growing 240]
 
 Two servers, one after the other: MiniLM with single passes, and a Llama of 29 million parameters whose texts grow.
 """
@@ -324,7 +324,7 @@ def told(what: str, one: Told) -> str:
 
 
 def measure(
-    base: Path, folder: Path, clients: int = 200, seconds: float = 300, grown: float = 60
+    base: Path, folder: Path, clients: int = 200, seconds: float = 300, grown: float = 240
 ) -> list[tuple[str, str, str, str, str]]:
     """Rows of the table: what, ours, the alternative, the ratio, the goal."""
     rows = []
@@ -356,7 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--growing", type=float, default=60)
+    parser.add_argument("--growing", type=float, default=240)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "peltc-bench" / "load")
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -197,8 +197,9 @@ def test_lengths_are_mixed_where_padding_changes_nothing(
     engine = Engine(decoder, LIMITS, watch := Watched())
     assert [Asked(engine, wish).tokens() for wish in (alike, other)] == expected_tokens
     both = [Asked(engine, wish) for wish in (alike, other)]
-    assert [one.tokens() for one in both] == expected_tokens and watch.rows == 0
+    assert [one.tokens() for one in both] == expected_tokens
     engine.close(5)
+    assert watch.rows == 0
     gpt2 = sessions("swappable")
     monkeypatch.setattr(type(gpt2.generator), "advance", counted)
     decoder = Decoder(gpt2)
@@ -357,6 +358,13 @@ def test_bounds(bank: tuple[Engine, Watched, peltc.Session]) -> None:
     assert fourth.tokens() == alone(session, fourth.wish), "what was taken is answered"
     with pytest.raises(PeltError, match="E806"):
         small.submit([])
+    brief = Engine(engine.decoder, LIMITS, Watched())
+    gate.clear()
+    fifth = Asked(brief, Wish([7], "p2", 40, options))
+    fifth.row.tell = lambda piece: (gate.wait(0.2), fifth.tell(piece))  # type: ignore[assignment]
+    brief.close(0.3)
+    with pytest.raises(PeltError, match="E806"):
+        fifth.tokens()
 
 
 def test_what_generate_refuses_is_refused(bank: tuple[Engine, Watched, peltc.Session]) -> None:
