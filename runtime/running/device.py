@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from peltc.spec.diagnostics import fail, wrong_type
 from peltc.spec.packages import needing
 
 CPU = ["CPUExecutionProvider"]
+HOST = "cpu"
+"""What ONNX Runtime calls this machine's own memory."""
+DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+"""The memory that a provider computes in, where it is not this machine's own, as ONNX Runtime calls it."""
 LIBRARIES = "the GPU build needs the GPU, its driver, and the libraries of CUDA and cuDNN that fit it"
 
 
@@ -30,6 +37,14 @@ def providers_of(wanted: Sequence[str] | None = None) -> list[str]:
                 raise fail("E604", f"this ONNX Runtime has no {name}", expected=f"one of: {', '.join(available)}")
         return list(wanted)
     return [p for p in ("CUDAExecutionProvider",) if p in available and _has_gpu()] + CPU
+
+
+def value_on(device: str, array: np.ndarray[Any, Any]) -> Any:
+    """An array as a value of ONNX Runtime: itself in this machine's own memory, where what is written to it is seen,
+    and a copy on a device."""
+    import onnxruntime as ort
+
+    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
 def _has_gpu() -> bool:

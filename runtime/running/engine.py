@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peltc.compiler.files.talk import logged
-from peltc.runtime.running.device import CPU, LIBRARIES, providers_of
+from peltc.runtime.running.device import CPU, DEVICES, HOST, LIBRARIES, providers_of
 from peltc.runtime.running.inputs import essence
 from peltc.spec.diagnostics import Place, fail, one_of
 
@@ -70,6 +70,11 @@ class Engine:
             logged(f"warning: {message}; the artifact runs on {', '.join(real)}. {LIBRARIES[0].upper()}{LIBRARIES[1:]}")
         self.providers = real
         return opened
+
+    @property
+    def device(self) -> str:
+        """The memory that the graph which was opened last computes in."""
+        return DEVICES.get(self.providers[0], HOST)
 
     def _options(self, weights: Mapping[str, Any] | None) -> Any:
         import onnxruntime as ort

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,23 +10,17 @@ from typing import Any
 import numpy as np
 
 from peltc.compiler.files.labels import LABELS
-from peltc.compiler.files.manifest import LINK, PROFILE, PROFILE_WEIGHTS, STARTS
+from peltc.runtime.running.device import HOST, value_on
 from peltc.runtime.running.form import Form, Source
-from peltc.spec.diagnostics import PeltError, Place, fail, one_of, wrong_type
-from peltc.spec.modes import BANK
-from peltc.spec.packages import needing
+from peltc.spec.diagnostics import Place, fail, one_of, wrong_type
 
 Array = np.ndarray[Any, Any]
-FIRST_ROOM = 8
-"""For how many profiles a bank has room at first."""
 Blend = Mapping[str, float]
 """Several profiles of a text, each with its weight."""
 Chosen = str | Blend | Sequence[str | Blend | None] | None
 """The profile of a run: a name, none, several with weights, or one of these for each row of a batch."""
 Shares = tuple[tuple[Hashable, float], ...]
 """The profiles of a text, None for the bare base, and their weights, which sum to 1."""
-WHOLE = 1e-6
-"""How far from 1 a sum of weights may be that is meant to be 1."""
 Taken = Callable[[int], Mapping[str, Any]]
 """ONNX Runtime's values by input name that a run takes of profiles, from the number of its rows."""
 
@@ -43,6 +35,7 @@ class Profiles:
     Attributes:
         held: what is kept of each profile, by its name, or by a key that is no text for those of a store.
         labels: what the labels of each are called, where they may have others.
+        device: the memory that graphs compute in, where profiles lie then.
     """
 
     def __init__(self, record: Mapping[str, Any] | None, folder: Path):
@@ -50,6 +43,9 @@ class Profiles:
         self.form = Form(record, self.place)
         self.held: dict[Hashable, Any] = {}
         self.labels: dict[Hashable, list[str]] = {}
+        self.device = HOST
+        self.moved: dict[Hashable, Any] = {}
+        """What lies on a device, copied there when a run first asked for it."""
 
     @property
     def names(self) -> list[str]:
@@ -93,7 +89,11 @@ class Profiles:
         """
         self._known(name)
         del self.held[name]
+        self._forgotten(name)
+
+    def _forgotten(self, name: Hashable) -> None:
         self.labels.pop(name, None)
+        self.moved.pop(name, None)
 
     def labels_of(self, name: str) -> list[str] | None:
         """What the labels of a profile are called; None where all have the artifact's.
@@ -157,6 +157,10 @@ class Profiles:
         self.check_bare(each)
         ((key, _),) = each[0]
         found = {} if key is None else self._known(key)
+        if key is not None and self.device != HOST:
+            if key not in self.moved:
+                self.moved[key] = {name: value_on(self.device, value.numpy()) for name, value in found.items()}
+            found = self.moved[key]
         yield lambda rows: found
 
     def joined(self, each: Sequence[Taken]) -> Taken:
@@ -193,9 +197,8 @@ class Profiles:
 
     def take(self, name: Hashable, arrays: Mapping[str, Array]) -> None:
         """Keep the tensors of a profile."""
-        import onnxruntime as ort
-
-        self.held[name] = {key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
+        self.held[name] = {key: value_on(HOST, np.ascontiguousarray(array)) for key, array in arrays.items()}
+        self.moved.pop(name, None)
 
     def take_all(self, names: Sequence[Hashable], arrays: Mapping[str, Array]) -> None:
         """Keep profiles whose tensors, stacked, were held against the form."""
@@ -221,151 +224,6 @@ class Profiles:
         return self.held[name]
 
 
-class Bank(Profiles):
-    """Profiles stacked in one array for each input, so that each row of a batch picks its own. Row 0 is the modules at
-    their start values. A profile is added by writing its rows; what runs meanwhile goes on reading the others, and a
-    row is written again when no run reads it any more."""
-
-    def __init__(self, record: Mapping[str, Any], folder: Path):
-        super().__init__(record, folder)
-        with needing("a bank of profiles"):
-            from safetensors.numpy import load_file
-
-        starts = load_file(folder / LINK / STARTS)
-        self.arrays = {name: np.ascontiguousarray(starts[name][None]) for name in record["inputs"]}
-        self.lock = threading.Lock()
-        self.rows = 1
-        self.running: Counter[int] = Counter()
-        """How many runs read a row."""
-        self.free: list[int] = []
-        self.left: set[int] = set()
-        """Rows of profiles that were removed, which a run still reads."""
-        self._bind()
-
-    def _bind(self) -> None:
-        import onnxruntime as ort
-
-        self.stacked = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
-
-    def take(self, name: Hashable, arrays: Mapping[str, Array]) -> None:
-        self.take_all([name], {key: array[None] for key, array in arrays.items()})
-
-    def take_all(self, names: Sequence[Hashable], arrays: Mapping[str, Array]) -> None:
-        with self.lock:
-            if (missing := len(names) - len(self.free)) > 0:
-                self._grow(max(2 * self.rows, self.rows + missing, FIRST_ROOM))
-            rows = [self.free.pop() for _ in names]
-            for key, array in arrays.items():
-                self.arrays[key][rows] = array
-            before = [self.held[name] for name in names if name in self.held]
-            self.held.update(zip(names, rows, strict=True))
-            for row in before:
-                self._leave(row)
-
-    def reserve(self, profiles: int) -> None:
-        with self.lock:
-            if (missing := profiles - len(self.free)) > 0:
-                self._grow(self.rows + missing)
-
-    def _grow(self, room: int) -> None:
-        """Room for more rows, in new arrays: a run that has the old ones keeps them. The system gives memory to rows
-        that are written, and to no others."""
-        grown = {name: np.zeros((room, *array.shape[1:]), array.dtype) for name, array in self.arrays.items()}
-        for name, array in self.arrays.items():
-            grown[name][: self.rows] = array
-        self.arrays = grown
-        self.free = [*range(room - 1, self.rows - 1, -1), *self.free]
-        self.rows = room
-        self._bind()
-
-    def _leave(self, row: int) -> None:
-        if self.running[row]:
-            self.left.add(row)
-        else:
-            self.free.append(row)
-
-    def remove(self, name: Hashable) -> None:
-        with self.lock:
-            self._leave(self._known(name))
-            del self.held[name]
-            self.labels.pop(name, None)
-
-    def each(self, chosen: Chosen, texts: int | None) -> list[Shares]:
-        alone = is_one(chosen)
-        listed = not alone and isinstance(chosen, (Sequence, np.ndarray))
-        each: list[Any] = [*chosen] if listed else [chosen]  # type: ignore[misc]
-        fitting = alone or (listed and bool(each) and texts in (None, len(each)))
-        if not fitting or not all(is_one(one) for one in each):
-            raise _none_for_each(chosen, texts)
-        return [self._shares(one) for one in each]
-
-    def _shares(self, one: str | Blend | None) -> Shares:
-        """What is chosen for a text. What its weights leave of 1 is the bare base's, so that changes of the base are
-        scaled by their weights."""
-        if not isinstance(one, Mapping):
-            return ((one, 1.0),)
-        if not self.blends:
-            raise wrong_type("the profile of a text", dict(one), "one name, or None", "an artifact compiled with"
-                             " `deploy: {blend: true}` takes several with weights")  # fmt: skip
-        for name, weight in one.items():
-            number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
-            if not isinstance(name, str) or not number or not np.isfinite(np.float32(weight)):
-                raise wrong_type("the weight of a profile", {name: weight}, "a finite number by the profile's name")
-        shares: list[tuple[Hashable, float]] = [(name, float(weight)) for name, weight in one.items()]
-        if abs(left := 1 - sum(weight for _, weight in shares)) > WHOLE:
-            shares.append((None, left))
-        return tuple(shares)
-
-    @property
-    def blends(self) -> bool:
-        """Whether a text may have several profiles with weights."""
-        assert self.record is not None
-        return bool(self.record.get("blend"))
-
-    @contextmanager
-    def lent(self, each: Sequence[Shares], alone: bool) -> Iterator[Taken]:
-        import onnxruntime as ort
-
-        self.check_bare(each)
-        with self.lock:
-            places = [[0 if key is None else self._known(key) for key, _ in shares] for shares in each]
-            used = [place for of_text in places for place in of_text]
-            stacked = self.stacked
-            self.running.update(used)
-        most = max(map(len, each))  # texts with fewer profiles have the bare base beside them, with no weight
-        picked = np.array([of_text + [0] * (most - len(of_text)) for of_text in places], np.int64) - 1
-        weights = np.array([[w for _, w in shares] + [0.0] * (most - len(shares)) for shares in each], np.float32)
-
-        def values(rows: int) -> dict[str, Any]:
-            if not alone and rows % len(picked):
-                raise _none_for_each(each, rows)
-            if not self.blends:
-                of_rows = picked[:, 0] if alone else np.repeat(picked[:, 0], rows // len(picked))
-                return {**stacked, PROFILE: ort.OrtValue.ortvalue_from_numpy(of_rows)}
-            times = rows // len(picked)
-            chosen = {PROFILE: np.repeat(picked, times, 0), PROFILE_WEIGHTS: np.repeat(weights, times, 0)}
-            return {**stacked, **{n: ort.OrtValue.ortvalue_from_numpy(array) for n, array in chosen.items()}}
-
-        try:
-            yield values
-        finally:
-            with self.lock:
-                self.running.subtract(used)
-                self.running += Counter()  # without those that nobody reads any more
-                done = [row for row in self.left if not self.running[row]]
-                self.free += done
-                self.left.difference_update(done)
-
-    def joined(self, each: Sequence[Taken]) -> Taken:
-        import onnxruntime as ort
-
-        with self.lock:
-            stacked = self.stacked  # rows that are read stay where they are, in arrays that have grown too
-        values = [taken(1)[PROFILE] for taken in each]  # alive while their numbers are read, which are theirs
-        picked = np.concatenate([value.numpy() for value in values])
-        return lambda rows: {**stacked, PROFILE: ort.OrtValue.ortvalue_from_numpy(picked)}
-
-
 def is_one(chosen: object) -> bool:
     """Whether a choice of profiles is one for all texts."""
     return chosen is None or isinstance(chosen, (str, Mapping))
@@ -374,14 +232,3 @@ def is_one(chosen: object) -> bool:
 def names_of(each: Sequence[Shares]) -> list[Any]:
     """The names that are chosen, each once."""
     return list(dict.fromkeys(name for shares in each for name, _ in shares if name is not None))
-
-
-def _none_for_each(chosen: object, texts: int | None) -> PeltError:
-    many = "one for each text" if texts is None else f"a list of {texts}, one for each text"
-    return wrong_type("the profiles of a batch", chosen, f"a name, or {many}; None where a text has none")
-
-
-def profiles_of(manifest: Mapping[str, Any], folder: Path) -> Profiles:
-    """What an artifact can have of profiles."""
-    record = manifest.get("profiles")
-    return Bank(record, folder) if record and record["mode"] == BANK else Profiles(record, folder)

@@ -14,6 +14,7 @@ import numpy as np
 
 from peltc.compiler.files.integrity import check_record
 from peltc.compiler.files.manifest import MANIFEST, read_manifest
+from peltc.runtime.running.bank import profiles_of
 from peltc.runtime.running.bound import CHOOSING, Bound
 from peltc.runtime.running.engine import NO_PREPACKING, Engine, check_shared
 from peltc.runtime.running.inputs import (
@@ -25,7 +26,7 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
-from peltc.runtime.running.profiles import Chosen, Taken, profiles_of
+from peltc.runtime.running.profiles import Chosen, Taken
 from peltc.runtime.running.tokens import tokenized
 from peltc.spec.diagnostics import fail, wrong_type
 from peltc.spec.packages import needing
@@ -171,7 +172,9 @@ class Session:
         """
         check_record(self.folder / MANIFEST, self.manifest)  # a graph may be opened long after the session
         if not self.shared:
-            return self.engine.start(str(self.folder / file))
+            opened = self.engine.start(str(self.folder / file))
+            self.kept.device = self.engine.device
+            return opened
         from peltc.runtime.running.sharing import shared
 
         model, weights = shared(self.folder / file)

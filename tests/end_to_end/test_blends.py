@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 import transformers
@@ -141,6 +143,20 @@ def test_generation(model_folder: Folder, tmp_path: Path) -> None:
         found = session.generate(ids, profile=["other", WEIGHTS], num_beams=beams, **options)
         assert torch.equal(found[1], alone.generate(ids, num_beams=beams, **options)[1])
         assert torch.equal(found[0], session.generate(ids, profile="other", num_beams=beams, **options)[0])
+
+
+def test_texts_that_grow_together(model_folder: Folder, tmp_path: Path) -> None:
+    """What each of several choices takes, taken together: texts with one profile beside texts with two."""
+    session, _ = session_of(LORA, model_folder("llama"), tmp_path / "out")
+    ids = {"input_ids": np.array([[5, 6, 7]] * 3), "attention_mask": np.ones((3, 3), np.int64)}
+    chosen = ["other", WEIGHTS, None]
+    expected = session(profile=chosen, **ids)["logits"]
+    with ExitStack() as stack:
+        each = [stack.enter_context(session.taken([one], 1)) for one in chosen]
+        taken = session.kept.joined(each)(3)
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in session.feeds(ids).items()}
+        found = session.inference.run_with_ort_values(None, {**values, **taken})[0].numpy()
+    assert np.array_equal(found, expected)
 
 
 def test_of_a_store(model_folder: Folder, tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ import peft
 import pytest
 import torch
 import transformers
-from profiled import ATTACHED, CPU, LORA, Folder, drawn, given, spec_of
+from profiled import ATTACHED, CPU, LORA, Array, Folder, drawn, given, spec_of
 from safetensors.numpy import save_file
 
 import peltc
 from peltc.compiler.linking.linker import Linker
 from peltc.runtime.commands.cli import run
+from peltc.runtime.running import bank, profiles
+from peltc.runtime.running.device import HOST, value_on
 from peltc.runtime.running.form import number_of, write_profile
 from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError
@@ -201,6 +203,49 @@ def test_profiles_come_and_go_while_others_run(model_folder: Folder, tmp_path: P
         session(profile=["0"] * 3, **given("bert"))
     with pytest.raises(PeltError, match="E626 there is no profile 'more 0'"):
         session(profile=["0", "more 0"], **given("bert"))
+
+
+@pytest.mark.parametrize("mode", ["swappable", "bank"])
+def test_on_a_device_profiles_lie_there(
+    mode: str, model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are copied once, and again when others were added; here a copy in this machine's memory stands for it."""
+    copied: list[str] = []
+
+    def copy(device: str, array: Array) -> Any:
+        if device == HOST:
+            return value_on(HOST, array)
+        copied.append(device)
+        return value_on(HOST, np.array(array))
+
+    for module in (bank, profiles):
+        monkeypatch.setattr(module, "value_on", copy)
+    base, spec = model_folder("bert"), spec_of(LORA)
+    peltc.compile(spec, base, tmp_path / "out", mode=mode, verify=False)
+    here, there = peltc.Session(tmp_path / "out", CPU), peltc.Session(tmp_path / "out", CPU)
+    there.kept.device = "cuda"
+    count = len(there.manifest["profiles"]["inputs"])
+
+    def same(name: str) -> None:
+        ours, theirs = (session(profile=name, **given("bert"))["logits"] for session in (there, here))
+        assert np.array_equal(ours, theirs)
+
+    for seed, name in enumerate(("one", "other")):
+        for session in (here, there):
+            session.add_profile(name, peltc.link(tmp_path / "out", drawn(spec, base, seed)))
+        same(name)
+        same(name)
+        assert copied == ["cuda"] * count * (seed + 1)
+    for session in (here, there):  # in place of the one of that name
+        session.add_profile("one", peltc.link(tmp_path / "out", drawn(spec, base, 2)))
+    same("one")
+    same("other")
+    before = len(copied)
+    there.remove_profile("one")
+    same("other")
+    assert len(copied) == before
+    if mode == "swappable":
+        assert set(there.kept.moved) == {"other"}
 
 
 def test_generation_with_profiles(model_folder: Folder, tmp_path: Path) -> None:
