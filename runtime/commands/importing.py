@@ -46,10 +46,12 @@ def import_command(adapter: Path, model: str | None, out: Path, quirks: str | No
               " fewer than it.")  # fmt: skip
 def link_command(artifact: Path, weights: Path, out: Path, labels: str | None) -> None:
     """Make a profile for ARTIFACT, which was compiled with `mode: swappable` or `bank`; its model is not touched."""
+    from peltc.compiler.files.labels import LABELS
     from peltc.compiler.linking.linker import Linker
     from peltc.runtime.running.form import write_profile
 
     linker = Linker(artifact)
     tensors = linker.link(weights, labels=None if labels is None else labels.split(","))
     write_profile(out, tensors, linker.record["fingerprint"])
+    tensors.pop(LABELS, None)
     click.echo(f"{out}: {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()):,} bytes")

@@ -105,6 +105,9 @@ def export_triton(
     if record and record["mode"] != BANK:
         raise fail("E811", "the profiles of this artifact are brought one at a time, with each request's tensors",
                    Place(str(folder)), "an artifact compiled with `mode: bank`")  # fmt: skip
+    if record and record.get("blend"):
+        raise fail("E811", "a text of this artifact may have several profiles with weights, and a request names one",
+                   Place(str(folder)), "an artifact compiled without `blend`")  # fmt: skip
     if profiles is not None:
         _ = Form(record, Place(str(folder))).inputs  # which an artifact without profiles does not have
     tidy(place.resolve())

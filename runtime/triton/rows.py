@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from peltc.compiler.files.labels import LABELS
 from peltc.compiler.linking.profiles import DIGITS
 
 Array = np.ndarray[Any, Any]
@@ -135,7 +136,8 @@ def write_rows(
         arrays[name][0] = start
     for name, row in numbers.rows.items():
         for key, array in read(name).items():
-            arrays[key][row + 1] = array
+            if key != LABELS:  # which clients know, not the graph
+                arrays[key][row + 1] = array
     if before is not None:
         older, known = before
         for name, place in places_of(starts, known.size).items() if numbers.gone else ():

@@ -178,7 +178,15 @@ def test_refused(model_folder: Folder, tmp_path: Path) -> None:
     gated = blending([{**LORA[0], "gate": {}}], generation=True, gates={"at": "prefill"})
     with pytest.raises(PeltError, match=r"E208 what 'lora' makes of a whole text is kept once for each text"):
         peltc.compile(gated, model_folder("llama"), tmp_path / "no")
+    for attach, family, more in (
+        ([{"method": "prompt", "at": "embedding.word"}], "bert", {}),
+        (KEYS, "llama", {"generation": True}),
+    ):
+        with pytest.raises(PeltError, match=r"E208 what '\w+' puts before a text is there once"):
+            peltc.compile(blending(attach, **more), model_folder(family), tmp_path / "no")
     session, _ = session_of(KEYS, base, tmp_path / "keys")
+    with pytest.raises(PeltError, match="E811 a text of this artifact may have several profiles"):
+        peltc.export_triton(tmp_path / "keys", tmp_path / "repository")
     with pytest.raises(PeltError, match=r"E627 a part of 1 is left, and this artifact has no bare base"):
         session(profile=[{"one": 0.5}, "other"], **given("bert"))
     for wrong in ({"one": float("nan")}, {"one": "1"}, {1: 1.0}, {"one": True}):

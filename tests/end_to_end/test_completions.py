@@ -38,6 +38,8 @@ from peltc.spec.diagnostics import PeltError
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import load
 
+pytestmark = pytest.mark.xdist_group("completions")
+
 CPU = ["CPUExecutionProvider"]
 NAMES = ["t0/0", "t0/1", "t1/2", "t1/3"]
 HOOK = """

@@ -21,6 +21,8 @@ from peltc.spec.diagnostics import PeltError
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 from instances import FAMILIES, save
 
+pytestmark = pytest.mark.xdist_group("generation")
+
 SWEPT = ("qwen3", "gemma", "mistral", "phi")
 MODELS = ("gpt2", "llama", "t5", "bart", *(pytest.param(name, marks=pytest.mark.slow) for name in SWEPT))
 """All forms of positions, caches and fused maps; those like Llama are run in sweeps."""

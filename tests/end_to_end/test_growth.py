@@ -27,6 +27,8 @@ from peltc.spec.diagnostics import PeltError
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 from instances import FAMILIES, save
 
+pytestmark = pytest.mark.xdist_group("growth")
+
 Folder = Callable[..., Path]
 CPU = ["CPUExecutionProvider"]
 LORA = {"method": "lora", "at": ["attention.query", "attention.value"], "r": 4}

@@ -22,6 +22,8 @@ from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 
+pytestmark = pytest.mark.xdist_group("heads")
+
 LORA = {"method": "lora", "at": ["attention.query", "attention.value"], "r": 2}
 HEAD = {"method": "replace", "at": "head"}
 NAMES = ["billing", "shipping", "returns", "other"]

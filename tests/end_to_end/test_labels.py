@@ -23,6 +23,8 @@ from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 
+pytestmark = pytest.mark.xdist_group("labels")
+
 NAMES = ["anger", "doubt", "fear", "joy", "trust"]
 ATTACH = [LORA[0], {"method": "replace", "at": "head"}]
 
@@ -133,6 +135,7 @@ def test_the_names_go_with_the_file(bank: Path, adapters: dict[int, tuple[Path, 
     assert set(theirs) == set(record["inputs"]) == set(linked) - {LABELS}
     assert all(np.array_equal(value.numpy(), linked[name]) for name, value in theirs.items())
     ort.LoraAdapter().Load(str(file))
+    peltc.export_triton(bank, tmp_path / "repository", {"mine": linked})  # of which the names are no part
     store = peltc.ProfileStore(tmp_path / "store", bank)
     store.put("acme/linked", file)
     store.put("acme/arrays", linked)

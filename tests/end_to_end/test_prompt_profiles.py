@@ -22,6 +22,8 @@ from peltc.runtime.verification.verify import TOLERANCE, load_model
 from peltc.spec.diagnostics import PeltError
 from peltc.spec.specification import load_spec
 
+pytestmark = pytest.mark.xdist_group("prompt profiles")
+
 Folder = Callable[..., Path]
 Array = np.ndarray[Any, Any]
 CPU = ["CPUExecutionProvider"]

@@ -25,7 +25,10 @@ from peltc.spec.diagnostics import PeltError
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 from instances import FAMILIES, save
 
-MODELS = ("gpt2", "llama", "qwen3", "mistral", "phi", "t5", "bart")
+pytestmark = pytest.mark.xdist_group("prompted generation")
+
+SWEPT = [pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "phi")]
+MODELS = ("gpt2", "llama", "qwen3", "t5", "bart", *SWEPT)
 NEW, LENGTH = 12, 4
 PROMPT = {"method": "prompt", "length": LENGTH}
 MIXED = [
@@ -104,7 +107,7 @@ def test_steps_go_on_from_an_own_cache(compiled: Any) -> None:
     same(session.generate(**whole, past_key_values=first.past_key_values), model.generate(**whole))
 
 
-@pytest.mark.parametrize("compiled", ["gpt2", "llama", "qwen3", "mistral"], indirect=True)
+@pytest.mark.parametrize("compiled", ["gpt2", "llama", "qwen3", SWEPT[0]], indirect=True)
 def test_equal_to_a_bare_model_on_the_embedded_prompt(compiled: Any, tmp_path: Path) -> None:
     """Nothing of ours takes part in the reference: the prompt's rows stand before the text's embeddings."""
     *_, folder = compiled
