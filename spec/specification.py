@@ -142,6 +142,10 @@ class Spec:
     def __repr__(self) -> str:
         return f"<Spec '{self.name}': {', '.join(entry.name for entry in self.attach)}>"
 
+    def in_modes(self, modes: Mapping[str, str]) -> Spec:
+        """The spec with the modes that attachments came to be in, by name, whoever said them."""
+        return replace(self, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in self.attach))
+
     @property
     def folder(self) -> Path:
         """Where relative paths of the spec start."""

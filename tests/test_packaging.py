@@ -245,10 +245,13 @@ def test_reading_a_spec_loads_nothing_heavy() -> None:
 
 ORDINARY = {
     "prefix",  # what names begin with, and an argument of tempfile's functions
-    "prompt",  # what generation begins with, and a field of the protocols for it
     "clip",  # an operator of ONNX
     "replace",  # what dataclasses and strings do
 }
+
+
+GENERATING = ("runtime/generating/", "runtime/serving/", "runtime/triton/")
+"""Where a prompt is what a text begins with, and a field of the protocols for it."""
 
 
 def words(file: Path) -> Iterator[tuple[int, str]]:
@@ -280,7 +283,8 @@ def test_no_method_is_known_by_name(folder: str) -> None:
 
     said = mentions(folder, [*shipped()])
     places = ("compiler/importers/peft/methods/", "compiler/importers/adapters/", "compiler/exporters/hf_")
-    assert [line for line in said if not line.startswith(places)] == []  # their names for our methods
+    said = [line for line in said if not line.startswith(places)]  # their names for our methods
+    assert [line for line in said if not (line.endswith(" prompt") and line.startswith(GENERATING))] == []
 
 
 @pytest.mark.parametrize("folder", ["spec", "compiler", "runtime"])

@@ -17,17 +17,15 @@ from peltc.compiler.files.checkpoint import read_header
 from peltc.compiler.files.labels import written
 from peltc.compiler.importers.importing import imports, labels_in
 from peltc.compiler.interpreters.numeric import NumericInterpreter
-from peltc.compiler.linking.bare import drawn
+from peltc.compiler.linking.bare import CLOSE, drawn
 from peltc.compiler.passes.absent import ABSENT, absent, heads_of
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
-from peltc.compiler.survey.anatomy import Anatomy, Site
+from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.modes import EXCHANGED
 
 Array = np.ndarray[Any, Any]
-CLOSE = 1e-5
-"""How far apart two computations of the same may be, as a share of the largest value."""
 Weights = str | Path | Mapping[str, Array]
 
 
@@ -37,6 +35,7 @@ class Head:
     Args:
         base: the artifact's base.
         room: the artifact's plan, with room for the most labels.
+        axes: along which they lie; see `label_axes`.
         weights: the adapter.
         labels: the names of its labels, where the adapter does not tell them.
 
@@ -48,18 +47,17 @@ class Head:
         PeltError: E216 another number of names; E412 more labels than there is room for.
     """
 
-    def __init__(self, base: Base, room: Plan, weights: Weights, labels: Sequence[str] | None):
-        self.room, self.base, self.plan, self.names = room, base, room, labels
-        most = heads_of(room)[0].site.sizes["out"]
+    def __init__(self, base: Base, room: Plan, axes: Mapping[str, int], weights: Weights, labels: Sequence[str] | None):
+        self.room, self.base, self.plan, self.names, self.axes = room, base, room, labels, axes
+        most = most_labels(room)
         if isinstance(weights, Mapping):
-            shapes = {name: np.shape(array) for name, array in weights.items()}
-            self.count = count_of(room, base, shapes)
+            self.count = self._told({name: np.shape(array) for name, array in weights.items()})
         elif imports(weights):
             found = labels_in(Path(weights), base, heads_of(room)[0].site.parameters["weight"])
             self.count = len(labels) if found is None and labels is not None else found or most
         else:
             file = Path(weights)
-            self.count = count_of(room, base, {name: tensor.shape for name, tensor in read_header(file).items()})
+            self.count = self._told({name: tensor.shape for name, tensor in read_header(file).items()})
             said = None if is_profile(file) else read_provenance(file)
             self.names = labels or (said.base.labels if said is not None and said.base.labels else None)
         if not 1 <= self.count <= most:
@@ -69,6 +67,15 @@ class Head:
             self.base, self.plan = base_of_labels(base, room, self.count), of_labels(room, base.anatomy, self.count)
         if self.names is not None:
             written(self.names, self.count)
+
+    def _told(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """How many labels there are by the shapes of tensors by name; as many as there is room for, where they do not
+        tell."""
+        for name, axis in self.axes.items():
+            shape = shapes.get(name, ())
+            if len(shape) == len(self.room.tensors[name].shape):
+                return int(shape[axis])
+        return most_labels(self.room)
 
     def named(self, most: Sequence[str]) -> Array:
         """The names of its labels as bytes [N]: numbered ones where nobody tells them.
@@ -81,11 +88,8 @@ class Head:
 
     def padded(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """Its tensors in those of the artifact, zeros for labels that it does not have, and what hides these."""
-        found = {}
-        for name, array in tensors.items():
-            own, room = self.plan.tensors[name].shape, self.room.tensors[name].shape
-            found[name] = np.pad(array, [(0, most - size) for size, most in zip(own, room, strict=True)])
-        return {**found, ABSENT: absent(self.count, heads_of(self.room)[0].site.sizes["out"])}
+        found = {n: _padded(a, self.plan.tensors[n].shape, self.room.tensors[n].shape) for n, a in tensors.items()}
+        return {**found, ABSENT: absent(self.count, most_labels(self.room))}
 
 
 def check_heads(plan: Plan, base: Base) -> None:
@@ -108,7 +112,7 @@ def check_heads(plan: Plan, base: Base) -> None:
         why = f"'{fixed.attachment}' at the head is fixed"
     elif plan.spec.generation:
         why = "the head's outputs are tokens"
-    elif heads[0].site.sizes["out"] < 2:
+    elif most_labels(plan) < 2:
         why = "the head has one"
     if why:
         raise fail("E208", f"profiles cannot have fewer labels: {why}", place,
@@ -122,50 +126,54 @@ def check_heads(plan: Plan, base: Base) -> None:
 
 def of_labels(plan: Plan, anatomy: Anatomy, labels: int) -> Plan:
     """The plan on a model whose head has another number of labels."""
-    key, modes = (
-        heads_of(plan)[0].site.key,
-        {claim.attachment: claim.mode for claim in plan.claims},
-    )  # whoever said them
-    sites = tuple(_with(site, labels) if site.key == key else site for site in anatomy)
-    spec = replace(plan.spec, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in plan.spec.attach))
-    return make_plan(spec, replace(anatomy, sites=sites), plan.fingerprint)
+    spec = plan.spec.in_modes({claim.attachment: claim.mode for claim in plan.claims})
+    return make_plan(spec, _resized(anatomy, plan, labels), plan.fingerprint)
 
 
 def base_of_labels(base: Base, plan: Plan, labels: int) -> Base:
     """A base without weights, as it is where its head has another number of labels."""
     head, parameters = heads_of(plan)[0].site, dict(base.parameters)
-    sites = tuple(_with(site, labels) if site.key == head.key else site for site in base.anatomy)
     for name in head.parameters.values():
         if (known := parameters.get(name)) is not None:
             axis = len(known.shape) - 1 if head.transposed else 0
             shape = tuple(labels if i == axis else size for i, size in enumerate(known.shape))
             parameters[name] = replace(known, shape=shape)
     named = {str(i): f"LABEL_{i}" for i in range(labels)}
-    return replace(base, anatomy=replace(base.anatomy, sites=sites), parameters=parameters,
+    return replace(base, anatomy=_resized(base.anatomy, plan, labels), parameters=parameters,
                    config={**base.config, "id2label": named})  # fmt: skip
 
 
-def _with(site: Site, labels: int) -> Site:
-    return replace(site, sizes={**site.sizes, "out": labels})
+def _resized(anatomy: Anatomy, plan: Plan, labels: int) -> Anatomy:
+    key = heads_of(plan)[0].site.key
+    sites = (replace(s, sizes={**s.sizes, "out": labels}) if s.key == key else s for s in anatomy)
+    return replace(anatomy, sites=tuple(sites))
 
 
-def count_of(plan: Plan, base: Base, shapes: Mapping[str, Sequence[int]]) -> int:
-    """How many labels an adapter's head has, by the shapes of its tensors by name; as many as there is room for, where
-    they do not tell."""
-    most = heads_of(plan)[0].site.sizes["out"]
-    other = of_labels(plan, base.anatomy, most + 1)
+def label_axes(plan: Plan, base: Base) -> dict[str, int]:
+    """The axis, by tensor, along which a head's labels lie."""
+    most = most_labels(plan)
+    other, found = of_labels(plan, base.anatomy, most + 1), dict[str, int]()
     for name, tensor in plan.tensors.items():
-        shape = shapes.get(name, ())
-        for axis, (size, more) in enumerate(zip(tensor.shape, other.tensors[name].shape, strict=True)):
-            if (size, more) == (most, most + 1) and len(shape) == len(tensor.shape):
-                return int(shape[axis])
-    return most
+        for axis, sizes in enumerate(zip(tensor.shape, other.tensors[name].shape, strict=True)):
+            if sizes == (most, most + 1):
+                found.setdefault(name, axis)
+    return found
+
+
+def most_labels(plan: Plan) -> int:
+    """For how many labels there is room."""
+    return heads_of(plan)[0].site.sizes["out"]
 
 
 def sourced_of(small: Plan, known: Mapping[str, Array], given: Container[str]) -> dict[str, Array]:
     """The tensors that no weights file holds, of a plan of other labels: those that are alike, and the head's own."""
     alike = {n: a for n, a in known.items() if n in small.tensors and a.shape == small.tensors[n].shape}
     return alike | sourced(small, {*alike, *(name for name in small.tensors if name in given)})
+
+
+def _padded(array: Array, own: Sequence[int], room: Sequence[int]) -> Array:
+    """An array with zeros behind it along each axis of which there is room for more than its own."""
+    return np.pad(array, [(0, most - size) for size, most in zip(own, room, strict=True)])
 
 
 def _apart(claim: Claim, fewer: Claim, read: Read) -> bool:
@@ -176,8 +184,7 @@ def _apart(claim: Claim, fewer: Claim, read: Read) -> bool:
     for name, value in few.items():
         few[name] = many[name][tuple(slice(0, size) for size in value.shape)] if hasattr(value, "shape") else value
     own = {name: draw.normal(size=tensor.shape).astype(np.float32) for name, tensor in fewer.tensors.items()}
-    room = {n: np.pad(a, [(0, most - size) for size, most in zip(a.shape, claim.tensors[n].shape, strict=True)])
-            for n, a in own.items()}  # fmt: skip
+    room = {name: _padded(array, array.shape, claim.tensors[name].shape) for name, array in own.items()}
     held = parameters_of(site, read)
     bias = held["b"]() if "bias" in site.parameters else np.zeros(site.sizes["out"], np.float32)
     weights = {"W": held["W"](), "b": bias}

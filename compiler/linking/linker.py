@@ -8,7 +8,6 @@ of the base is read, and torch is not needed.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
@@ -29,7 +28,7 @@ from peltc.compiler.files.labels import LABELS
 from peltc.compiler.files.manifest import ADAPTER, LINK, MANIFEST, read_manifest
 from peltc.compiler.files.talk import Talk, logged
 from peltc.compiler.importers.importing import import_adapter, imports
-from peltc.compiler.linking.heads import Head, sourced_of
+from peltc.compiler.linking.heads import Head, label_axes, sourced_of
 from peltc.compiler.linking.lengths import fitted, fitting, said
 from peltc.compiler.linking.profiles import DIGITS, EMBEDS, changing, exchanged
 from peltc.compiler.linking.uneven import evened
@@ -77,8 +76,7 @@ class Linker:
         self.source = read_base(embedded, variant=EMBEDS, **known) if embedded.is_dir() else self.base
         spec = build_spec(parse(manifest["spec"], str(self.folder / MANIFEST)), manifest["spec"])
         modes = {module["attachment"]: module["mode"] for module in manifest["modules"]}  # whoever said them
-        spec = replace(spec, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in spec.attach))
-        self.plan = self._evened(make_plan(spec, self.base.anatomy, self.base.fingerprint))
+        self.plan = self._evened(make_plan(spec.in_modes(modes), self.base.anatomy, self.base.fingerprint))
         self.sites = {site.key: site for site in self.source.anatomy}
         self._made: dict[str, Array] = {}
 
@@ -101,7 +99,7 @@ class Linker:
         if labels is not None and not heads_of(self.plan):
             raise wrong_type("the labels of a profile", labels, "none, for an artifact whose profiles all have the"
                              " model's", "deploy: {fewer_labels: true}")  # fmt: skip
-        head = Head(self.base, self.plan, weights, labels) if heads_of(self.plan) else None
+        head = Head(self.base, self.plan, self._axes, weights, labels) if heads_of(self.plan) else None
         base, plan = (self.base, self.plan) if head is None else (head.base, head.plan)
         tensors = self._tensors(weights, base, plan, talk)
         if head is not None:
@@ -163,6 +161,11 @@ class Linker:
     def _held(self) -> dict[str, Array]:
         """The adapter that the artifact was compiled with; read once, however many profiles are linked."""
         return load_tensors(self.plan, self.folder / ADAPTER, self._source)
+
+    @cached_property
+    def _axes(self) -> dict[str, int]:
+        """Along which labels lie; found once, however many profiles are linked."""
+        return label_axes(self.plan, self.base)
 
     def _source(self, given: Container[str]) -> Mapping[str, Array]:
         """What `sourced` gives: a bank, for instance. It is made once, however many profiles are linked, and not at all

@@ -20,8 +20,8 @@ import onnx_ir as ir
 
 from peltc.compiler.files.manifest import PROFILE, PROFILE_WEIGHTS
 from peltc.compiler.passes.rows import Rows
+from peltc.compiler.passes.stack import MARK
 
-MARK = "pelt.attachment"
 PER_TEXT = "profiles_per_text"
 """The axis of a text's profiles."""
 COPIES = "copies"

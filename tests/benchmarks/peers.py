@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from profiles import LORA, drawn
 
 ROWS, TOKENS, PAST, RANK = 16, 32, 64, 8
 CPU = ["CPUExecutionProvider"]
-LORA: list[dict[str, Any]] = [{"method": "lora", "at": ["attention.query", "attention.value"], "r": RANK}]
 Told = tuple[str, str, str, str, str]
 
 
@@ -34,12 +34,6 @@ def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[
 
 def ratio(times: Mapping[str, list[float]], one: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
-
-
-def drawn(linker: Any, seed: int) -> dict[str, Any]:
-    """Values of a profile."""
-    draw = np.random.default_rng(seed)
-    return {n: draw.normal(0, 0.02, t.shape).astype(np.float32) for n, t in linker.plan.tensors.items() if not t.source}
 
 
 def spec(mode: str, **deploy: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ system's own accounting; latencies are medians of interleaved runs.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -257,10 +259,7 @@ class Bench:
 
     def profiles(self) -> list[Row]:
         """Many profiles on one artifact: see profiles.py beside."""
-        sys.path.insert(0, str(Path(__file__).parent))
-        import profiles
-
-        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
+        profiles = self.module("profiles")
         base, folder = self.bert_base(), self.folder / "profiles"
         profiles.compiled(folder / "swappable", base, profiles.LORA, "swappable")
         weights, out = folder / "swappable/adapter.safetensors", folder / "linked.onnx_adapter"
@@ -272,36 +271,31 @@ class Bench:
 
     def store(self) -> list[Row]:
         """Many profiles on disk: see store.py beside."""
-        sys.path.insert(0, str(Path(__file__).parent))
-        import store
-
-        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
-        return [Row(*row) for row in store.measure(self.bert_base(), self.folder / "store")]
+        return self.beside("store", self.bert_base())
 
     def serving(self) -> list[Row]:
         """Requests in common batches: see serving.py beside."""
-        sys.path.insert(0, str(Path(__file__).parent))
-        import serving
-
-        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
-        return [Row(*row) for row in serving.measure(self.minilm(), self.folder / "serving")]
+        return self.beside("serving", self.minilm())
 
     def peers(self) -> list[Row]:
         """Many adapters beside others that have them: see peers.py beside."""
-        sys.path.insert(0, str(Path(__file__).parent))
-        import peers
-
-        os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
-        return [Row(*row) for row in peers.measure(self.bert_base(), self.folder / "peers")]
+        return self.beside("peers", self.bert_base())
 
     def load(self) -> list[Row]:
         """Two hundred clients at once, and memory meanwhile: see load.py beside."""
-        sys.path.insert(0, str(Path(__file__).parent))
-        import load
+        return self.beside("load", self.minilm())
 
+    def beside(self, name: str, base: Path) -> list[Row]:
+        """What a file beside this one measures on a model, in a folder of its own."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return [Row(*row) for row in self.module(name).measure(base, folder)]
+
+    def module(self, name: str) -> ModuleType:
+        """A file beside this one, with the cache of this run."""
+        sys.path.insert(0, str(Path(__file__).parent))
         os.environ["PELTC_CACHE"] = self.env["PELTC_CACHE"]
-        (self.folder / "load").mkdir(exist_ok=True)
-        return [Row(*row) for row in load.measure(self.minilm(), self.folder / "load")]
+        return importlib.import_module(name)
 
     def bert_base(self) -> Path:
         folder = self.folder / "bert-base"

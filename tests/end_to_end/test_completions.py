@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import signal
 import socket
 import sqlite3
@@ -25,11 +24,11 @@ import openai
 import pytest
 import torch
 import transformers
+from served import fill, started
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 import peltc
-from peltc.compiler.linking.linker import Linker
 from peltc.runtime.serving.asking import Asked, Manner
 from peltc.runtime.serving.service import Caller, Service
 from peltc.runtime.serving.top import counted, told
@@ -73,12 +72,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = with_tokenizer(models.save("llama", folder / "model"))
     spec = {"pelt": 1, "name": "toy", "attach": [{"method": "lora", "at": ["attention.query", "attention.value"]}]}
     peltc.compile(spec, model, folder / "out", mode="bank", generation=True, verify=False)
-    linker, store = Linker(folder / "out"), peltc.ProfileStore(folder / "store", folder / "out")
-    draw = np.random.default_rng(0)
-    for name in NAMES:
-        tensors = {n: draw.normal(0, 0.3, t.shape).astype(np.float32) for n, t in linker.plan.tensors.items()}
-        store.put(name, linker.link(tensors))
-    store.close()
+    fill(folder, NAMES)
     (folder / "hook.py").write_text(HOOK)
     return folder
 
@@ -86,17 +80,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def serving(folder: Path, *options: str, store: str = "store") -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`pelt serve` in a process of its own, and its address."""
-    command = [sys.executable, "-m", "peltc", "serve", folder / "out", "--profiles", folder / store, "--port", "0"]
-    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=env)
-    assert process.stdout is not None
-    try:
-        address = process.stdout.readline().strip().removeprefix("http://").split("/")[0]
+    with started(folder, *options, store=store) as (process, line):
+        address = line.removeprefix("http://").split("/")[0]
+        assert process.stdout is not None
         assert process.stdout.readline().strip() == f"http://{address}/v1"
         yield process, address
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import random
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +20,10 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
+from served import fill, started
 from tritonclient.utils import InferenceServerException
 
 import peltc
-from peltc.compiler.linking.linker import Linker
 from peltc.runtime.commands.cli import run
 from peltc.runtime.serving.batching import Batcher
 from peltc.runtime.serving.joining import Ask, Joiner
@@ -53,12 +51,7 @@ def artifact(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("serving")
     spec = load_spec({"pelt": 1, "name": "toy", "attach": [{"method": "lora", "at": "attention.*", "r": 4}]})
     peltc.compile(spec, model_folder("llama"), folder / "out", mode="bank", verify=False)
-    linker, store = Linker(folder / "out"), peltc.ProfileStore(folder / "store", folder / "out")
-    draw = np.random.default_rng(0)
-    for name in NAMES:
-        tensors = {n: draw.normal(0, 0.3, t.shape).astype(np.float32) for n, t in linker.plan.tensors.items()}
-        store.put(name, linker.link(tensors))
-    store.close()
+    fill(folder, NAMES)
     (folder / "hook.py").write_text(HOOK)
     return folder
 
@@ -66,17 +59,9 @@ def artifact(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`pelt serve` in a process of its own, and its address."""
-    command = [sys.executable, "-m", "peltc", "serve", folder / "out", "--profiles", folder / "store", "--port", "0"]
-    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=env)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline().strip()
+    with started(folder, *options) as (process, line):
         assert line.endswith("/v2/models/toy/infer"), line
         yield process, line.removeprefix("http://").split("/")[0]
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
