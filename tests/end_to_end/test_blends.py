@@ -107,6 +107,31 @@ def test_what_is_linear_is_one_module_of_the_weighted_sum(family: str, model_fol
         assert np.abs(found - expected).max() <= TOLERANCE["float32"] * np.abs(expected).max(), kind
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_changes_are_added_up_in_the_weights(family: str, model_folder: Folder, tmp_path: Path) -> None:
+    """LoRA against torch, whose weights gain Σ w · B A by hand; alpha is r, so that the scale is 1."""
+    base = model_folder(family)
+    session, own = session_of([{**LORA[0], "alpha": 4}], base, tmp_path / "out")
+    model = transformers.AutoModelForSequenceClassification if family == "bert" else transformers.AutoModelForCausalLM
+    torch_model = model.from_pretrained(base).eval()
+    names = {
+        "bert": ("encoder", "bert.encoder.layer.{}.attention.self.{}", ("query", "value")),
+        "llama": ("decoder", "model.layers.{}.self_attn.{}", ("q_proj", "v_proj")),
+    }
+    stack, path, maps = names[family]
+    with torch.no_grad():
+        for i in range(torch_model.config.num_hidden_layers):
+            for role, name in zip(("query", "value"), maps, strict=True):
+                site = f"lora.{stack}.layers.{i}.attention.{role}"
+                weight = torch_model.get_submodule(path.format(i, name)).weight
+                for profile, share in WEIGHTS.items():
+                    weight += share * torch.tensor(own[profile][f"{site}.B"] @ own[profile][f"{site}.A"])
+        expected = torch_model(**{n: torch.tensor(value) for n, value in given(family).items()}).logits.numpy()
+    shown = np.array(given(family)["attention_mask"], bool) if expected.ndim == 3 else ...
+    found = session(profile=WEIGHTS, **given(family))["logits"]
+    assert np.abs(found - expected)[shown].max() <= TOLERANCE["float32"] * np.abs(expected).max()
+
+
 def test_what_is_not_linear_is_added_up_where_it_acts(model_folder: Folder, tmp_path: Path) -> None:
     """Adapters after each feed-forward network of BERT, against hooks in torch."""
     base = model_folder("bert")
