@@ -27,6 +27,7 @@ from peltc.compiler.linking.heads import check_heads
 from peltc.compiler.linking.profiles import brought, check_exchange, keep, lacking, record, without
 from peltc.compiler.linking.uneven import Uneven, before, evened, uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
+from peltc.compiler.lowering.lower import lower
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
@@ -128,6 +129,7 @@ def build(
             else:
                 (Blend if plan.spec.blend else Rows)(model.graph, called).run()
         keep(base, embeds, {called[name]: array for name, array in offered.items()}, folder)
+    lowered = {name: lower(model, sites[name].values()) for name, model in graphs.items()}
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
@@ -136,6 +138,7 @@ def build(
     manifest = write_artifact(folder, graphs, data, source, plan, taken, adapter, weights_from, records,
                               self_contained, limits)  # fmt: skip
     manifest["profiles"] = profiles
+    manifest["lowering"] = {name: found.record() for name, found in lowered.items()}
     return manifest
 
 

@@ -102,7 +102,9 @@ def test_cell(
     else:
         assert any(m["reason"] for m in manifest_of(tmp_path / "fold")["modules"])
     unmarked = Counter(n.op_type for n in graphs["static"].graph if not is_marked(n))
-    assert not unmarked - histogram(base_graph), "an inserted node is not marked"
+    unlowered = open_base(folder, variant=variant).load_graph()
+    # Modules stand in the way of a lowering: then some of the nodes are left that the base has before it is lowered.
+    assert not unmarked - (histogram(base_graph) | histogram(unlowered)), "an inserted node is not marked"
     planned = {p for claim in plan.claims for p in (claim.absorbed, *claim.site.parameters.values())}
     for entry in manifest_of(tmp_path / "fold")["folded"]:
         assert entry["parameter"].removesuffix(".pelt_bias") in planned | biases_of(base, planned)

@@ -1,0 +1,108 @@
+"""All that lowers a graph, in order: attention cores, normalisations, rotations, and what is computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnxscript.rewriter.rules.fusion import _rms_normalization as rms_normalization
+
+from peltc.compiler.graphs.wide import hold
+from peltc.compiler.lowering.attention import OPERATION, AttentionLowering
+from peltc.compiler.lowering.heads import SideBySide
+from peltc.compiler.lowering.maps import DOMAIN, put_maps
+from peltc.compiler.lowering.reading import Unread, is_core, read_core
+from peltc.compiler.lowering.rotations import RotationLowering
+from peltc.compiler.survey.anatomy import Site
+
+OPSET = 23
+"""That of the operations that graphs are lowered to; what exporters write means the same in it."""
+PIECES = "pieces"
+
+
+@dataclass(frozen=True)
+class Core:
+    """What became of an attention core.
+
+    Attributes:
+        site: its name in the reference architecture; that of its softmax where it has none.
+        operation: what computes it now, `pieces` where it stays as it was.
+        reason: why it stays.
+    """
+
+    site: str
+    operation: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What became of a graph.
+
+    Attributes:
+        cores: its attention cores, in order.
+        before, after: how many nodes it has.
+    """
+
+    cores: tuple[Core, ...]
+    before: int
+    after: int
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        cores = [{key: value for key, value in asdict(core).items() if value} for core in self.cores]
+        return {"nodes_before": self.before, "nodes": self.after, "cores": cores}
+
+
+def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
+    """Put operations in the place of what a graph computes in pieces, in place; the function stays the same.
+
+    Args:
+        sites: the graph's own, for their names.
+    """
+    graph = model.graph
+    before = len(graph)
+    names = {site.values["q"]: site.path for site in sites if site.kind == "attention"}
+    attention, cores = AttentionLowering(graph), list[Core]()
+    for node in [node for node in graph if is_core(node)]:
+        name = _site_of(node, names)
+        try:
+            attention.put(read_core(node))
+        except Unread as reason:
+            cores.append(Core(name, PIECES, str(reason)))
+        else:
+            cores.append(Core(name, OPERATION))
+    RotationLowering(graph).run()
+    graph.sort()
+    RemoveUnusedNodesPass()(model)  # a cache is its own only where nothing else reads it
+    SideBySide(graph).run()
+    put_maps(graph)
+    graph.sort()
+    RemoveUnusedNodesPass()(model)
+    rms_normalization.fuse_rms_normalization(model)
+    RemoveUnusedNodesPass()(model)
+    CommonSubexpressionEliminationPass()(model)
+    hold(graph)
+    graph.opset_imports[""] = OPSET
+    graph.opset_imports[DOMAIN] = 1
+    return Lowering(tuple(cores), before, len(graph))
+
+
+def _site_of(softmax: ir.Node, names: dict[str, str], limit: int = 60) -> str:
+    """The site whose queries a softmax is of: the nearest behind it."""
+    pending, seen = list(softmax.inputs), set(softmax.inputs)
+    for _ in range(limit):
+        if not pending:
+            break
+        current = pending.pop(0)
+        if current is not None and current.name in names:
+            return names[current.name]
+        node = None if current is None else current.producer()
+        for value in node.inputs if node is not None else ():
+            if value not in seen:
+                seen.add(value)
+                pending.append(value)
+    return softmax.outputs[0].name or ""

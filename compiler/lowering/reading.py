@@ -1,0 +1,396 @@
+"""What an attention core computes, read from the graph that is about to be written, modules included.
+
+    softmax(c tanh(s q kᵀ / c) + m) v
+
+Read from the softmax inwards, whatever modules changed: each step on the way to the product is a factor, something
+added, a condition, or a cap, and anything else is a reason why the core stays in pieces. Layout behind the operands is
+undone by carrying indices through it, so that keys and values are found as they lie in a cache, before heads are
+repeated for their groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from peltc.compiler.survey.probe import SIZES, Probe, Unprobed
+
+LAYOUT = {"Transpose", "Reshape", "Expand", "Unsqueeze", "Identity", "Squeeze", "Tile"}
+MASKED = -1e3
+"""What is put in the place of a score, at most, where a condition hides it."""
+STEPS = {"Add", "Sub", "Mul", "Div", "Where", "Tanh", "Cast", "Identity", "Max", "Clip", "Neg"}
+"""What may stand between a product and a softmax."""
+MADE_UP = 11
+"""The probe's size of an axis that has no name."""
+
+
+class Unread(Exception):
+    """Why a core is none that one operation computes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """Something added to scores: a value times a factor; a condition where `shows` says which of its values shows.
+    `flat` where the scores that it is added to are [N, S, T]."""
+
+    value: ir.Value
+    factor: float = 1.0
+    shows: bool | None = None
+    flat: bool = False
+
+
+@dataclass
+class _Way:
+    """What lies between a softmax and the products around it."""
+
+    reshaped: bool = False
+    factor: float = 1.0
+    cap: float = 0.0
+    terms: list[Term] = field(default_factory=list)
+    wide: bool = False
+
+
+@dataclass(eq=False)
+class Reading:
+    """What a core computes.
+
+    Attributes:
+        softmax, context: the softmax, and the product with values, which is the core's result: [B, H, S, Dv] or
+            [N, S, Dv].
+        query, key, value: [B, H, S, Dh], [B, K, T, Dh] and [B, K, T, Dv]; or [N, S, Dh], [N, T, Dh] and [N, T, Dv].
+        turned: whether the key is read as it stands in the product instead: [..., Dh, T].
+        scale, cap: s and c; a cap of zero is none.
+        terms: what is added up to the mask m.
+        wide: whether scores are cast to float32 for the softmax.
+    """
+
+    softmax: ir.Node
+    context: ir.Node
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    turned: bool = False
+    scale: float = 1.0
+    cap: float = 0.0
+    terms: list[Term] = field(default_factory=list)
+    wide: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Of the operands."""
+        return rank(self.query) or 4
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """How many axes a value has, where that is known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number in a constant with one element, casts looked through."""
+    while value is not None and value.const_value is None:
+        node = value.producer()
+        if node is None or node.op_type not in ("Cast", "Identity"):
+            return None
+        value = node.inputs[0]
+    if value is None or value.const_value is None or value.const_value.size != 1:
+        return None
+    return float(value.const_value.numpy().reshape(()))
+
+
+def is_core(node: ir.Node) -> bool:
+    """Whether a node is the softmax of an attention: over the last axis, and something is weighed with it."""
+    if node.op_type != "Softmax" or node.inputs[0] is None:
+        return False
+    axis = node.attributes.get_int("axis", -1)
+    return (axis == -1 or axis + 1 == rank(node.inputs[0])) and any(True for _ in _weighed(node.outputs[0]))
+
+
+def _weighed(value: ir.Value, limit: int = 12) -> Iterator[ir.Node]:
+    """The products of two computed things that read probabilities."""
+    pending, seen = [value], {value}
+    for _ in range(limit):
+        if not pending:
+            return
+        current = pending.pop(0)
+        for use in current.uses():
+            if use.node.op_type in ("MatMul", "Einsum"):
+                if all(_computed(v) for v in use.node.inputs):
+                    yield use.node
+            elif use.node.op_type in ("Cast", "Identity", "Where", "Mul", "Reshape", "Transpose", "Slice", "Expand"):
+                for output in use.node.outputs:
+                    if output not in seen:
+                        seen.add(output)
+                        pending.append(output)
+
+
+def _computed(value: ir.Value | None) -> bool:
+    """Whether a value is no weight: neither one itself, nor one by casts and layout alone."""
+    while value is not None:
+        if value.const_value is not None or value.is_initializer():
+            return False
+        node = value.producer()
+        if node is None or node.op_type not in ("Transpose", "Cast", "Identity", "Reshape", "Unsqueeze"):
+            return True
+        value = node.inputs[0]
+    return False
+
+
+def read_core(softmax: ir.Node) -> Reading:
+    """What the core around a softmax computes.
+
+    Raises:
+        Unread: what of it one operation does not compute.
+    """
+    scores = softmax.inputs[0]
+    assert scores is not None
+    way = _Way()
+    context = _context(softmax.outputs[0], way)
+    product = _scores(scores, way)
+    (query, key), value = product.inputs, context.inputs[1]
+    assert query is not None and key is not None and value is not None
+    (query, q_factor), (key, k_factor) = _factored(query), _factored(key)
+    scale = way.factor * q_factor * k_factor * (way.cap or 1.0)
+    lifted = [_laid_out(v, turned=v is key, heads=v is not query) for v in (query, key, value)]
+    if rank(lifted[0] or query) == rank(lifted[2] or value) == rank(lifted[1] or key) == 4:
+        query, value = lifted[0] or query, lifted[2] or value
+        found = lifted[1] or _transposed(key)
+    elif rank(query) == rank(key) == rank(value) == 3 and not way.reshaped:
+        found = _transposed(key)
+    else:
+        shown = ", ".join(str(rank(v)) for v in (query, key, value))
+        raise Unread(f"its operands have {shown} axes, and are not four each by layout alone")
+    return Reading(softmax, context, query, key if found is None else found, value, found is None, scale, way.cap,
+                   way.terms, way.wide)  # fmt: skip
+
+
+def _context(probabilities: ir.Value, way: _Way) -> ir.Node:
+    """The product that weighs values with probabilities, which nothing else reads."""
+    current = probabilities
+    while True:
+        uses = tuple(current.uses())
+        if current.is_graph_output() or len(uses) != 1:
+            raise Unread("its probabilities are read by more than its product with values")
+        node = uses[0].node
+        if node.op_type in ("Cast", "Identity") or _leads_same(node, uses[0].idx):
+            way.reshaped |= node.op_type == "Reshape"
+            current = node.outputs[0]
+        elif node.op_type == "Slice":
+            raise Unread("a sink takes part in its softmax")
+        elif node.op_type == "MatMul" and uses[0].idx == 0:
+            return node
+        else:
+            raise Unread(f"its probabilities go through {node.op_type}")
+
+
+def _leads_same(node: ir.Node, index: int) -> bool:
+    """Whether a node merges texts and heads into one axis, or parts them, and leaves queries and keys as they are."""
+    if node.op_type != "Reshape" or index != 0:
+        return False
+    ranks = {rank(node.inputs[0]), rank(node.outputs[0])}
+    return ranks <= {3, 4}
+
+
+def _scores(value: ir.Value, way: _Way) -> ir.Node:
+    """The product of queries and keys behind a softmax."""
+    current: ir.Value = value
+    while (node := current.producer()) is not None:
+        kind = node.op_type
+        if kind == "MatMul":
+            if not all(_computed(v) for v in node.inputs):
+                raise Unread("its scores are not a product of queries and keys")
+            return node
+        if _leads_same(node, 0) and node.inputs[0] is not None:
+            way.reshaped, current = True, node.inputs[0]
+            continue
+        if kind not in STEPS:
+            raise Unread(f"{kind} stands between its product and its softmax")
+        if len(tuple(current.uses())) != 1 and current is not value:
+            raise Unread("its scores are read by more than its softmax")
+        inner = [v for v in node.inputs if v is not None and _leads(v)]
+        if kind == "Add" and len(inner) == 2:  # one of the products is a term; the one of plain operands is the core's
+            inner = [v for v in inner if v.producer().op_type == "MatMul"][:1] or inner[:1]  # type: ignore[union-attr]
+        if len(inner) != 1:
+            raise Unread(f"{kind} joins its scores with others")
+        _step(node, inner[0], way)
+        current = inner[0]
+    raise Unread("its scores come from outside of the graph")
+
+
+def _step(node: ir.Node, inner: ir.Value, way: _Way) -> None:
+    """Take one step on the way from a softmax to the product before it."""
+    kind, flat = node.op_type, rank(node.outputs[0]) == 3
+    others = [v for v in node.inputs if v is not None and v is not inner]
+    if kind in ("Add", "Sub", "Where") and way.cap:
+        raise Unread("something is added to its scores before they are capped")
+    if kind == "Add":
+        way.terms.append(Term(others[0], way.factor, flat=flat))
+    elif kind == "Sub":
+        if node.inputs[0] is not inner:
+            raise Unread("its scores are subtracted from something")
+        way.terms.append(Term(others[0], -way.factor, flat=flat))
+    elif kind in ("Mul", "Div"):
+        number = scalar(others[0]) if others else None
+        if number is None or (kind == "Div" and node.inputs[0] is not inner) or not number:
+            raise Unread("its scores are multiplied by something computed")
+        way.factor *= number if kind == "Mul" else 1 / number
+    elif kind == "Neg":
+        way.factor *= -1
+    elif kind == "Tanh":
+        if way.cap or way.factor <= 0:
+            raise Unread("its scores are capped in another way")
+        way.cap, way.factor = way.factor, 1.0
+    elif kind == "Where":
+        condition, then, _ = node.inputs
+        shows = then is inner
+        fill = scalar(others[-1]) if condition is not inner else None
+        if condition is None or fill is None or fill * way.factor > MASKED:
+            raise Unread("a condition puts something into its scores that hides nothing")
+        way.terms.append(Term(condition, shows=shows, flat=flat))
+    elif kind == "Cast":
+        way.wide |= node.outputs[0].dtype == ir.DataType.FLOAT
+    elif kind in ("Max", "Clip") and (len(others) != 1 or (low := scalar(others[0])) is None or low > -1e4):
+        raise Unread(f"its scores go through {kind}")  # what keeps scores finite that were masked twice may stand there
+
+
+def _leads(value: ir.Value, limit: int = 40) -> bool:
+    """Whether a value is made of a product of two computed things by the steps that may follow it."""
+    pending, seen = [value], {value}
+    for _ in range(limit):
+        if not pending:
+            return False
+        node = pending.pop().producer()
+        if node is None:
+            continue
+        if node.op_type == "MatMul" and all(_computed(v) for v in node.inputs):
+            return True
+        if node.op_type in STEPS or node.op_type == "Reshape":
+            for source in node.inputs:
+                if source is not None and source not in seen and source.const_value is None:
+                    seen.add(source)
+                    pending.append(source)
+    return False
+
+
+def _factored(value: ir.Value) -> tuple[ir.Value, float]:
+    """A value without the numbers that it is multiplied by, and their product."""
+    factor = 1.0
+    while (node := value.producer()) is not None:
+        if node.op_type == "Identity" and node.inputs[0] is not None:
+            value = node.inputs[0]
+            continue
+        if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
+            break
+        first, second = node.inputs
+        if (number := scalar(second)) and first is not None:
+            factor *= number if node.op_type == "Mul" else 1 / number
+            value = first
+        elif node.op_type == "Mul" and (number := scalar(first)) and second is not None:
+            factor *= number
+            value = second
+        else:
+            break
+    return value, factor
+
+
+def _transposed(key: ir.Value) -> ir.Value | None:
+    """What a key is the transposition of."""
+    node = key.producer()
+    if node is None or node.op_type != "Transpose":
+        return None
+    perm = list(node.attributes.get_ints("perm", ()))
+    swaps = [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
+    return node.inputs[0] if perm == swaps else None
+
+
+def _laid_out(operand: ir.Value, turned: bool, heads: bool) -> ir.Value | None:
+    """The earliest value [B, K, T, D] that an operand is by layout alone; None where there is none.
+
+    Args:
+        turned: whether the operand is keys as a product reads them, [B, H, D, T].
+        heads: whether the operand may have more heads, each of which is repeated for a group of them.
+    """
+    current: ir.Value | None = operand
+    found = None if turned or rank(operand) != 4 else operand
+    while current is not None:
+        if rank(current) == 4 and current is not operand and _becomes(current, operand, turned, heads):
+            found = current
+        node = current.producer()
+        if node is None or node.op_type not in LAYOUT:
+            break
+        current = node.inputs[0]
+    if found is None and turned:
+        found = _transposed(operand) or _flatly_transposed(operand)
+    while heads and found is not None and (source := _repeated(found)) is not None:
+        found = source
+    return found
+
+
+def _becomes(source: ir.Value, operand: ir.Value, turned: bool, heads: bool) -> bool:
+    """Whether layout makes an operand of a value [B, K, T, D], told by indices that are carried there."""
+    indices = np.arange(np.prod(sizes := _sizes(source))).reshape(sizes)
+    try:
+        arrived = Probe({source: indices}).track(operand)
+    except (Unprobed, ValueError, IndexError):
+        return False
+    if arrived is not None and arrived.ndim == 3 and len(arrived) % sizes[0] == 0:
+        arrived = arrived.reshape(sizes[0], -1, *arrived.shape[-2:])
+    if arrived is None or arrived.ndim != 4:
+        return False
+    arrived = arrived.swapaxes(-1, -2) if turned else arrived
+    repeats = max(arrived.shape[1] // sizes[1], 1)
+    expected = np.repeat(indices, repeats, axis=1)
+    return (repeats == 1 or heads) and arrived.shape == expected.shape and bool((arrived == expected).all())
+
+
+def _flatly_transposed(key: ir.Value) -> ir.Value | None:
+    """What keys are the transposition of, where texts and heads are one axis meanwhile: its lengths may be unknown."""
+    outer = key.producer()
+    swap = (
+        None if outer is None or outer.op_type != "Reshape" or outer.inputs[0] is None else outer.inputs[0].producer()
+    )
+    if swap is None or swap.op_type != "Transpose" or list(swap.attributes.get_ints("perm", ())) != [0, 2, 1]:
+        return None
+    inner = None if swap.inputs[0] is None else swap.inputs[0].producer()
+    source = None if inner is None or inner.op_type != "Reshape" else inner.inputs[0]
+    return source if rank(source) == 4 and rank(swap.inputs[0]) == 3 and rank(key) == 4 else None
+
+
+def _repeated(value: ir.Value) -> ir.Value | None:
+    """[B, K, T, D], of which a value [B, H, T, D] repeats each head for a group: its lengths may be unknown."""
+    outer = value.producer()
+    wide = (
+        None if outer is None or outer.op_type != "Reshape" or outer.inputs[0] is None else outer.inputs[0].producer()
+    )
+    if wide is None or wide.op_type != "Expand" or wide.inputs[0] is None:
+        return None
+    apart = wide.inputs[0].producer()
+    if apart is None or apart.op_type not in ("Unsqueeze", "Reshape") or rank(apart.inputs[0]) != 4:
+        return None
+    source, five = apart.inputs[0], apart.outputs[0].shape
+    assert source is not None
+    if source.shape is None or value.shape is None or rank(value) != 4 or five is None or len(five) != 5:
+        return None
+    groups, every, width = source.shape[1], value.shape[1], source.shape[3]
+    if not (isinstance(groups, int) and isinstance(every, int) and isinstance(width, int)) or value.shape[3] != width:
+        return None
+    known = (five[1], five[2], five[4]) if apart.op_type == "Unsqueeze" else _sizes_of(apart.inputs[1])
+    return source if known == (groups, 1, width) and every % groups == 0 else None
+
+
+def _sizes_of(shape: ir.Value | None) -> tuple[int, int, int] | None:
+    """Heads, repetitions and features that a constant shape [B, K, R, T, D] gives."""
+    if shape is None or shape.const_value is None or shape.const_value.size != 5:
+        return None
+    sizes = shape.const_value.numpy().tolist()
+    return sizes[1], sizes[2], sizes[4]
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    """Sizes for a probe of a value, one for each axis that has none of its own."""
+    assert value.shape is not None
+    named = [size if isinstance(size, int) else SIZES.get(str(size.value)) for size in value.shape]
+    return tuple(MADE_UP if size is None else size for size in named)
