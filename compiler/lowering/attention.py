@@ -42,6 +42,9 @@ class AttentionLowering:
             axes = list(range(core.rank))
             key = self.emitter.node("Transpose", [key], {"perm": [*axes[:-2], axes[-1], axes[-2]]})
         mask = self.mask(core, query, key)
+        if core.sink is not None:
+            mask = self.with_sink(mask, core.sink, query, key)
+            key, value = self.with_zero(key), self.with_zero(value)
         if core.rank == 3:  # heads are texts: each by itself with one head
             query, key, value = (self.unsqueezed(v) for v in (query, key, value))
             mask = None if mask is None else self.unsqueezed(mask)
@@ -51,6 +54,7 @@ class AttentionLowering:
         out = self.emitter.node(OPERATION, [query, key, value, *([] if mask is None else [mask])], attributes)
         result = core.context.outputs[0]
         if core.rank == 3:
+            out.shape = None
             out = self.emitter.node("Squeeze", [out, self.emitter.integers([1])])
         elif rank(result) == 3:  # [B, H, S, Dv] → [N, S, Dv]
             sizes = self.emitter.node("Shape", [out], {"start": 2})
@@ -68,6 +72,28 @@ class AttentionLowering:
             one = self.parted(one, query) if term.flat and core.rank == 4 else one
             total = one if total is None else self.shared("Add", [total, one])
         return None if total is None else self.whole(total, query, key, core.rank)
+
+    def with_sink(self, mask: ir.Value | None, sink: ir.Value, query: ir.Value, key: ir.Value) -> ir.Value:
+        """A mask [B, H, S, T + 1] whose last key is the sink: its own score is zero, so that the mask is all of it."""
+        emitter = self.emitter
+        lead = emitter.node("Shape", [query], {"start": 0, "end": 3})
+        last = emitter.node("Shape", [key], {"start": 2, "end": 3})
+        whole = emitter.node("Concat", [lead, last], {"axis": 0})
+        one = emitter.node("Concat", [lead, emitter.integers([1])], {"axis": 0})
+        parts = [emitter.node("Expand", [v, size]) for v, size in ((mask or self.number(0.0), whole), (sink, one))]
+        joined = emitter.node("Concat", parts, {"axis": -1})
+        joined.shape = None
+        return joined
+
+    def with_zero(self, value: ir.Value) -> ir.Value:
+        """[B, K, T, D] → [B, K, T + 1, D], the last of which is zero."""
+        emitter, width = self.emitter, value.shape[3] if value.shape is not None else None
+        last = emitter.integers([width]) if isinstance(width, int) else emitter.node("Shape", [value], {"start": 3})
+        lead = emitter.node("Shape", [value], {"start": 0, "end": 2})
+        size = emitter.node("Concat", [lead, emitter.integers([1]), last], {"axis": 0})
+        joined = emitter.node("Concat", [value, emitter.node("Expand", [self.number(0.0), size])], {"axis": 2})
+        joined.shape = None if value.shape is None else ir.Shape([*value.shape[:2], None, value.shape[3]])
+        return joined
 
     def added(self, term: Term) -> ir.Value:
         """A term as numbers to add to scores."""
@@ -113,7 +139,7 @@ class AttentionLowering:
         where = (kind, *inputs, *(attributes or {}).values())
         if where not in self.made:
             self.made[where] = self.emitter.node(kind, inputs, attributes)
-            self.made[where].shape = _joint(inputs) if kind != "Unsqueeze" else None
+            self.made[where].shape = None if kind == "Unsqueeze" else _joint(inputs)
         return self.made[where]
 
     def number(self, number: float) -> ir.Value:

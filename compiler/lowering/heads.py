@@ -165,6 +165,7 @@ class SideBySide:
             return None
         if condition not in self.made:
             self.made[condition] = emitter.node("Squeeze", [condition, emitter.integers([1])])
+            self.made[condition].shape = ir.Shape([condition.shape[0], condition.shape[2], 1])
         chosen = emitter.node("Where", [self.made[condition], *(flat if v is value else v for v in pair)])
         chosen.shape, chosen.type = flat.shape, flat.type
         return chosen

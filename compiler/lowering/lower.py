@@ -8,12 +8,14 @@ from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
-from onnxscript.rewriter.rules.fusion import _rms_normalization as rms_normalization
 
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.lowering.attention import OPERATION, AttentionLowering
+from peltc.compiler.lowering.grids import put_masks
 from peltc.compiler.lowering.heads import SideBySide
 from peltc.compiler.lowering.maps import DOMAIN, put_maps
+from peltc.compiler.lowering.norms import put_norms
+from peltc.compiler.lowering.products import put_products
 from peltc.compiler.lowering.reading import Unread, is_core, read_core
 from peltc.compiler.lowering.rotations import RotationLowering
 from peltc.compiler.survey.anatomy import Site
@@ -66,6 +68,10 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
     graph = model.graph
     before = len(graph)
     names = {site.values["q"]: site.path for site in sites if site.kind == "attention"}
+    put_products(graph)
+    put_masks(graph)
+    graph.sort()
+    RemoveUnusedNodesPass()(model)  # what was read before is read by nobody else
     attention, cores = AttentionLowering(graph), list[Core]()
     for node in [node for node in graph if is_core(node)]:
         name = _site_of(node, names)
@@ -82,7 +88,7 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
     put_maps(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)
-    rms_normalization.fuse_rms_normalization(model)
+    put_norms(model)
     RemoveUnusedNodesPass()(model)
     CommonSubexpressionEliminationPass()(model)
     hold(graph)

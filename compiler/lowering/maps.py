@@ -3,8 +3,7 @@
     y = x Wᵀ
 
 Checkpoints store weights [out, in], and a `Transpose` stands before each product, which ONNX Runtime computes once
-when it opens the graph, into a copy. The operation reads the weight as it lies. A map with a bias keeps its pieces:
-ONNX Runtime joins product, bias and what follows them into one, of which it knows the pieces alone.
+when it opens the graph, into a copy. The operation reads the weight as it lies.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ OPERATION, DOMAIN = "FusedMatMul", "com.microsoft"
 def put_maps(graph: ir.Graph) -> None:
     """Replace products by transposed weights, in place; what nobody reads any more stays."""
     for node in list(graph):
-        if node.op_type != "MatMul" or (weight := _stored(node.inputs[1])) is None or _biased(node.outputs[0]):
+        if node.op_type != "MatMul" or (weight := _stored(node.inputs[1])) is None:
             continue
         new = ir.node(OPERATION, [node.inputs[0], weight], {"transB": 1}, domain=DOMAIN, name=node.name)
         new.metadata_props.update(node.metadata_props)
@@ -37,14 +36,3 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     while source is not None and (maker := source.producer()) is not None and maker.op_type == "Cast":
         source = maker.inputs[0]
     return weight if source is not None and source.is_initializer() else None
-
-
-def _biased(value: ir.Value) -> bool:
-    """Whether a bias is added to a product."""
-    uses = tuple(value.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Add":
-        return False
-    other = uses[0].node.inputs[1 - uses[0].idx]
-    while other is not None and (maker := other.producer()) is not None and maker.op_type == "Cast":
-        other = maker.inputs[0]
-    return other is not None and other.is_initializer()

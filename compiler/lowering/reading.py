@@ -1,6 +1,7 @@
 """What an attention core computes, read from the graph that is about to be written, modules included.
 
     softmax(c tanh(s q kᵀ / c) + m) v
+    softmax([c tanh(s q kᵀ / c) + m, z]) [v; 0], where a sink z takes part: a score that no key has
 
 Read from the softmax inwards, whatever modules changed: each step on the way to the product is a factor, something
 added, a condition, or a cap, and anything else is a reason why the core stays in pieces. Layout behind the operands is
@@ -47,6 +48,8 @@ class _Way:
     """What lies between a softmax and the products around it."""
 
     reshaped: bool = False
+    cut: bool = False
+    sink: ir.Value | None = None
     factor: float = 1.0
     cap: float = 0.0
     terms: list[Term] = field(default_factory=list)
@@ -65,6 +68,7 @@ class Reading:
         scale, cap: s and c; a cap of zero is none.
         terms: what is added up to the mask m.
         wide: whether scores are cast to float32 for the softmax.
+        sink: z [B, H, S, 1], or with axes of one.
     """
 
     softmax: ir.Node
@@ -77,6 +81,7 @@ class Reading:
     cap: float = 0.0
     terms: list[Term] = field(default_factory=list)
     wide: bool = False
+    sink: ir.Value | None = None
 
     @property
     def rank(self) -> int:
@@ -152,6 +157,8 @@ def read_core(softmax: ir.Node) -> Reading:
     product = _scores(scores, way)
     (query, key), value = product.inputs, context.inputs[1]
     assert query is not None and key is not None and value is not None
+    if way.cut != (way.sink is not None):
+        raise Unread("a part of its probabilities is not used")
     (query, q_factor), (key, k_factor) = _factored(query), _factored(key)
     scale = way.factor * q_factor * k_factor * (way.cap or 1.0)
     lifted = [_laid_out(v, turned=v is key, heads=v is not query) for v in (query, key, value)]
@@ -164,7 +171,7 @@ def read_core(softmax: ir.Node) -> Reading:
         shown = ", ".join(str(rank(v)) for v in (query, key, value))
         raise Unread(f"its operands have {shown} axes, and are not four each by layout alone")
     return Reading(softmax, context, query, key if found is None else found, value, found is None, scale, way.cap,
-                   way.terms, way.wide)  # fmt: skip
+                   way.terms, way.wide, way.sink)  # fmt: skip
 
 
 def _context(probabilities: ir.Value, way: _Way) -> ir.Node:
@@ -178,8 +185,8 @@ def _context(probabilities: ir.Value, way: _Way) -> ir.Node:
         if node.op_type in ("Cast", "Identity") or _leads_same(node, uses[0].idx):
             way.reshaped |= node.op_type == "Reshape"
             current = node.outputs[0]
-        elif node.op_type == "Slice":
-            raise Unread("a sink takes part in its softmax")
+        elif node.op_type == "Slice" and not way.cut and _without_last(node):
+            way.cut, current = True, node.outputs[0]
         elif node.op_type == "MatMul" and uses[0].idx == 0:
             return node
         else:
@@ -206,9 +213,13 @@ def _scores(value: ir.Value, way: _Way) -> ir.Node:
         if _leads_same(node, 0) and node.inputs[0] is not None:
             way.reshaped, current = True, node.inputs[0]
             continue
+        if (scores := _shifted(node)) is not None or (scores := _before_sink(node, way)) is not None:
+            current = scores
+            continue
         if kind not in STEPS:
             raise Unread(f"{kind} stands between its product and its softmax")
-        if len(tuple(current.uses())) != 1 and current is not value:
+        others = [use.node for use in current.uses() if use.node.op_type != "ReduceMax"]
+        if len(others) != 1 and current is not value:
             raise Unread("its scores are read by more than its softmax")
         inner = [v for v in node.inputs if v is not None and _leads(v)]
         if kind == "Add" and len(inner) == 2:  # one of the products is a term; the one of plain operands is the core's
@@ -218,6 +229,35 @@ def _scores(value: ir.Value, way: _Way) -> ir.Node:
         _step(node, inner[0], way)
         current = inner[0]
     raise Unread("its scores come from outside of the graph")
+
+
+def _shifted(node: ir.Node) -> ir.Value | None:
+    """Scores of which their own maximum is taken away, which no softmax sees."""
+    whole, most = node.inputs[0] if node.op_type == "Sub" else None, node.inputs[-1]
+    maker = None if most is None else most.producer()
+    if whole is None or maker is None or maker.op_type != "ReduceMax" or maker.inputs[0] is not whole:
+        return None
+    axes = maker.inputs[1].const_value if len(maker.inputs) > 1 and maker.inputs[1] is not None else None
+    return whole if axes is not None and axes.numpy().tolist() in ([-1], [3]) else None
+
+
+def _before_sink(node: ir.Node, way: _Way) -> ir.Value | None:
+    """Scores that a sink is joined to, which is noted down."""
+    if node.op_type != "Concat" or len(node.inputs) != 2 or way.sink is not None or way.terms or way.factor != 1.0:
+        return None
+    scores, sink = node.inputs
+    if node.attributes.get_int("axis", 0) not in (-1, 3) or scores is None or sink is None or not _leads(scores):
+        return None
+    if rank(sink) != 4 or sink.shape is None or sink.shape[3] != 1:
+        return None
+    way.sink = sink
+    return scores
+
+
+def _without_last(node: ir.Node) -> bool:
+    """Whether a cut leaves out the last place of the last axis, and nothing else."""
+    numbers = [None if v is None or v.const_value is None else v.const_value.numpy().tolist() for v in node.inputs[1:]]
+    return numbers[:3] in ([[0], [-1], [-1]], [[0], [-1], [3]]) and numbers[3:] in ([], [[1]])
 
 
 def _step(node: ir.Node, inner: ir.Value, way: _Way) -> None:
@@ -267,7 +307,7 @@ def _leads(value: ir.Value, limit: int = 40) -> bool:
             continue
         if node.op_type == "MatMul" and all(_computed(v) for v in node.inputs):
             return True
-        if node.op_type in STEPS or node.op_type == "Reshape":
+        if node.op_type in STEPS or node.op_type == "Reshape":  # a sink comes after all of these
             for source in node.inputs:
                 if source is not None and source not in seen and source.const_value is None:
                     seen.add(source)

@@ -59,8 +59,10 @@ class RotationLowering:
             width = value.shape[3]
             assert isinstance(width, int)
             flat = emitter.node("Squeeze", [value, emitter.integers([1])])
+            flat.shape = ir.Shape([value.shape[0], value.shape[2], width])
             bounds = ([0], [width // 2], [2])
             half = emitter.node("Slice", [flat, *(emitter.integers(list(part)) for part in bounds)])
+            half.shape = ir.Shape([value.shape[0], value.shape[2], width // 2])
             if str(value.shape[0]) == "1":
                 batch = emitter.node("Shape", [x], {"start": 0, "end": 1})
                 shape = emitter.node("Concat", [batch, emitter.integers([1, 1])], {"axis": 0})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from instances import FAMILIES, SAMPLE
-from sweep import TOLERANCE, WITHOUT_ATTENTION, Found, examine, table
+from sweep import TOLERANCE, WITHOUT_ATTENTION, Found, examine, lowerings, table
 
 MISSES = {
     "deepseek_v4": "hyper-connections: several residual streams, mixed by matrices that the input decides, are no sum",
@@ -30,6 +30,22 @@ def test_three_specs_equal_pytorch(model_type, architecture, tmp_path, monkeypat
     else:
         assert not found.missed
         assert found.sites and (len(found.worst) == 6 or not found.attending)
+
+
+PIECES = {
+    "its probabilities go through Einsum": "attention of blocks of a text, each of which has axes of its own",
+    "its probabilities are read by more than its product with values": "one softmax over several products",
+}
+"""Why cores stay in pieces."""
+
+
+def test_cores_are_lowered():
+    record = (Path(__file__).parent / "architectures.jsonl").read_text(encoding="utf-8").splitlines()
+    results = [Found(**json.loads(line)) for line in record]
+    assert (Path(__file__).parent / "lowerings.md").read_text(encoding="utf-8") == lowerings(results)
+    cores = [core for found in results if found.lowering for core in found.lowering["cores"]]
+    left = [core["reason"] for core in cores if core["operation"] == "pieces"]
+    assert set(left) <= set(PIECES) and len(left) <= 0.05 * len(cores)
 
 
 def test_sample_is_a_dozen():

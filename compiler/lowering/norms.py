@@ -1,0 +1,85 @@
+"""Normalisations as one operation, with the addition to the residual stream before them.
+
+    RMSNormalization(x; g)               = g x / sqrt(mean(x²) + ε)
+    SkipSimplifiedLayerNormalization(x, r; g)     = the same of x + r, and x + r
+    SkipLayerNormalization(x, r, b; g, c)         = g (y − mean y) / sqrt(var y + ε) + c of y = x + b + r, and y
+
+`onnxscript` finds the pieces of an RMS norm, and the bias before a GELU. What is added before a norm is read from the
+norm: operands as wide as the sum, neither of them a weight, and the bias of a map where there is one.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.rewriter.ort_fusions.bias_gelu import fuse_bias_gelu
+from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+
+from peltc.compiler.lowering.maps import DOMAIN
+from peltc.compiler.lowering.reading import rank
+
+SKIPS = {"RMSNormalization": "SkipSimplifiedLayerNormalization", "LayerNormalization": "SkipLayerNormalization"}
+"""The operations that add before they normalise, by those that do not."""
+
+
+def put_norms(model: ir.Model) -> None:
+    """Replace the pieces of norms, and norms of sums, in place."""
+    fuse_rms_normalization(model)
+    for node in list(model.graph):
+        if node.op_type in SKIPS and node.domain == "" and len(node.outputs) == 1:
+            _join(node, model.graph)
+    RemoveUnusedNodesPass()(model)
+    fuse_bias_gelu(model)
+
+
+def _join(node: ir.Node, graph: ir.Graph) -> None:
+    """Let a norm add what it is of, where that is a sum of two values of its own width."""
+    total, gain = node.inputs[:2]
+    adding = None if total is None else total.producer()
+    axis = node.attributes.get_int("axis", -1)
+    if total is None or gain is None or adding is None or adding.op_type != "Add" or rank(total) != 3:
+        return
+    if axis not in (-1, 2) or node.attributes.get_int("stash_type", 1) != 1 or gain.dtype != total.dtype:
+        return
+    if not all(_alike(v, total) for v in adding.inputs):
+        return
+    x, residual = adding.inputs
+    bias = None
+    if node.op_type == "LayerNormalization":
+        for one, other in ((x, residual), (residual, x)):
+            if one is not None and (parts := _biased(one, total)) is not None:
+                (x, bias), residual = parts, other
+                break
+    inputs = [x, residual, *node.inputs[1:]]
+    if bias is not None:
+        inputs += [None] * (4 - len(inputs)) + [bias]
+    attributes = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
+    joined = ir.node(SKIPS[node.op_type], inputs, attributes, domain=DOMAIN, num_outputs=4, name=node.name)
+    joined.metadata_props.update(node.metadata_props)
+    for before, after in ((node.outputs[0], joined.outputs[0]), (total, joined.outputs[3])):
+        after.name, after.shape, after.type = before.name, before.shape, before.type
+        before.replace_all_uses_with(after, replace_graph_outputs=True)
+        before.name = f"{before.name}.pieces"
+    for unused in joined.outputs[1:3]:
+        unused.name = ""
+    graph.insert_before(node, joined)
+    graph.remove(node, safe=True)
+
+
+def _alike(value: ir.Value | None, total: ir.Value) -> bool:
+    """Whether a value has the sizes of a sum [B, S, d] that it is a part of, by their names."""
+    if value is None or value.is_initializer() or value.shape is None or total.shape is None or value.dtype is None:
+        return False
+    same = [str(size) for size in value.shape] == [str(size) for size in total.shape]
+    return same and value.dtype == total.dtype and "None" not in map(str, value.shape)
+
+
+def _biased(value: ir.Value, total: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """A value without the bias that ends it, and the bias, where nothing else reads their sum."""
+    node = value.producer()
+    if node is None or node.op_type != "Add" or len(tuple(value.uses())) != 1 or value.is_graph_output():
+        return None
+    for one, other in (tuple(node.inputs), tuple(node.inputs)[::-1]):
+        if other is not None and other.is_initializer() and rank(other) == 1 and one is not None and _alike(one, total):
+            return one, other
+    return None
