@@ -13,6 +13,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "adapter_name": ("name",), "base_model": ("model",), "base_model_name_or_path": ("model",),
     "merge": ("mode",), "merged": ("fold",), "unmerged": ("static",), "dynamic": ("static",),
     "dtype": ("precision",), "torch_dtype": ("precision",), "bf16": ("bfloat16",), "fp16": ("float16",),
+    "device": ("provider",), "execution_provider": ("provider",), "providers": ("provider",), "gpu": ("cuda",),
     "half": ("float16",), "fp32": ("float32",), "auto": ("checkpoint",), "random_seed": ("seed",),
     "num_labels": ("labels",), "id2label": ("labels",), "classes": ("labels",), "vocab_size": ("vocabulary",),
     "weight": ("weights",), "adapter_weights": ("weights",),

@@ -1,4 +1,4 @@
-"""The modes of deployment: where the tensors of an attachment are in the artifact."""
+"""How an artifact is deployed: where the tensors of an attachment are in it, and what it is to run on."""
 
 from __future__ import annotations
 
@@ -11,3 +11,6 @@ PACKED, MIXED = "packed", "mixed"
 the modules that they mix."""
 EXCHANGED = (SWAPPABLE, BANK)
 """The modes in which modules are exchanged while an artifact runs."""
+ANY, CUDA, CPU = "any", "cuda", "cpu"
+PROVIDERS = (ANY, CUDA, CPU)
+"""What runs an artifact: whichever of ONNX Runtime's execution providers there is, a CUDA device, or the CPU."""

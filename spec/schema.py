@@ -8,7 +8,7 @@ from typing import Any
 from peltc import schemas
 from peltc.spec.combinators import COMBINATORS, Combinator
 from peltc.spec.method import Method, Option
-from peltc.spec.modes import MIXED, MODES, PACKED
+from peltc.spec.modes import ANY, MIXED, MODES, PACKED, PROVIDERS
 from peltc.spec.recipe import COMMON, Recipe, recipes
 from peltc.spec.validation import NUMBERS, one_value
 
@@ -207,6 +207,12 @@ def spec_schema(
                         "default": "checkpoint",
                         "description": "the float type of weights and computation; checkpoint is that of the stored"
                         " weights, where bfloat16 is computed in float32",
+                    },
+                    "provider": {
+                        "enum": list(PROVIDERS),
+                        "default": ANY,
+                        "description": "what the artifact is to run on; for cuda, an operation that ONNX Runtime has"
+                        " no CUDA kernel for is an error",
                     },
                     "generation": {
                         "type": "boolean",

@@ -14,7 +14,7 @@ from peltc.spec.diagnostics import NOWHERE, Diagnostic, PeltError, Place, fail, 
 from peltc.spec.document import Document, dump, parse, read
 from peltc.spec.foreign import refuse
 from peltc.spec.method import Method, shipped
-from peltc.spec.modes import PACKED
+from peltc.spec.modes import ANY, PACKED, PROVIDERS
 from peltc.spec.own import held, own_methods, own_recipes
 from peltc.spec.recipe import Recipe, recipes
 from peltc.spec.schema import RESERVED, spec_schema
@@ -128,6 +128,7 @@ class Spec:
     weights: str | None = None
     mode: str = "fold"
     precision: str = "checkpoint"
+    provider: str = ANY
     freeze_gates: str = ""
     gates: str = ""
     generation: bool = False
@@ -145,6 +146,16 @@ class Spec:
     def in_modes(self, modes: Mapping[str, str]) -> Spec:
         """The spec with the modes that attachments came to be in, by name, whoever said them."""
         return replace(self, attach=tuple(replace(entry, mode=modes.get(entry.name)) for entry in self.attach))
+
+    def on(self, provider: str) -> Spec:
+        """The spec of an artifact that is to run on a provider, whichever it names itself.
+
+        Raises:
+            PeltError: E113 there is no such provider.
+        """
+        if provider not in PROVIDERS:
+            raise fail("E113", f"there is no provider '{provider}' to compile for", expected=one_of(PROVIDERS))
+        return replace(self, provider=provider)
 
     @property
     def folder(self) -> Path:
@@ -205,6 +216,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         weights=tree.get("weights"),
         mode=deploy.get("mode", "fold"),
         precision=deploy.get("precision", "checkpoint"),
+        provider=deploy.get("provider", ANY),
         freeze_gates=deploy.get("freeze_gates", ""),
         gates=(deploy.get("gates") or {}).get("at", ""),
         generation=deploy.get("generation", False),

@@ -89,6 +89,7 @@ def compile(
     architecture: str | None = None,
     mode: str | None = None,
     generation: bool | None = None,
+    provider: str | None = None,
     verify: bool | str = True,
     self_contained: bool = False,
     text_only: bool = False,
@@ -111,6 +112,7 @@ def compile(
         architecture: a class of `transformers` in place of the config's.
         mode: `fold`, `static` or `swappable`, in place of the spec's.
         generation: add the graphs that `Session.generate` runs, in place of what the spec says.
+        provider: what the artifact is to run on, `any`, `cuda` or `cpu`, in place of the spec's.
         verify: hold the artifact against PyTorch before it takes its place. In half precision that is two steps;
             `function` or `arithmetic` is one of them alone.
         self_contained: copy the checkpoint into the artifact rather than link it.
@@ -144,6 +146,8 @@ def compile(
         spec = load_spec(spec)
     if generation is not None:
         spec = replace(spec, generation=generation)
+    if provider is not None:
+        spec = spec.on(provider)
     check_model(model, Path(out))
     refuse(weights if weights is not None or not spec.weights else inside(spec.folder, spec.weights, spec.path),
            "weights")  # fmt: skip

@@ -24,7 +24,7 @@ from peltc.runtime.commands.shell import (
     talking,
     text_only_option,
 )
-from peltc.spec.modes import MODES
+from peltc.spec.modes import MODES, PROVIDERS
 
 
 @cli.command("compile", context_settings=CONTEXT, epilog=CACHE)
@@ -37,6 +37,7 @@ from peltc.spec.modes import MODES
 @click.option("--verify/--no-verify", default=True, help="Hold the artifact against PyTorch.", show_default=True)
 @click.option("--verify-step", type=STEP, help="One step of the verification alone; half precision has two.")
 @click.option("--generation/--no-generation", default=None, help="Add graphs with a cache, for `generate`.")
+@click.option("--provider", type=click.Choice(PROVIDERS), help="What it is to run on, in place of the spec's.")
 @click.option("--self-contained", is_flag=True, help="Copy the checkpoint into the artifact rather than link it.")
 @architecture_option
 @text_only_option
@@ -45,8 +46,8 @@ from peltc.spec.modes import MODES
 @quiet_option
 def compile_command(
     spec: str, model: str | None, out: str, weights: str | None, mode: str | None, generation: bool | None,
-    verify: bool, verify_step: str | None, self_contained: bool, architecture: str | None, text_only: bool,
-    quirks: str | None, as_json: bool, quiet: bool,
+    provider: str | None, verify: bool, verify_step: str | None, self_contained: bool, architecture: str | None,
+    text_only: bool, quirks: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens.
 
@@ -61,8 +62,8 @@ def compile_command(
 
     with talking(quiet) as talk:
         manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,
-                           verify=verify_step if verify and verify_step else verify, self_contained=self_contained,
-                           text_only=text_only, quirks=quirks, talk=talk)  # fmt: skip
+                           provider=provider, verify=verify_step if verify and verify_step else verify,
+                           self_contained=self_contained, text_only=text_only, quirks=quirks, talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
         return

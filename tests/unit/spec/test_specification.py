@@ -34,6 +34,7 @@ def test_defaults() -> None:
     assert (entry.name, entry.at, entry.layers, entry.expect, entry.mode, entry.after, entry.by_parameter) == (
         "lora", ("attention.query",), "all", None, None, (), False,
     )  # fmt: skip
+    assert found.provider == "any"
     assert entry.options == {"r": 8, "alpha": 16, "rank_stabilised": False, "dropout": 0, "bias": False}
 
 
@@ -46,7 +47,7 @@ attach:
   - {method: dora, parameter: "**.q", layers: last 2, after: first}
 weights: adapter.safetensors
 seed: 7
-deploy: {mode: static, precision: float16}
+deploy: {mode: static, precision: float16, provider: cuda}
 """
     found = build_spec(parse(text, "folder/s.yaml"))
     first, second = found.attach
@@ -54,6 +55,9 @@ deploy: {mode: static, precision: float16}
         "tickets", "adapter.safetensors", 7, "static", "float16",
     )  # fmt: skip
     assert found.folder == Path("folder") and found.text == text
+    assert found.provider == "cuda" and found.on("cpu").provider == "cpu"
+    with pytest.raises(PeltError, match="E113 there is no provider 'gpu' to compile for"):
+        found.on("gpu")
     assert (first.name, first.at, first.layers, first.expect, first.mode) == (
         "first",
         ("a", "b"),
@@ -149,6 +153,7 @@ def test_methods_of_ones_own() -> None:
         (spec(attach=[{"method": "lora", "at": "x", "k": 1}]), "E110 attach[0].k: unknown key 'k'"),
         (spec(weights=""), "E115 weights: '' does not have the right form"),
         (spec(deploy={"mode": "fast"}), "E113 deploy.mode: unknown value 'fast'"),
+        (spec(deploy={"provider": "rocm"}), "E113 deploy.provider: unknown value 'rocm'"),
         ({"pelt": 2, "attach": []}, "E113 pelt: unknown value 2"),
         ({"attach": [{"method": "lora", "at": "x"}]}, "E111 : the key 'pelt' is missing"),
         ({}, "E111 : the key 'pelt' is missing"),
