@@ -27,7 +27,7 @@ from peltc.compiler.linking.heads import check_heads
 from peltc.compiler.linking.profiles import brought, check_exchange, keep, lacking, record, without
 from peltc.compiler.linking.uneven import Uneven, before, evened, uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
-from peltc.compiler.lowering.lower import lower
+from peltc.compiler.lowering.lower import Lowering, lower
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
@@ -40,6 +40,7 @@ from peltc.compiler.passes.stand_in import ids_of
 from peltc.compiler.passes.uneven import shown_in
 from peltc.compiler.plan.checks import not_generated
 from peltc.compiler.plan.claims import LEVELS, Claim, Plan
+from peltc.compiler.plan.provided import SOME
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
 from peltc.spec.modes import SWAPPABLE
@@ -140,6 +141,23 @@ def build(
     manifest["profiles"] = profiles
     manifest["lowering"] = {name: found.record() for name, found in lowered.items()}
     return manifest
+
+
+def lowerings(plan: Plan, base: Base, stages: Mapping[str, Base] = MappingProxyType({})) -> dict[str, Lowering]:
+    """What would become of an artifact's graphs, by name, though nothing is written and no weight is read but those
+    that modules change while they run. What profiles bring counts as fixed.
+
+    Args:
+        stages: as for `build`.
+    """
+    some = {name: np.full(tensor.shape, SOME, np.float32) for name, tensor in plan.tensors.items()}
+    found = {}
+    for name, one in {"model": base, **stages}.items():
+        sites = {site.key: site for site in base.anatomy} if one is base else one.anatomy.named_as(base.anatomy)
+        model, _ = rewritten(one, plan, sites, some, base)
+        bind(model, base, {}, base)
+        found[name] = lower(model, sites.values())
+    return found
 
 
 def check_stages(plan: Plan, sites: Mapping[str, Mapping[str, Site]]) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
-from peltc.compiler.lowering.reading import Reading, Term, rank
+from peltc.compiler.lowering.layout import rank
+from peltc.compiler.lowering.reading import Reading, Term
 
 OPERATION = "Attention"
 HIDDEN = {ir.DataType.FLOAT: -3.4028234663852886e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.38e38}

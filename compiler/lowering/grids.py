@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
-from peltc.compiler.lowering.reading import rank
+from peltc.compiler.lowering.layout import rank
 
 LAYOUT = {"Expand", "Unsqueeze", "Reshape"}
 

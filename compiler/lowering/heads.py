@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.lowering.attention import OPERATION
-from peltc.compiler.lowering.reading import rank
+from peltc.compiler.lowering.layout import rank
 from peltc.compiler.lowering.rotations import OPERATION as ROTATION
 
 HEADS_FIRST = [0, 2, 1, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from peltc.compiler.lowering.products import put_products
 from peltc.compiler.lowering.reading import Unread, is_core, read_core
 from peltc.compiler.lowering.rotations import RotationLowering
 from peltc.compiler.survey.anatomy import Site
+from peltc.compiler.survey.grouping import columns, grouped
 
 OPSET = 23
 """That of the operations that graphs are lowered to; what exporters write means the same in it."""
@@ -57,6 +59,20 @@ class Lowering:
         """What the manifest says of it."""
         cores = [{key: value for key, value in asdict(core).items() if value} for core in self.cores]
         return {"nodes_before": self.before, "nodes": self.after, "cores": cores}
+
+    def told(self, every: bool = False) -> list[str]:
+        """The same as the lines of a table.
+
+        Args:
+            every: each layer by itself, not equal ones once.
+        """
+        rows = []
+        for core in self.cores:
+            layer = re.search(r"(?:^|\.)layers\.(\d+)", core.site)
+            row = (core.site, core.operation, core.reason)
+            rows.append((None if every or layer is None else int(layer.group(1)), row))
+        lines = columns([("SITE", "COMPUTED BY", "WHY"), *grouped(rows)])
+        return [*lines, f"{self.before} nodes before, {self.after} after"]
 
 
 def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:

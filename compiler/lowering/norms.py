@@ -15,8 +15,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.ort_fusions.bias_gelu import fuse_bias_gelu
 from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
 
+from peltc.compiler.lowering.layout import rank
 from peltc.compiler.lowering.maps import DOMAIN
-from peltc.compiler.lowering.reading import rank
 
 SKIPS = {"RMSNormalization": "SkipSimplifiedLayerNormalization", "LayerNormalization": "SkipLayerNormalization"}
 """The operations that add before they normalise, by those that do not."""

@@ -14,18 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.survey.probe import SIZES, Probe, Unprobed
+from peltc.compiler.lowering.layout import laid_out, rank, transposed
 
-LAYOUT = {"Transpose", "Reshape", "Expand", "Unsqueeze", "Identity", "Squeeze", "Tile"}
 MASKED = -1e3
 """What is put in the place of a score, at most, where a condition hides it."""
 STEPS = {"Add", "Sub", "Mul", "Div", "Where", "Tanh", "Cast", "Identity", "Max", "Clip", "Neg"}
 """What may stand between a product and a softmax."""
-MADE_UP = 11
-"""The probe's size of an axis that has no name."""
 
 
 class Unread(Exception):
@@ -87,11 +83,6 @@ class Reading:
     def rank(self) -> int:
         """Of the operands."""
         return rank(self.query) or 4
-
-
-def rank(value: ir.Value | None) -> int | None:
-    """How many axes a value has, where that is known."""
-    return None if value is None or value.shape is None else len(value.shape)
 
 
 def scalar(value: ir.Value | None) -> float | None:
@@ -161,12 +152,12 @@ def read_core(softmax: ir.Node) -> Reading:
         raise Unread("a part of its probabilities is not used")
     (query, q_factor), (key, k_factor) = _factored(query), _factored(key)
     scale = way.factor * q_factor * k_factor * (way.cap or 1.0)
-    lifted = [_laid_out(v, turned=v is key, heads=v is not query) for v in (query, key, value)]
+    lifted = [laid_out(v, turned=v is key, heads=v is not query) for v in (query, key, value)]
     if rank(lifted[0] or query) == rank(lifted[2] or value) == rank(lifted[1] or key) == 4:
         query, value = lifted[0] or query, lifted[2] or value
-        found = lifted[1] or _transposed(key)
+        found = lifted[1] or transposed(key)
     elif rank(query) == rank(key) == rank(value) == 3 and not way.reshaped:
-        found = _transposed(key)
+        found = transposed(key)
     else:
         shown = ", ".join(str(rank(v)) for v in (query, key, value))
         raise Unread(f"its operands have {shown} axes, and are not four each by layout alone")
@@ -334,103 +325,3 @@ def _factored(value: ir.Value) -> tuple[ir.Value, float]:
         else:
             break
     return value, factor
-
-
-def _transposed(key: ir.Value) -> ir.Value | None:
-    """What a key is the transposition of."""
-    node = key.producer()
-    if node is None or node.op_type != "Transpose":
-        return None
-    perm = list(node.attributes.get_ints("perm", ()))
-    swaps = [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
-    return node.inputs[0] if perm == swaps else None
-
-
-def _laid_out(operand: ir.Value, turned: bool, heads: bool) -> ir.Value | None:
-    """The earliest value [B, K, T, D] that an operand is by layout alone; None where there is none.
-
-    Args:
-        turned: whether the operand is keys as a product reads them, [B, H, D, T].
-        heads: whether the operand may have more heads, each of which is repeated for a group of them.
-    """
-    current: ir.Value | None = operand
-    found = None if turned or rank(operand) != 4 else operand
-    while current is not None:
-        if rank(current) == 4 and current is not operand and _becomes(current, operand, turned, heads):
-            found = current
-        node = current.producer()
-        if node is None or node.op_type not in LAYOUT:
-            break
-        current = node.inputs[0]
-    if found is None and turned:
-        found = _transposed(operand) or _flatly_transposed(operand)
-    while heads and found is not None and (source := _repeated(found)) is not None:
-        found = source
-    return found
-
-
-def _becomes(source: ir.Value, operand: ir.Value, turned: bool, heads: bool) -> bool:
-    """Whether layout makes an operand of a value [B, K, T, D], told by indices that are carried there."""
-    indices = np.arange(np.prod(sizes := _sizes(source))).reshape(sizes)
-    try:
-        arrived = Probe({source: indices}).track(operand)
-    except (Unprobed, ValueError, IndexError):
-        return False
-    if arrived is not None and arrived.ndim == 3 and len(arrived) % sizes[0] == 0:
-        arrived = arrived.reshape(sizes[0], -1, *arrived.shape[-2:])
-    if arrived is None or arrived.ndim != 4:
-        return False
-    arrived = arrived.swapaxes(-1, -2) if turned else arrived
-    repeats = max(arrived.shape[1] // sizes[1], 1)
-    expected = np.repeat(indices, repeats, axis=1)
-    return (repeats == 1 or heads) and arrived.shape == expected.shape and bool((arrived == expected).all())
-
-
-def _flatly_transposed(key: ir.Value) -> ir.Value | None:
-    """What keys are the transposition of, where texts and heads are one axis meanwhile: its lengths may be unknown."""
-    outer = key.producer()
-    swap = (
-        None if outer is None or outer.op_type != "Reshape" or outer.inputs[0] is None else outer.inputs[0].producer()
-    )
-    if swap is None or swap.op_type != "Transpose" or list(swap.attributes.get_ints("perm", ())) != [0, 2, 1]:
-        return None
-    inner = None if swap.inputs[0] is None else swap.inputs[0].producer()
-    source = None if inner is None or inner.op_type != "Reshape" else inner.inputs[0]
-    return source if rank(source) == 4 and rank(swap.inputs[0]) == 3 and rank(key) == 4 else None
-
-
-def _repeated(value: ir.Value) -> ir.Value | None:
-    """[B, K, T, D], of which a value [B, H, T, D] repeats each head for a group: its lengths may be unknown."""
-    outer = value.producer()
-    wide = (
-        None if outer is None or outer.op_type != "Reshape" or outer.inputs[0] is None else outer.inputs[0].producer()
-    )
-    if wide is None or wide.op_type != "Expand" or wide.inputs[0] is None:
-        return None
-    apart = wide.inputs[0].producer()
-    if apart is None or apart.op_type not in ("Unsqueeze", "Reshape") or rank(apart.inputs[0]) != 4:
-        return None
-    source, five = apart.inputs[0], apart.outputs[0].shape
-    assert source is not None
-    if source.shape is None or value.shape is None or rank(value) != 4 or five is None or len(five) != 5:
-        return None
-    groups, every, width = source.shape[1], value.shape[1], source.shape[3]
-    if not (isinstance(groups, int) and isinstance(every, int) and isinstance(width, int)) or value.shape[3] != width:
-        return None
-    known = (five[1], five[2], five[4]) if apart.op_type == "Unsqueeze" else _sizes_of(apart.inputs[1])
-    return source if known == (groups, 1, width) and every % groups == 0 else None
-
-
-def _sizes_of(shape: ir.Value | None) -> tuple[int, int, int] | None:
-    """Heads, repetitions and features that a constant shape [B, K, R, T, D] gives."""
-    if shape is None or shape.const_value is None or shape.const_value.size != 5:
-        return None
-    sizes = shape.const_value.numpy().tolist()
-    return sizes[1], sizes[2], sizes[4]
-
-
-def _sizes(value: ir.Value) -> tuple[int, ...]:
-    """Sizes for a probe of a value, one for each axis that has none of its own."""
-    assert value.shape is not None
-    named = [size if isinstance(size, int) else SIZES.get(str(size.value)) for size in value.shape]
-    return tuple(MADE_UP if size is None else size for size in named)

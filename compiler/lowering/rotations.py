@@ -14,7 +14,7 @@ from collections.abc import Hashable
 import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
-from peltc.compiler.lowering.reading import rank
+from peltc.compiler.lowering.layout import rank
 
 OPERATION = "RotaryEmbedding"
 UNIFORM = {"Cos", "Sin", "Mul", "Div", "Cast", "Unsqueeze", "Identity"}

@@ -75,18 +75,20 @@ def sites(
 @click.option("--weights", type=click.Path(), help="The adapter's tensors, to be held against the plan too.")
 @click.option("--mode", type=click.Choice(MODES), help="In place of the spec's deploy.mode.")
 @click.option("--generation/--no-generation", default=None, help="In place of the spec's deploy.generation.")
+@click.option("--lowering", is_flag=True, help="Show what computes each attention core instead, and why.")
 @architecture_option
 @text_only_option
 @all_option
 @json_option
 @quiet_option
 def plan(
-    spec: str, model: str, weights: str | None, mode: str | None, generation: bool | None, architecture: str | None,
-    text_only: bool, every: bool, as_json: bool, quiet: bool,
+    spec: str, model: str, weights: str | None, mode: str | None, generation: bool | None, lowering: bool,
+    architecture: str | None, text_only: bool, every: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Show every decision about SPEC on MODEL; nothing is written."""
     from peltc.compiler.base.source import check_order
     from peltc.runtime.building.compile import plan_for
+    from peltc.runtime.building.lowering import lowering_for
     from peltc.spec.specification import load_spec
 
     check_order(spec, model)
@@ -95,8 +97,15 @@ def plan(
     with talking(quiet) as talk:
         made, base = plan_for(read, model, weights, architecture=architecture, mode=mode,
                               text_only=text_only, talk=talk)  # fmt: skip
+        graphs = lowering_for(made, base, model, weights, architecture=architecture, text_only=text_only,
+                              talk=talk) if lowering else {}  # fmt: skip
     if as_json:
-        click.echo(json.dumps(made.to_json(), indent=1))
+        told = {name: one.record() for name, one in graphs.items()} if lowering else made.to_json()
+        click.echo(json.dumps(told, indent=1))
+        return
+    for name, one in graphs.items():
+        click.echo("\n".join([f"{name}.onnx", *(f"  {line}" for line in one.told(every))]))
+    if lowering:
         return
     for line in made.told(every):
         click.echo(line)

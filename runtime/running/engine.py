@@ -71,6 +71,23 @@ class Engine:
         self.providers = real
         return opened
 
+    def start_sharing(self, file: Path) -> tuple[Any, tuple[str, ...]]:
+        """The session of a graph in float32 on the CPU whose cache is one buffer for past and present, and the outputs
+        that it writes into buffers; of the graph as it is, and none, elsewhere.
+
+        Raises:
+            PeltError: as `start`.
+        """
+        if self.wanted == CPU:
+            import onnx_ir as ir
+
+            from peltc.compiler.lowering.shared_cache import share_cache
+
+            model = ir.load(file)
+            if grown := share_cache(model):
+                return self.start(ir.to_proto(model).SerializeToString()), grown
+        return self.start(str(file)), ()
+
     @property
     def device(self) -> str:
         """The memory that the graph which was opened last computes in."""

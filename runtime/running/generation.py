@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from peltc.compiler.export.exported import DECODE
 from peltc.compiler.files.manifest import CACHE, GIVEN, GROWN, KEPT, read_manifest
+from peltc.compiler.lowering.shared_cache import LENGTH
 from peltc.runtime.kept import carried, carry, check_generate
+from peltc.runtime.running.cache import InPlace
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
     check_lengths,
@@ -20,6 +25,7 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
+from peltc.runtime.running.runner import NO_EMBEDS, Encoder, runner_of
 from peltc.spec.diagnostics import Place, fail
 
 EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_values", "logits_to_keep"})
@@ -27,7 +33,7 @@ EXTRA = frozenset({"use_cache", "return_dict", "encoder_outputs", "past_key_valu
 HINTS = {
     "output_attentions": "a torch model with the modules attached gives them: peltc.attach",
     "output_hidden_states": "a torch model with the modules attached gives them: peltc.attach",
-    "inputs_embeds": "give the text as input_ids",
+    "inputs_embeds": NO_EMBEDS,
 }
 """What may help who asks a graph for what it does not have, by name."""
 CACHES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
@@ -44,6 +50,8 @@ def generator(
     starts: Mapping[str, Any] = MappingProxyType({}),
     limits: Mapping[str, Any] = NO_LIMITS,
     added: int = 0,
+    grown: tuple[str, ...] = (),
+    copying: Callable[[], Any] | None = None,
 ) -> Any:
     """A model of `transformers` that generates with graphs; it has no parameters of its own.
 
@@ -56,6 +64,8 @@ def generator(
         starts: what caches begin with [1, H, P, Dh], by the graph's inputs.
         limits: what the model's tables allow, as the artifact's manifest records it.
         added: how many tokens of its own the encoder puts before a text.
+        grown: the outputs that `decode` writes into its inputs' buffers, where it shares its cache.
+        copying: opens the graph that copies its cache, where `decode` is one that shares it.
     """
     import torch
     import transformers
@@ -69,15 +79,21 @@ def generator(
         model.generation_config = options
         options.cache_implementation = None  # how the torch model keeps its cache; a graph's grows
     model.use(sessions, records, starts, limits, added)
+    if grown and copying is not None:
+        model.share(grown, copying)
     return model
 
 
-def open_generator(folder: Path, open_session: Callable[[str], Any]) -> Any:
+def open_generator(
+    folder: Path, open_session: Callable[[str], Any], open_sharing: Callable[[str], tuple[Any, tuple[str, ...]]]
+) -> Any:
     """The generator of an artifact.
 
     Args:
         folder: the artifact's.
         open_session: opens one of its graphs, by file name.
+        open_sharing: opens one whose cache is shared between past and present, with the outputs that are written into
+            it; none where it copies its cache.
 
     Raises:
         PeltError: E611 the artifact was compiled without generation.
@@ -100,11 +116,13 @@ def open_generator(folder: Path, open_session: Callable[[str], Any]) -> Any:
         config = parse_config(content)
         options = transformers.GenerationConfig.from_pretrained(folder) if file.is_file() else None
         records = {name: ExportMetadata.from_dict(components[name]["metadata"]) for name in names}
-        sessions = {name: open_session(f"{name}.onnx") for name in names}
+        sessions = {name: open_session(f"{name}.onnx") for name in names if name != DECODE}
+        sessions[DECODE], grown = open_sharing(f"{DECODE}.onnx")
         starts = load_file(folder / CACHE) if (folder / CACHE).is_file() else {}
         limits = manifest.get("limits") or NO_LIMITS
-        return generator(config, manifest["base"]["architecture"], sessions, records, options, starts, limits,
-                         manifest.get("tokens_before") or 0)  # fmt: skip
+        added, copying = manifest.get("tokens_before") or 0, partial(open_session, f"{DECODE}.onnx")
+        return generator(config, manifest["base"]["architecture"], sessions, records, options, starts, limits, added,
+                         grown, copying)  # fmt: skip
 
 
 def _as(base: Any) -> Any:
@@ -134,10 +152,10 @@ class _Generator:
         """Take up the graphs."""
         import torch
 
-        self._runners = {name: _runner(records[name], session) for name, session in sessions.items()}
-        self._flat = _runner(records["decode"], sessions["decode"], flat=True)
+        self._runners: dict[str, Any] = {name: runner_of(records[name], one) for name, one in sessions.items()}
+        self._flat: Any = runner_of(records["decode"], sessions["decode"], flat=True)
         self._place = self._runners["decode"].device
-        self._inputs = {n: {i.name: i for i in s.get_inputs()} for n, s in sessions.items()}
+        self._inputs = {n: {i.name: i for i in s.get_inputs() if i.name != LENGTH} for n, s in sessions.items()}
         caches = [i.type for name, i in self._inputs["decode"].items() if "past_key_values." in name]
         self._dtype = getattr(torch, CACHES[caches[0]]) if caches else self._runners["decode"].dtype
         self._leaves = {n: {i.removeprefix(GIVEN) for i in inputs} for n, inputs in self._inputs.items()}
@@ -151,6 +169,27 @@ class _Generator:
         found = {leaf.removeprefix(GIVEN): spec for inputs in self._inputs.values() for leaf, spec in inputs.items()}
         # tokens and masks [B, S], by name: ONNX Runtime's names of their types
         self.takes = {name: i.type for name, i in found.items() if len(i.shape) == 2 and "." not in name}
+
+    def share(self, grown: tuple[str, ...], copying: Callable[[], Any]) -> None:
+        """Let the decoder's graph write new keys and values into buffers.
+
+        Args:
+            grown: the outputs that it writes so.
+            copying: opens the graph that copies its cache.
+        """
+        self._own, opened = threading.local(), functools.cache(copying)
+
+        def shared(whole: Any, flat: bool) -> InPlace:
+            other = functools.cache(lambda: runner_of(whole.metadata, opened(), flat))
+            return InPlace(whole, grown, other, lambda: 0 if flat else getattr(self._own, "room", 0))
+
+        self._runners[DECODE], self._flat = shared(self._runners[DECODE], False), shared(self._flat, True)
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers`' own, which tells how long the text may become."""
+        if hasattr(self, "_own"):
+            self._own.room = kwargs.get("max_cache_length", args[-1] if args else 0) or 0
+        return super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
 
     @property
     def decoder_inputs(self) -> Mapping[str, Any]:
@@ -334,25 +373,6 @@ class _Generator:
         return found
 
 
-def _runner(record: Any, session: Any, flat: bool = False) -> Any:
-    """`transformers`' runner of a graph: called with its inputs by name, it gives what the model returns, and what is
-    kept from the prompt, None where nothing is.
-
-    Args:
-        flat: whether it gives the graph's outputs by their names instead.
-    """
-    from transformers.exporters.runners.runner_onnx import OnnxModelRunner
-
-    class Runner(OnnxModelRunner):
-        def unflatten(self, outputs: list[Any]) -> Any:
-            if flat:
-                return dict(zip((o.name for o in self.session.get_outputs()), outputs, strict=True))
-            first = outputs[0] if self.session.get_outputs()[0].name == GROWN + KEPT else None
-            return super().unflatten(outputs), first
-
-    return Runner(record, session)
-
-
 def _count_text(grown: Any, length: int) -> None:
     """Let a cache tell the length of the text in it, without what stands before.
 
@@ -363,37 +383,3 @@ def _count_text(grown: Any, length: int) -> None:
     whole = cache.get_seq_length
     if (before := whole(0) - length) > 0:
         cache.get_seq_length = lambda layer_idx=0: max(whole(0) - before, 0)
-
-
-class Encoder:
-    """The encoder's graph in the place of the module."""
-
-    def __init__(self, runner: Any):
-        self.runner = runner
-        self.main_input_name = "input_ids"
-
-    def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
-        """Hidden states, with the keys and values of the cross-attention beside them, so that `generate` expands them
-        for beams like the states.
-
-        Raises:
-            PeltError: E606 no token ids; E612 what ONNX Runtime says.
-        """
-        import torch
-        from transformers.modeling_outputs import BaseModelOutput
-
-        if input_ids is None:
-            raise fail("E606", "the input 'input_ids' is missing", hint=HINTS["inputs_embeds"])
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        self.runner.session.rows = len(input_ids)
-        with translating(shown(given)):
-            found, _ = self.runner(**given)
-        states = BaseModelOutput(last_hidden_state=found.pop("last_hidden_state"))
-        for name, value in found.items():
-            states[name] = value
-        return states
-
-    def __call__(self, input_ids: Any = None, attention_mask: Any = None, **_: Any) -> Any:
-        return self.forward(input_ids, attention_mask)

@@ -182,6 +182,20 @@ class Session:
         self.engine.settings[NO_PREPACKING] = "1"
         return self.engine.start(model, {name: weight.value for name, weight in weights.items()})
 
+    def open_sharing(self, file: str) -> tuple[Any, tuple[str, ...]]:
+        """The session of a graph with a cache, made to write into it, and the outputs that it writes so; of the graph
+        as it is, and none, where that does not apply: on a device, in half precision, with weights that are shared.
+
+        Raises:
+            PeltError: as `open`.
+        """
+        if self.shared or self.manifest["base"]["precision"] != "float32":
+            return self.open(file), ()
+        check_record(self.folder / MANIFEST, self.manifest)
+        opened, grown = self.engine.start_sharing(self.folder / file)
+        self.kept.device = self.engine.device
+        return opened, grown
+
     @cached_property
     def inference(self) -> Any:
         """The session of the graph without a cache; it is opened when it is first called."""
@@ -220,8 +234,13 @@ class Session:
             opened.append(Bound(self.open(file), self.tensors))
             return opened[-1]
 
+        def sharing(file: str) -> tuple[Bound, tuple[str, ...]]:
+            session, grown = self.open_sharing(file)
+            opened.append(Bound(session, self.tensors))
+            return opened[-1], grown
+
         with needing("generation"):
-            found = open_generator(self.folder, bound)
+            found = open_generator(self.folder, bound, sharing)
         self.kept.check_offered(opened)
         return found
 

@@ -1,12 +1,9 @@
 """Weights that sessions of one process share: a base is in memory once, however many artifacts are open on it.
 
-    a session's own    weight in a file [O, I] ─► Transpose ─► MatMul      turned when the session opens, and packed
-    shared             weight in memory [I, O] ──────────────► MatMul      turned once for all sessions
-
-What is read as it is stored lies in the file, which the system keeps in memory once for all processes. What is turned
-is in the memory of this process, for as long as a session reads it. Kernels read both as they are: ONNX Runtime packs
-no weight anew, which costs time in each run, most where texts are short. Where ONNX Runtime computes in another type
-than a weight is stored in, as it does with half precision on the CPU, it makes each session a copy: nothing is shared.
+Maps read their weights as they are stored, so that these stay in the file, which the system keeps in memory once for
+all processes. ONNX Runtime packs no weight anew, which costs time in each run, most where texts are short. Where it
+computes in another type than a weight is stored in, as it does with half precision on the CPU, it makes each session a
+copy: nothing is shared.
 """
 
 from __future__ import annotations
@@ -26,8 +23,6 @@ from peltc.spec.diagnostics import Place, fail
 
 Array = np.ndarray[Any, Any]
 Key = tuple[Any, ...]
-NOWHERE = 1 << 50
-"""A place behind the end of every file."""
 
 
 @dataclass
@@ -39,7 +34,7 @@ class Weight:
 
 
 _WEIGHTS: WeakValueDictionary[Key, Weight] = WeakValueDictionary()
-"""The weights that sessions of this process read, by file, place in it, type, shape, and whether they are turned."""
+"""The weights that sessions of this process read, by file, place in it, type and shape."""
 _LOCK = threading.Lock()
 
 
@@ -54,30 +49,9 @@ def shared(file: Path) -> tuple[bytes, dict[str, Weight]]:
     """
     model = ir.load(file)
     graph, found = model.graph, dict[str, Weight]()
-    for node in list(graph):
-        value = node.inputs[0] if node.op_type == "Transpose" else None
-        turns = node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
-        if not turns or value is None or (stored := _stored(value)) is None:
-            continue
-        turned = node.outputs[0]
-        if turned in graph.outputs:
-            continue
-        shape = ir.Shape([*reversed(stored.shape.numpy())])
-        ready = ir.Value(name=turned.name, shape=shape, type=value.type)
-        # ONNX Runtime asks which file a weight lies in before it takes the value that it is given. Where it would read
-        # the weight, to compute something of it beforehand, there must be nothing: the file has it as it was.
-        ready.const_value = ir.ExternalTensor(stored.location, NOWHERE, stored.length, stored.dtype,
-                                              shape=shape, name=turned.name or "")  # fmt: skip
-        for use in tuple(turned.uses()):
-            use.node.replace_input_with(use.idx, ready)
-        graph.remove(node, safe=True)
-        graph.register_initializer(ready)
-        found[turned.name or ""] = _weight(file.parent, stored, turned=True)
-        if not tuple(value.uses()) and value not in graph.outputs:
-            graph.initializers.pop(value.name or "")
     for name, value in graph.initializers.items():
-        if name not in found and (stored := _stored(value)) is not None:
-            found[name] = _weight(file.parent, stored, turned=False)
+        if (stored := _stored(value)) is not None:
+            found[name] = _weight(file.parent, stored)
     return ir.to_proto(model).SerializeToString(), found
 
 
@@ -89,7 +63,7 @@ def _stored(value: ir.Value) -> ir.ExternalTensor | None:
     return tensor
 
 
-def _weight(folder: Path, stored: ir.ExternalTensor, turned: bool) -> Weight:
+def _weight(folder: Path, stored: ir.ExternalTensor) -> Weight:
     """A weight that this process has in memory already, or has from now on."""
     import onnxruntime as ort
 
@@ -98,11 +72,10 @@ def _weight(folder: Path, stored: ir.ExternalTensor, turned: bool) -> Weight:
         raise fail("E605", "a weight does not lie beside the graph", Place(str(place)), "the graph as it was compiled")
     shape, offset = tuple(stored.shape.numpy()), stored.offset or 0
     status = os.stat(place)
-    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, offset, stored.dtype, shape, turned)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, offset, stored.dtype, shape)
     with _LOCK:
         if (known := _WEIGHTS.get(key)) is None:
             array: Array = np.memmap(place, stored.dtype.numpy(), "r", offset, shape)
-            array = np.ascontiguousarray(array.T) if turned else array
             known = _WEIGHTS[key] = Weight(ort.OrtValue.ortvalue_from_numpy(array), array)
         return known
 

@@ -21,6 +21,9 @@ class Rewritten(Session):
         self.rewrite(model)
         return self.engine.start(ir.to_proto(model).SerializeToString())
 
+    def open_sharing(self, file: str) -> tuple[Any, tuple[str, ...]]:
+        return self.open(file), ()
+
 
 class Widened(Rewritten):
     """An artifact in half precision that computes in float32.

@@ -13,8 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import peltc
-from peltc.runtime.running.engine import FILES
-from peltc.runtime.running.sharing import in_memory, shared
+from peltc.runtime.running.sharing import in_memory
 from peltc.spec.diagnostics import PeltError
 
 Folder = Callable[..., Path]
@@ -32,9 +31,9 @@ def held(folder: Path) -> int:
     return sum(size for file, size in in_memory() if file == os.stat(folder / "model.safetensors").st_ino)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("bert", 0), ("gpt2", 100 * 32), ("llama", 0)])
-def test_artifacts_on_one_base_share_it(family: str, tied: int, model_folder: Folder, tmp_path: Path) -> None:
-    """Each weight is there once; a tied one as it is looked up in, and as it is multiplied with."""
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_artifacts_on_one_base_share_it(family: str, model_folder: Folder, tmp_path: Path) -> None:
+    """Each weight is there once; a tied one is looked up in and multiplied with where it is."""
     base = model_folder(family)
     for method in ("lora", "bottleneck"):
         peltc.compile(spec(method), base, tmp_path / method, verify=False)
@@ -49,7 +48,7 @@ def test_artifacts_on_one_base_share_it(family: str, tied: int, model_folder: Fo
             assert np.abs(found[name] - expected).max() <= 1e-5 * np.abs(expected).max()
         sizes.append(held(base))
     weights = sum(array.nbytes for array in load_file(base / "model.safetensors").values())
-    assert 0.9 * weights < sizes[0] - 4 * tied <= weights
+    assert 0.9 * weights < sizes[0] <= weights
     assert sizes[1:] == sizes[:1] * 2, "no session adds to what the first one has"
     kept[0].close()
     assert held(base) == sizes[0]
@@ -77,20 +76,6 @@ def test_half_precision_is_not_shared(model_folder: Folder, tmp_path: Path) -> N
     peltc.compile(spec("lora"), model_folder("llama", "float16"), tmp_path / "out", verify=False)
     with pytest.raises(PeltError, match="E604 weights cannot be shared in float16"):
         peltc.Session(tmp_path / "out", CPU, share_weights=True)
-
-
-def test_a_weight_that_would_be_read_as_it_was_is_not_found(model_folder: Folder, tmp_path: Path) -> None:
-    """Whatever ONNX Runtime computes of a turned weight beforehand, it does not compute of the file's."""
-    import onnxruntime as ort
-
-    peltc.compile(spec("lora"), model_folder("bert"), tmp_path / "out", verify=False)
-    model, weights = shared(tmp_path / "out/model.onnx")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry(FILES, str(tmp_path / "out"))
-    assert weights
-    with pytest.raises(Exception, match=r"(?i)external data|offset|file"):
-        ort.InferenceSession(model, options, providers=CPU)
 
 
 def test_the_file_of_a_weight_lies_beside_the_graph(model_folder: Folder, tmp_path: Path) -> None:
