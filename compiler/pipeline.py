@@ -27,6 +27,7 @@ from peltc.compiler.linking.heads import check_heads
 from peltc.compiler.linking.profiles import brought, check_exchange, keep, lacking, record, without
 from peltc.compiler.linking.uneven import Uneven, before, evened, uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
+from peltc.compiler.lowering.kernels import check_kernels, place
 from peltc.compiler.lowering.lower import Lowering, lower
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
@@ -43,7 +44,7 @@ from peltc.compiler.plan.claims import LEVELS, Claim, Plan
 from peltc.compiler.plan.provided import SOME
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.diagnostics import fail
-from peltc.spec.modes import SWAPPABLE
+from peltc.spec.modes import CPU, CUDA, SWAPPABLE
 
 Array = np.ndarray[Any, Any]
 EMPTY = np.zeros(0, np.float32)
@@ -131,6 +132,9 @@ def build(
                 (Blend if plan.spec.blend else Rows)(model.graph, called).run()
         keep(base, embeds, {called[name]: array for name, array in offered.items()}, folder)
     lowered = {name: lower(model, sites[name].values()) for name, model in graphs.items()}
+    placed = {name: place(model) for name, model in graphs.items()} if plan.spec.provider != CPU else {}
+    if plan.spec.provider == CUDA:
+        check_kernels(placed)
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
@@ -140,6 +144,7 @@ def build(
                               self_contained, limits)  # fmt: skip
     manifest["profiles"] = profiles
     manifest["lowering"] = {name: found.record() for name, found in lowered.items()}
+    manifest["kernels"] = {name: found.record(plan.spec.provider) for name, found in placed.items()}
     return manifest
 
 
