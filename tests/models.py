@@ -51,6 +51,11 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma2Config",
         {**SMALL, **TEXT, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
     ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {**SMALL, **TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0},
+    ),
     "llama-tied": (
         "LlamaForCausalLM", "LlamaConfig", {**SMALL, **TEXT, "num_key_value_heads": 2, "tie_word_embeddings": True},
     ),

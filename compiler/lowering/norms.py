@@ -10,10 +10,13 @@ norm: operands as wide as the sum, neither of them a weight, and the bias of a m
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.rewriter import pattern
 from onnxscript.rewriter.ort_fusions.bias_gelu import fuse_bias_gelu
-from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normalization
+from onnxscript.rewriter.rules.fusion._rms_normalization import RmsNormFusion
 
 from peltc.compiler.lowering.layout import rank
 from peltc.compiler.lowering.maps import DOMAIN
@@ -22,9 +25,25 @@ SKIPS = {"RMSNormalization": "SkipSimplifiedLayerNormalization", "LayerNormaliza
 """The operations that add before they normalise, by those that do not."""
 
 
+FOUND: Any = RmsNormFusion  # untyped
+
+
+class _Norm(FOUND):  # type: ignore[misc]
+    """`onnxscript`'s rule, which drops the cast of what is normalised: where the gain is in another type, as in a model
+    whose norms are in float32 among half precision, the cast stays."""
+
+    def rewrite(self, op: Any, x: Any, scale: Any, epsilon: Any, target_dtype: Any = None, **rest: Any) -> Any:
+        if target_dtype is None and x.dtype != scale.dtype:
+            x = op.Cast(x, to=scale.dtype)
+        return super().rewrite(op, x, scale, epsilon, **rest)
+
+
+NORMS = pattern.RewriteRuleSet([_Norm.rule("norm, its gain behind", True), _Norm.rule("norm, its gain before", False)])
+
+
 def put_norms(model: ir.Model) -> None:
     """Replace the pieces of norms, and norms of sums, in place."""
-    fuse_rms_normalization(model)
+    NORMS.apply_to_model(model)
     for node in list(model.graph):
         if node.op_type in SKIPS and node.domain == "" and len(node.outputs) == 1:
             _join(node, model.graph)

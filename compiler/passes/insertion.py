@@ -71,12 +71,19 @@ class Insertion:
         found: dict[str, Any] = {"mask": Deferred(partial(self.mask, claim, interpreter))}
         for role in ("x", "y", "r", "h", "q", "k", "v"):
             if claim.site.values.get(role):
-                found[role] = Deferred(partial(self.current, claim.site.values[role]))
+                found[role] = Deferred(partial(self.read, claim.site.values[role], interpreter.emitter))
         own = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
         scope = claim.scope(found | values | own, interpreter)  # a parameter may have a name of other kinds of site
         for name, hard in claim.held.items():
             scope[name] = Deferred(partial(self.held, scope[name], hard, interpreter.emitter))
         return scope
+
+    def read(self, name: str, emitter: Emitter) -> ir.Value:
+        """A graph value as it is by now, in the type that the emitter computes in: a block may end in float32, as
+        norms do, where the rest of the graph is in half precision."""
+        value = self.current(name)
+        half = {value.dtype, emitter.dtype} & set(HALF)
+        return cast_to(value, emitter.dtype, emitter) if half and value.dtype not in (None, emitter.dtype) else value
 
     @staticmethod
     def held(weights: Deferred, hard: bool, emitter: Emitter) -> ir.Value:

@@ -80,7 +80,7 @@ class Session:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         check_record(self.folder / MANIFEST, self.manifest)
-        self.engine = Engine(self.folder, providers, threads, spinning)
+        self.engine = Engine(self.folder, providers, threads, spinning, self.manifest["base"]["precision"])
         self.shared = share_weights
         if share_weights:
             check_shared(self.engine, self.manifest)

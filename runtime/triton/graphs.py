@@ -23,6 +23,7 @@ import onnx_ir as ir
 from peltc.compiler.files.manifest import GROWN, PROFILE
 from peltc.compiler.passes.offer import STAMP
 from peltc.runtime.running.device import providers_of
+from peltc.runtime.running.engine import FAULTY
 from peltc.runtime.serving.inference import datatype
 from peltc.runtime.serving.joining import ROWS
 from peltc.runtime.triton.rows import Stacked
@@ -117,7 +118,7 @@ def opened(file: Path, stacked: Stacked | None, place: Place) -> Graph:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(str(file), options, providers=providers_of())
+        session = ort.InferenceSession(str(file), options, providers=providers_of(), disabled_optimizers=FAULTY)
     except Exception as error:
         reason = str(error).splitlines()[0][:300]
         raise fail("E605", f"ONNX Runtime cannot open the graph for Triton: {reason}", place,

@@ -180,6 +180,17 @@ def test_half_precision(
     assert (found["stored"]["parameters"] if found["stored"] else 0) == len(folded)
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_block_that_ends_in_float32(precision: str, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Norms in float32 end the blocks of this model, and modules read values of both types."""
+    spec = load_spec(cases.spec("unipelt", "gemma3", "static") | {"deploy": {"mode": "static", "precision": precision}})
+    folder = model_folder("gemma3")
+    plan, _ = plan_for(spec, folder)
+    found = compile(spec, folder, tmp_path / "out", cases.tensors(plan))["verification"]
+    assert found["worst"] <= found["tolerance"] == TOLERANCE["float32"]
+    assert found["arithmetic"]["status"] == ("proven" if precision == "float16" else "open")
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("case", ["lora-everywhere", "dora", "norm_tuning", "bottleneck", "prefix"])
 def test_bfloat16_computed_in_itself(

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import models
 import numpy as np
 import onnx
 import pytest
@@ -263,6 +264,15 @@ def test_verification_reads_the_graphs_with_a_cache(plain, tmp_path):
     with pytest.raises(PeltError, match="E701") as error:
         peltc.verify(copy)
     assert "generated logits" in str(error.value)
+
+
+def test_half_precision_with_a_cache(tmp_path):
+    """A step of ONNX Runtime's optimiser ends the process on this graph, unless it is kept from it."""
+    base = models.save("gpt2", tmp_path / "base", "float16")
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
+    found = peltc.compile(spec, base, tmp_path / "out", generation=True)["verification"]
+    assert found["worst"] <= TOLERANCE and found["arithmetic"]["status"] == "proven"
+    assert "generated logits" in {shape["output"] for shape in found["shapes"]}
 
 
 def test_texts_are_padded_where_a_decoder_goes_on(tmp_path):
