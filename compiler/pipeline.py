@@ -28,6 +28,7 @@ from peltc.compiler.linking.profiles import brought, check_exchange, keep, lacki
 from peltc.compiler.linking.uneven import Uneven, before, evened, uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.lowering.lower import lower
+from peltc.compiler.lowering.quantise import Quantiser
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
@@ -45,6 +46,8 @@ from peltc.spec.diagnostics import fail
 from peltc.spec.modes import SWAPPABLE
 
 Array = np.ndarray[Any, Any]
+WHOLE = ".whole.data"
+"""Where folded weights are before they are quantised."""
 EMPTY = np.zeros(0, np.float32)
 
 
@@ -73,9 +76,11 @@ def build(
     """
     source = embeds or base
     data = DataFile(folder / "model.onnx.data")
+    quantiser = None if plan.quantised is None else Quantiser(plan.quantised, data)
+    whole = data if quantiser is None else DataFile(folder / WHOLE)
     taken, stored = [], {}
     for entry in folds(plan, source, tensors):  # as they come: only a few folded tensors are in memory
-        stored[entry.name] = data.add(entry.name, entry.array)
+        stored[entry.name] = whole.add(entry.name, entry.array)
         taken.append(replace(entry, array=EMPTY))
     for claim in plan.claims:
         if claim.mirrors is not None and claim.absorbed:
@@ -129,7 +134,14 @@ def build(
             else:
                 (Blend if plan.spec.blend else Rows)(model.graph, called).run()
         keep(base, embeds, {called[name]: array for name, array in offered.items()}, folder)
+    if quantiser is not None:
+        for model in graphs.values():
+            quantiser.run(model.graph)
     lowered = {name: lower(model, sites[name].values()) for name, model in graphs.items()}
+    if quantiser is not None:  # what the graphs do not read is not in the artifact
+        for model in graphs.values():
+            data.bring(model)
+        whole.file.unlink()
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
@@ -138,6 +150,7 @@ def build(
     manifest = write_artifact(folder, graphs, data, source, plan, taken, adapter, weights_from, records,
                               self_contained, limits)  # fmt: skip
     manifest["profiles"] = profiles
+    manifest["quantised"] = None if quantiser is None else quantiser.record()
     manifest["lowering"] = {name: found.record() for name, found in lowered.items()}
     return manifest
 
