@@ -14,7 +14,9 @@ BLOCKS = (16, 32, 64, 128, 256)
 """How many inputs of an output may share a scale: what ONNX Runtime has kernels for."""
 COMPUTED = ("int8", "float")
 """What products are computed in: inputs rounded to eight bits, block by block, or as they are."""
-HEADS = "head"
+SPARED = ("head", "feed_forward.router")
+"""What stays as it is unless a spec says otherwise: maps whose outputs are compared with each other, so that a small error
+is another answer."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Quantise:
     block: int = 32
     zeros: bool = True
     compute: str = "int8"
-    spared: tuple[str, ...] = (HEADS,)
+    spared: tuple[str, ...] = SPARED
 
     @property
     def bits(self) -> int:
@@ -48,7 +50,7 @@ def quantise_of(said: str | Mapping[str, Any] | None) -> Quantise | None:
     if isinstance(said, str):
         return Quantise(said)
     known = dict(said)
-    spared = known.pop("except", (HEADS,))
+    spared = known.pop("except", SPARED)
     return Quantise(**known, spared=(spared,) if isinstance(spared, str) else tuple(spared))
 
 
@@ -95,7 +97,7 @@ def quantise_schema() -> dict[str, Any]:
                     },
                     "except": {
                         "anyOf": [word, {"type": "array", "items": word}],
-                        "default": [HEADS],
+                        "default": list(SPARED),
                         "description": "selectors of the maps that stay as they are; `[]` for none",
                     },
                 },

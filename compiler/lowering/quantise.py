@@ -21,6 +21,7 @@ from peltc.spec.quantising import Quantise
 
 Array = np.ndarray[Any, Any]
 OPERATION, DOMAIN = "MatMulNBits", "com.microsoft"
+TINY = 1e-30
 PARTS = (".quantised", ".scales", ".zeros")
 """Behind a weight's name: what it became."""
 LEVELS = {"int8": 4, "float": 0}
@@ -186,4 +187,4 @@ def _unpacked(numbers: Array, bits: int) -> Array:
 def error_of(weight: Array, packed: tuple[Array, Array, Array | None], how: Quantise) -> float:
     """How far a quantised weight is from what it was made of, as a share of that, both by their norms."""
     off = dequantised(*packed, how.bits, weight.shape[0]) - weight.T
-    return float(np.linalg.norm(off) / max(float(np.linalg.norm(weight)), np.finfo(np.float32).tiny))
+    return float(np.linalg.norm(off)) / max(float(np.linalg.norm(weight)), TINY)

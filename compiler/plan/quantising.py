@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import Diagnostic, Place, nearest, one_of
-from peltc.spec.quantising import HEADS, Quantise
+from peltc.spec.quantising import SPARED, Quantise
 
 READ = "weight"
 """The role of the parameter that is quantised."""
@@ -64,6 +64,6 @@ def unmatched(how: Quantise, anatomy: Anatomy, path: str) -> Iterator[Diagnostic
     roles = sorted({site.role for site in maps if site.path})
     place = Place(path, key="deploy.quantise.except")
     for selector in how.spared:
-        if selector != HEADS and not any(site.matches(selector) for site in maps):
+        if selector not in SPARED and not any(site.matches(selector) for site in maps):
             yield Diagnostic("E203", f"no map '{selector}' in this model", place, one_of(roles),
                              nearest(selector, roles))  # fmt: skip

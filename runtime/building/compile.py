@@ -258,8 +258,9 @@ def first_profile(folder: Path, plan: Plan, tensors: Mapping[str, Array]) -> Non
 
 def tell_left(plan: Plan, record: Mapping[str, Any] | None, talk: Talk) -> None:
     """Say which weights are not quantised although the plan named them."""
-    for name, reason in record["left"].items() if record and plan.quantised else ():
-        if name not in plan.quantised.left:
+    known = plan.quantised.left if plan.quantised else {}
+    for name, reason in record["left"].items() if record else ():
+        if name not in known:
             talk(f"'{name}' is not quantised: {reason}")
 
 
