@@ -15,8 +15,8 @@ BLOCKS = (16, 32, 64, 128, 256)
 COMPUTED = ("int8", "float")
 """What products are computed in: inputs rounded to eight bits, block by block, or as they are."""
 SPARED = ("head", "feed_forward.router")
-"""What stays as it is unless a spec says otherwise: maps whose outputs are compared with each other, so that a small error
-is another answer."""
+"""What stays as it is unless a spec says otherwise: maps whose outputs are compared with each other, so that a small
+error is another answer."""
 
 
 @dataclass(frozen=True)
