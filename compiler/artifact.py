@@ -164,6 +164,20 @@ class DataFile:
             if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= INLINE:
                 value.const_value = self.add(value.name or "", tensor.numpy())
 
+    def bring(self, model: ir.Model) -> None:
+        """Copy here what a graph reads from other files, one tensor after the other."""
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) != self.file:
+                value.const_value = self.add(value.name or "", content_of(tensor))
+
+
+def content_of(tensor: ir.TensorProtocol) -> Any:
+    """A tensor's values, read from its file in pages; `onnx_ir` refuses files with several hard links."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(tensor.shape.numpy()))
+
 
 def write_artifact(
     folder: Path,
@@ -190,9 +204,10 @@ def write_artifact(
         model.producer_name, model.producer_version = "peltc", metadata.version("peltc")
         model.ir_version = 10
         ir.save(model, folder / f"{name}.onnx")
-    linked = link_files(base, folder, copy)
+    linked = [] if plan.quantised else link_files(base, folder, copy)
     for name in COMPANIONS:
-        if (base.folder / name).is_file() and not (name.endswith(".index.json") and base.converted):
+        unlike = base.converted or plan.quantised
+        if (base.folder / name).is_file() and not (name.endswith(".index.json") and unlike):
             shutil.copyfile(base.folder / name, folder / name)
     if base.changed:
         (folder / "config.json").write_text(json.dumps(base.config, indent=1) + "\n", encoding="utf-8")

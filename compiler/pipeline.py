@@ -29,6 +29,7 @@ from peltc.compiler.linking.uneven import Uneven, before, evened, uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.lowering.kernels import check_kernels, place
 from peltc.compiler.lowering.lower import Lowering, lower
+from peltc.compiler.lowering.quantise import Quantiser
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
@@ -47,6 +48,8 @@ from peltc.spec.diagnostics import fail
 from peltc.spec.modes import CPU, CUDA, SWAPPABLE
 
 Array = np.ndarray[Any, Any]
+WHOLE = ".whole.data"
+"""Where folded weights are before they are quantised."""
 EMPTY = np.zeros(0, np.float32)
 
 
@@ -75,9 +78,11 @@ def build(
     """
     source = embeds or base
     data = DataFile(folder / "model.onnx.data")
+    quantiser = None if plan.quantised is None else Quantiser(plan.quantised, data)
+    whole = data if quantiser is None else DataFile(folder / WHOLE)
     taken, stored = [], {}
     for entry in folds(plan, source, tensors):  # as they come: only a few folded tensors are in memory
-        stored[entry.name] = data.add(entry.name, entry.array)
+        stored[entry.name] = whole.add(entry.name, entry.array)
         taken.append(replace(entry, array=EMPTY))
     for claim in plan.claims:
         if claim.mirrors is not None and claim.absorbed:
@@ -131,10 +136,17 @@ def build(
             else:
                 (Blend if plan.spec.blend else Rows)(model.graph, called).run()
         keep(base, embeds, {called[name]: array for name, array in offered.items()}, folder)
+    if quantiser is not None:
+        for model in graphs.values():
+            quantiser.run(model.graph)
     lowered = {name: lower(model, sites[name].values()) for name, model in graphs.items()}
     placed = {name: place(model) for name, model in graphs.items()} if plan.spec.provider != CPU else {}
     if plan.spec.provider == CUDA:
         check_kernels(placed)
+    if quantiser is not None:  # what the graphs do not read is not in the artifact
+        for model in graphs.values():
+            data.bring(model)
+        whole.file.unlink()
     adapter = {name: digest(np.ascontiguousarray(array)) for name, array in tensors.items()}
     if starts:
         (folder / CACHE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in starts.items()}))
@@ -143,6 +155,7 @@ def build(
     manifest = write_artifact(folder, graphs, data, source, plan, taken, adapter, weights_from, records,
                               self_contained, limits)  # fmt: skip
     manifest["profiles"] = profiles
+    manifest["quantised"] = None if quantiser is None else quantiser.record()
     manifest["lowering"] = {name: found.record() for name, found in lowered.items()}
     manifest["kernels"] = {name: found.record(plan.spec.provider) for name, found in placed.items()}
     return manifest

@@ -9,6 +9,7 @@ from peltc import schemas
 from peltc.spec.combinators import COMBINATORS, Combinator
 from peltc.spec.method import Method, Option
 from peltc.spec.modes import ANY, MIXED, MODES, PACKED, PROVIDERS
+from peltc.spec.quantising import quantise_schema
 from peltc.spec.recipe import COMMON, Recipe, recipes
 from peltc.spec.validation import NUMBERS, one_value
 
@@ -214,6 +215,7 @@ def spec_schema(
                         "description": "what the artifact is to run on; for cuda, an operation that ONNX Runtime has"
                         " no CUDA kernel for is an error",
                     },
+                    "quantise": quantise_schema(),
                     "generation": {
                         "type": "boolean",
                         "default": False,

@@ -16,6 +16,7 @@ from peltc.spec.foreign import refuse
 from peltc.spec.method import Method, shipped
 from peltc.spec.modes import ANY, PACKED, PROVIDERS
 from peltc.spec.own import held, own_methods, own_recipes
+from peltc.spec.quantising import Quantise, quantise_of
 from peltc.spec.recipe import Recipe, recipes
 from peltc.spec.schema import RESERVED, spec_schema
 from peltc.spec.validation import validate
@@ -129,6 +130,7 @@ class Spec:
     mode: str = "fold"
     precision: str = "checkpoint"
     provider: str = ANY
+    quantise: Quantise | None = None
     freeze_gates: str = ""
     gates: str = ""
     generation: bool = False
@@ -217,6 +219,7 @@ def build_spec(document: Document, text: str = "") -> Spec:
         mode=deploy.get("mode", "fold"),
         precision=deploy.get("precision", "checkpoint"),
         provider=deploy.get("provider", ANY),
+        quantise=quantise_of(deploy.get("quantise")),
         freeze_gates=deploy.get("freeze_gates", ""),
         gates=(deploy.get("gates") or {}).get("at", ""),
         generation=deploy.get("generation", False),

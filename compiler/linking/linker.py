@@ -23,7 +23,7 @@ from peltc.compiler.adapter.provenance import check_file, other_mathematics
 from peltc.compiler.adapter.weights import check_arrays, load_tensors, sourced
 from peltc.compiler.base.base import Base
 from peltc.compiler.base.opening import read_base
-from peltc.compiler.files.checkpoint import open_checkpoint, read_header
+from peltc.compiler.files.checkpoint import Checkpoint, open_checkpoint, read_header
 from peltc.compiler.files.labels import LABELS
 from peltc.compiler.files.manifest import ADAPTER, LINK, MANIFEST, read_manifest
 from peltc.compiler.files.talk import Talk, logged
@@ -71,7 +71,7 @@ class Linker:
         held = manifest["base"]
         known = {"folder": self.folder, "architecture": held["architecture"], "config": {},
                  "precision": held["precision"], "fingerprint": held["fingerprint"],
-                 "checkpoint": open_checkpoint(self.folder)}  # fmt: skip
+                 "checkpoint": self._checkpoint(manifest)}  # fmt: skip
         self.base, embedded = read_base(self.folder / LINK, variant="ids", **known), self.folder / LINK / EMBEDS
         self.source = read_base(embedded, variant=EMBEDS, **known) if embedded.is_dir() else self.base
         spec = build_spec(parse(manifest["spec"], str(self.folder / MANIFEST)), manifest["spec"])
@@ -79,6 +79,10 @@ class Linker:
         self.plan = self._evened(make_plan(spec.in_modes(modes), self.base.anatomy, self.base.fingerprint))
         self.sites = {site.key: site for site in self.source.anatomy}
         self._made: dict[str, Array] = {}
+
+    def _checkpoint(self, manifest: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint in the artifact; nothing of it is there where the base is quantised."""
+        return Checkpoint(self.folder, {}) if manifest.get("quantised") else open_checkpoint(self.folder)
 
     def link(
         self, weights: str | Path | Mapping[str, Array], talk: Talk = logged, labels: Sequence[str] | None = None

@@ -5,6 +5,7 @@ The passes carry claims out; none of them decides anything.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from peltc.compiler.plan.quantising import Quantised
 from peltc.compiler.survey.anatomy import Site
 from peltc.compiler.survey.grouping import columns, grouped
 from peltc.spec.formula.dims import Dim, simplify
@@ -263,11 +265,12 @@ def _is_hard(expr: Expr) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A spec on a model, decided."""
+    """A spec on a model, decided; `quantised` is what becomes of the base's weights where the spec asks for it."""
 
     spec: Spec
     fingerprint: str
     claims: tuple[Claim, ...]
+    quantised: Quantised | None = None
 
     def __repr__(self) -> str:
         folded = sum(bool(claim.absorbed) for claim in self.claims)
@@ -317,13 +320,11 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know beside errors, one line each."""
-        groups: dict[tuple[str, str], int] = {}
-        for claim in self.claims:
-            if claim.follows and claim.mirrors is None:
-                groups[claim.attachment, claim.follows] = groups.get((claim.attachment, claim.follows), 1) + 1
-        told = [f"'{name}' at {site} acts in {count} places, which share these parameters"
-                for (name, site), count in groups.items()]  # fmt: skip
+        """What the user should know, one line each."""
+        shared = [(c.attachment, c.follows) for c in self.claims if c.follows and c.mirrors is None]
+        told = [] if self.quantised is None else [self.quantised.note]
+        told += [f"'{name}' at {site} acts in {count + 1} places, which share these parameters"
+                for (name, site), count in Counter(shared).items()]  # fmt: skip
         if self.held:
             names = ", ".join(f"'{name}'" for name in dict.fromkeys(claim.attachment for claim in self.held))
             told.append(f"what {names} makes of a whole text is computed from the prompt, and kept while tokens are"

@@ -12,6 +12,7 @@ from peltc.compiler.plan.claims import Claim, Plan, Tensor, resolve
 from peltc.compiler.plan.findings import Findings, at
 from peltc.compiler.plan.folding import Folding
 from peltc.compiler.plan.order import order_findings
+from peltc.compiler.plan.quantising import quantised, unmatched
 from peltc.compiler.plan.selection import Selection
 from peltc.compiler.plan.tables import depends_on_id_alone
 from peltc.compiler.survey.anatomy import Anatomy, Site
@@ -68,9 +69,12 @@ class _Planner:
         self.checks.holds(claims)
         if (total := sum(math.prod(tensor.shape) for tensor in self.shared.values())) > MAX_TOTAL:
             self.find("E205", f"the modules have {total:,} values", self.spec.attach[0].place, f"at most {MAX_TOTAL:,}")
+        how = self.spec.quantise
+        self.findings.extend([] if how is None else unmatched(how, self.anatomy, self.spec.path))
         if self.findings:
             raise PeltError(self.findings.told())
-        return Plan(self.spec, self.fingerprint, tuple(Folding(self.anatomy).decide(claims)))
+        weights = None if how is None else quantised(how, self.anatomy)
+        return Plan(self.spec, self.fingerprint, tuple(Folding(self.anatomy).decide(claims)), weights)
 
     def claims(self, entry: Attachment) -> list[Claim]:
         chosen = self.selection.sites(entry)

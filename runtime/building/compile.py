@@ -46,6 +46,7 @@ from peltc.runtime.building.trained import (
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.document import parse
 from peltc.spec.foreign import AS_TRAINED, refuse
+from peltc.spec.quantising import quantised_to
 from peltc.spec.specification import Spec, build_spec, load_spec
 
 
@@ -90,6 +91,7 @@ def compile(
     mode: str | None = None,
     generation: bool | None = None,
     provider: str | None = None,
+    quantise: str | None = None,
     verify: bool | str = True,
     self_contained: bool = False,
     text_only: bool = False,
@@ -113,6 +115,7 @@ def compile(
         mode: `fold`, `static` or `swappable`, in place of the spec's.
         generation: add the graphs that `Session.generate` runs, in place of what the spec says.
         provider: what the artifact is to run on, `any`, `cuda` or `cpu`, in place of the spec's.
+        quantise: the type that weights of the base's maps are quantised to, `int4` or `int8`, in place of the spec's.
         verify: hold the artifact against PyTorch before it takes its place. In half precision that is two steps;
             `function` or `arithmetic` is one of them alone.
         self_contained: copy the checkpoint into the artifact rather than link it.
@@ -148,6 +151,8 @@ def compile(
         spec = replace(spec, generation=generation)
     if provider is not None:
         spec = spec.on(provider)
+    if quantise is not None:
+        spec = replace(spec, quantise=quantised_to(quantise, spec.quantise))
     check_model(model, Path(out))
     refuse(weights if weights is not None or not spec.weights else inside(spec.folder, spec.weights, spec.path),
            "weights")  # fmt: skip
@@ -201,6 +206,7 @@ def _compile(
         manifest["frozen_gates"], manifest["imported"] = gates, imported
         manifest["kept"] = kept_record(plan) if "decode" in staged_bases else None
         write_manifest(folder, manifest)
+        tell_left(plan, manifest["quantised"], talk)
         save_adapter(folder, plan, tensors, own, self_contained, kept_provenance(plan, base, weights, own))
         if manifest["profiles"]:
             first_profile(folder, plan, tensors)
@@ -250,6 +256,14 @@ def first_profile(folder: Path, plan: Plan, tensors: Mapping[str, Array]) -> Non
     write_profile(file, linker.link(tensors), linker.record["fingerprint"])
 
 
+def tell_left(plan: Plan, record: Mapping[str, Any] | None, talk: Talk) -> None:
+    """Say which weights are not quantised although the plan named them."""
+    known = plan.quantised.left if plan.quantised else {}
+    for name, reason in record["left"].items() if record else ():
+        if name not in known:
+            talk(f"'{name}' is not quantised: {reason}")
+
+
 def tell_open(verification: Mapping[str, Any], talk: Talk) -> None:
     """Say what verification could not do here."""
     found = verification["arithmetic"]
@@ -276,7 +290,7 @@ def verify(
 
     Raises:
         PeltError: E603 no artifact; E604 an execution provider that is not there; E608 another base; E609 a changed
-            file; E610 the module is needed; E701 to E705 what differs.
+            file; E610 the model is needed; E701 to E705 what differs.
     """
     from peltc.compiler.artifact import digest
     from peltc.runtime.verification.verify import verify_folder
@@ -291,6 +305,9 @@ def verify(
         raise fail("E610", f"the artifact was compiled from a live torch module, {architecture}", Place(str(folder)),
                    "the module itself, which no folder holds", "in Python: peltc.verify(out, module)")  # fmt: skip
     inputs = examples(like) if like else None
+    if manifest.get("quantised") and model is None:
+        raise fail("E610", "the artifact holds the base's weights quantised, and not as they were", Place(str(folder)),
+                   "the model that it was compiled from", "`pelt verify OUT --model MODEL`")  # fmt: skip
     adapter, place = told_by(folder / ADAPTER), folder if model is None else model
     text_only = bool(known.get("text_only"))
     with opened(place, folder, spec, adapter, inputs, architecture, talk, text_only) as (base_of, _):

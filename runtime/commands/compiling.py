@@ -25,6 +25,7 @@ from peltc.runtime.commands.shell import (
     text_only_option,
 )
 from peltc.spec.modes import MODES, PROVIDERS
+from peltc.spec.quantising import BITS
 
 
 @cli.command("compile", context_settings=CONTEXT, epilog=CACHE)
@@ -38,6 +39,7 @@ from peltc.spec.modes import MODES, PROVIDERS
 @click.option("--verify-step", type=STEP, help="One step of the verification alone; half precision has two.")
 @click.option("--generation/--no-generation", default=None, help="Add graphs with a cache, for `generate`.")
 @click.option("--provider", type=click.Choice(PROVIDERS), help="What it is to run on, in place of the spec's.")
+@click.option("--quantise", type=click.Choice(tuple(BITS)), help="In place of the spec's deploy.quantise.")
 @click.option("--self-contained", is_flag=True, help="Copy the checkpoint into the artifact rather than link it.")
 @architecture_option
 @text_only_option
@@ -46,8 +48,8 @@ from peltc.spec.modes import MODES, PROVIDERS
 @quiet_option
 def compile_command(
     spec: str, model: str | None, out: str, weights: str | None, mode: str | None, generation: bool | None,
-    provider: str | None, verify: bool, verify_step: str | None, self_contained: bool, architecture: str | None,
-    text_only: bool, quirks: str | None, as_json: bool, quiet: bool,
+    provider: str | None, quantise: str | None, verify: bool, verify_step: str | None, self_contained: bool,
+    architecture: str | None, text_only: bool, quirks: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Compile SPEC on MODEL (a folder or a hub id) into an artifact that ONNX Runtime opens.
 
@@ -62,8 +64,9 @@ def compile_command(
 
     with talking(quiet) as talk:
         manifest = compile(spec, model, out, weights, architecture=architecture, mode=mode, generation=generation,
-                           provider=provider, verify=verify_step if verify and verify_step else verify,
-                           self_contained=self_contained, text_only=text_only, quirks=quirks, talk=talk)  # fmt: skip
+                           provider=provider, quantise=quantise,
+                           verify=verify_step if verify and verify_step else verify, self_contained=self_contained,
+                           text_only=text_only, quirks=quirks, talk=talk)  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
         return
@@ -84,6 +87,8 @@ def _verified(manifest: dict[str, Any]) -> Iterator[str]:
     if found.get("worst") is not None:
         wide = " in float32" if manifest["base"]["precision"] != "float32" else ""
         yield f"equal to PyTorch within {found['worst']:.1e}{wide} (tolerance {found['tolerance']:.0e})"
+    if lost := found.get("quantised"):
+        yield f"quantised: {lost['worst']:.1e} off the model as it was"
     if stored := found.get("stored"):
         yield f"folded weights: {stored['worst']:.4f} units in the last place from PyTorch's (0.5 is rounding)"
     if errors := found.get("arithmetic"):

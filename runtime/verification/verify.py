@@ -26,6 +26,7 @@ from peltc.runtime.running.session import Session
 from peltc.runtime.verification import answers
 from peltc.runtime.verification.answers import Answers
 from peltc.runtime.verification.laws import check_laws
+from peltc.runtime.verification.quantised import Wide, check_blocks, cost, stored_blocks
 from peltc.runtime.verification.rewritten import Exposed, Widened
 from peltc.runtime.verification.samples import cases
 from peltc.runtime.verification.samples import example as example
@@ -119,7 +120,17 @@ def verify_folder(
     with_function = not half or step != "arithmetic"
     with_arithmetic = half and step != "function"
     generation = "decode" in manifest.get("graphs", ())
-    model, stored = load_model(base), None
+    model, stored, as_it_was, steps = load_model(base), None, None, 0.0
+    record, parameters = manifest.get("quantised"), dict[str, Any]()
+    if record:
+        transposed = {site.parameters["weight"] for site in base.anatomy if site.transposed}
+        blocks = stored_blocks(folder, record, transposed)
+        steps = check_blocks(model, blocks, plan, tensors, transposed, place)
+        as_it_was = answers.of_torch(attached(load_model(base), plan, tensors), base)
+        others = [entry for entry in manifest["folded"] if entry["parameter"] not in blocks]
+        parameters = stored_parameters(folder, others) | {name: weight for name, (weight, _) in blocks.items()}
+        put_in(model, parameters)
+        plan = replace(plan, claims=tuple(claim for claim in plan.claims if not claim.absorbed))
     if half:
         held = stored_parameters(folder, manifest["folded"])
         if with_function:
@@ -131,6 +142,7 @@ def verify_folder(
         model = load_model(base)
         if half:
             put_in(model, stored_parameters(folder, manifest["folded"]))
+        put_in(model, parameters)
         return attached(model, plan, tensors)
 
     model = attached(model, plan, tensors)
@@ -146,12 +158,17 @@ def verify_folder(
     if with_function:
         found = function(folder, base, expected, place, again)
     errors = arithmetic(folder, base, expected, own, place, providers or CPU) if own is not None else None
+    lost = None
+    if as_it_was is not None:
+        deployed = answers.of_session(Session(folder, providers or CPU, spinning=False), base)
+        lost = cost(deployed, as_it_was, steps, place.path)
     return {
         "measure": answers.MEASURE,
         "against": "PyTorch with the modules attached",
         **found,
         "stored": stored,
         "arithmetic": errors,
+        "quantised": lost,
     }
 
 
@@ -224,7 +241,9 @@ def measure_rounding(
 
 
 def wide_session(folder: Path, base: Base) -> Session:
-    """An artifact that computes in float32, whatever its type."""
+    """An artifact that computes in float32, whatever its type, by quantised weights too."""
+    if read_manifest(folder).get("quantised"):
+        return Wide(folder, CPU, spinning=False)
     return (Widened if base.precision in UNIT else Session)(folder, CPU, spinning=False)
 
 

@@ -1,0 +1,133 @@
+"""Quantised maps: the weights that an artifact's blocks stand for, and what quantising them costs.
+
+The function is held against PyTorch on the dequantised weights, which are read from the artifact's own bytes. What
+deployment does beside, products of inputs rounded to eight bits, is no part of the function; its error is measured
+together with that of the weights, against PyTorch on the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from peltc.compiler.artifact import content_of
+from peltc.compiler.lowering.quantise import LEVELS, OPERATION, PARTS, dequantised
+from peltc.compiler.plan.claims import Plan
+from peltc.runtime.training.attach import attach_plan
+from peltc.runtime.training.places import owner_of
+from peltc.runtime.verification import answers
+from peltc.runtime.verification.answers import Answers
+from peltc.runtime.verification.rewritten import Rewritten
+from peltc.spec.diagnostics import Place, fail
+from peltc.spec.quantising import BITS
+
+STEPS = 1.0
+"""How many scales a dequantised number may be off: half of one is rounding, and as much where the range ends."""
+
+
+class Wide(Rewritten):
+    """An artifact whose products by quantised weights read their inputs as they are."""
+
+    def rewrite(self, model: Any) -> None:
+        exact(model)
+
+
+def exact(model: ir.Model) -> None:
+    """Make products by quantised weights compute in the graph's own type, in place."""
+    for node in model.graph:
+        if node.op_type == OPERATION:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", LEVELS["float"])
+
+
+def stored_blocks(
+    folder: Path, record: Mapping[str, Any], transposed: set[str]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The weights that an artifact's blocks stand for, as the model's parameters are, and how large a step between two
+    numbers is at each, by name.
+
+    Args:
+        record: what the manifest says of them.
+        transposed: those of them that the model has as [in, out].
+
+    Raises:
+        PeltError: E705 the graph lacks one.
+    """
+    graph = ir.load(folder / "model.onnx").graph
+    products = {node.inputs[1].name: node for node in graph if node.op_type == OPERATION and node.inputs[1]}
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name in record["weights"]:
+        parts = [graph.initializers.get(name + end) for end in PARTS[: 3 if record["zeros"] else 2]]
+        node = products.get(name + PARTS[0])
+        if node is None or any(part is None or part.const_value is None for part in parts):
+            raise fail("E705", f"the graph lacks the blocks of '{name}', which is quantised by the manifest",
+                       Place(str(folder)), hint="compile again")  # fmt: skip
+        packed, scales, *zeros = (np.array(content_of(part.const_value)) for part in parts if part and part.const_value)
+        n_in = node.attributes.get_int("K", 0)
+        weight = dequantised(packed, scales, zeros[0] if zeros else None, BITS[record["to"]], n_in)
+        step = np.repeat(np.abs(scales), record["block"], axis=1)[:, :n_in]
+        turn = name in transposed
+        found[name] = (torch.from_numpy(np.ascontiguousarray(weight.T if turn else weight)),
+                       torch.from_numpy(np.ascontiguousarray(step.T if turn else step)))  # fmt: skip
+    return found
+
+
+def check_blocks(
+    model: Any, blocks: Mapping[str, tuple[torch.Tensor, torch.Tensor]], plan: Plan, tensors: Mapping[str, Any],
+    transposed: set[str], place: Place,
+) -> float:  # fmt: skip
+    """Hold weights against PyTorch's own, what folds into them inside: no number is further away than a step. Modules
+    of blocks that fold into a map are no part of its torch module; such a map is held by the outputs alone.
+
+    Args:
+        model: the base in torch, without modules; left as it was.
+
+    Returns:
+        The largest distance, in steps.
+
+    Raises:
+        PeltError: E705 a number is further away.
+    """
+    worst, absorbed = 0.0, [claim for claim in plan.claims if claim.absorbed]
+    inside = {claim.absorbed for claim in absorbed}
+    unseen = {claim.absorbed for claim in absorbed if claim.site.kind != "linear"}
+    whole = {name: model.get_parameter(name).detach() for name in blocks if name not in inside}
+    if absorbed:
+        attach_plan(model, replace(plan, claims=tuple(absorbed)), tensors).eval()
+        try:
+            for name in [name for name in blocks if name in inside - unseen]:
+                whole[name] = weight_of(owner_of(model, name), blocks[name][0], name in transposed)
+        finally:
+            model.detach_adapter()
+    for name, found in whole.items():
+        weight, step = blocks[name]
+        off = (weight - found).abs()
+        steps = float((off / step.clamp(min=torch.finfo(torch.float32).tiny)).max())
+        if not steps <= STEPS * (1 + 1e-3):
+            raise fail("E705", f"quantised weights: '{name}' is up to {steps:.2f} steps from the checkpoint's", place,
+                       f"at most {STEPS:.0f}", "compile again; if the artifact is new, please report this")  # fmt: skip
+        worst = max(worst, steps)
+    return worst
+
+
+@torch.no_grad()
+def weight_of(module: Any, like: torch.Tensor, turned: bool) -> torch.Tensor:
+    """The weight of a torch module with its hooks, by what it makes of the columns of the identity."""
+    n_in = like.shape[0 if turned else 1]
+    columns: torch.Tensor = module(torch.eye(n_in)[None]) - module(torch.zeros(1, n_in, n_in))
+    return columns[0] if turned else columns[0].T
+
+
+def cost(found: Answers, expected: Answers, steps: float, place: str) -> dict[str, Any]:
+    """What the manifest says of the cost: errors of what is deployed, by output, against the model as it was.
+
+    Args:
+        steps: the largest distance of a weight.
+    """
+    outputs = answers.by_output(answers.differences(found, expected, place, hidden=False))
+    return {"steps": steps, "outputs": outputs, "worst": max(outputs.values(), default=0.0)}

@@ -1,0 +1,207 @@
+"""Artifacts with quantised bases: what they compute, what stays as it was, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import peltc
+from peltc.compiler.linking.linker import Linker
+from peltc.runtime.building.compile import plan_for
+from peltc.runtime.commands.cli import run
+from peltc.runtime.running.session import Session
+from peltc.runtime.verification.verify import TOLERANCE, load_model
+from peltc.spec.diagnostics import PeltError
+from peltc.spec.specification import load_spec
+
+Folder = Callable[..., Path]
+IDS = np.array([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+REST = ["roberta", "distilbert", "llama", "t5", "phi3", "llama-tied", "qwen3_moe", "gpt_oss"]
+FLOAT = {"to": "int4", "compute": "float"}
+
+
+def spec(method: str = "lora", at: str = "attention.query", quantise: Any = "int4", **deploy: Any) -> dict[str, Any]:
+    options = {"r": 2} if method in ("lora", "dora") else {}
+    return {"pelt": 1, "name": "first", "attach": [{"method": method, "at": at, **options}],
+            "deploy": {"quantise": quantise, **deploy}}  # fmt: skip
+
+
+def some(said: dict[str, Any], folder: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    plan = plan_for(load_spec(said), folder)[0]
+    return {name: random.normal(0, 0.1, t.shape).astype(np.float32) for name, t in plan.tensors.items()}
+
+
+def compiled(said: dict[str, Any], folder: Path, out: Path, **more: Any) -> dict[str, Any]:
+    return peltc.compile(said, folder, out, some(said, folder), **more)
+
+
+def unpacked(out: Path, name: str) -> np.ndarray:
+    """A weight [out, in] of four bits with zero points, off the artifact's bytes."""
+    graph = onnx.load(out / "model.onnx").graph
+    mine = [tensor for tensor in graph.initializer if tensor.name.startswith(name + ".")]
+    part = {tensor.name.removeprefix(name): numpy_helper.to_array(tensor) for tensor in mine}
+
+    def low_first(packed: np.ndarray) -> np.ndarray:
+        return np.stack([packed % 16, packed // 16], -1).reshape(len(packed), -1).astype(np.float64)
+
+    q, scales, zeros = low_first(part[".quantised"]), part[".scales"].astype(np.float64), low_first(part[".zeros"])
+    node = next(n for n in graph.node if n.op_type == "MatMulNBits" and n.input[1] == f"{name}.quantised")
+    n_in = next(a.i for a in node.attribute if a.name == "K")
+    blocks = scales.shape[1]
+    q = q.reshape(len(scales), blocks, -1)
+    return ((q - zeros[:, :blocks, None]) * scales[..., None]).reshape(len(scales), -1)[:, :n_in]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
+def test_families(family: str, model_folder: Folder, tmp_path: Path) -> None:
+    """The artifact is torch with the weights that the test unpacks; compilation has held it against torch as well."""
+    folder = model_folder(family)
+    said = spec(at="attention.value" if family != "t5" else "encoder.*.attention.value", quantise=FLOAT)
+    manifest = compiled(said, folder, tmp_path / "out")
+    record, held = manifest["quantised"], manifest["verification"]
+    assert held["worst"] <= TOLERANCE["float32"] and held["quantised"]["steps"] <= 0.501
+    assert held["quantised"]["worst"] > 100 * held["worst"]  # the model as it was is another
+    assert all(0.03 < error < 0.15 for error in record["weights"].values())
+    plan, base = plan_for(load_spec(said), folder)
+    model, transposed = load_model(base), {s.parameters["weight"] for s in base.anatomy if s.transposed}
+    for name in record["weights"]:
+        weight = torch.from_numpy(unpacked(tmp_path / "out", name)).float()
+        model.get_parameter(name).data = weight.T.contiguous() if name in transposed else weight
+    assert all(claim.absorbed in record["weights"] for claim in plan.claims)
+    feeds = {"input_ids": torch.from_numpy(IDS), "attention_mask": torch.ones_like(torch.from_numpy(IDS))}
+    feeds |= {"decoder_input_ids": feeds["input_ids"]} if family == "t5" else {}
+    with torch.no_grad():
+        wanted = model(**feeds).logits.numpy()
+    found = Session(tmp_path / "out")(**{name: value.numpy() for name, value in feeds.items()})["logits"]
+    assert np.abs(found - wanted).max() <= TOLERANCE["float32"] * np.abs(wanted).max()
+
+
+def test_reasons_why_weights_stay(model_folder: Folder, tmp_path: Path) -> None:
+    left = compiled(spec("dora", mode="static"), model_folder("llama"), tmp_path / "a")["quantised"]["left"]
+    query = "model.layers.{}.self_attn.q_proj.weight"
+    assert left == {query.format(i): "'dora' computes with it" for i in (0, 1)} | {
+        "lm_head.weight": "spared by the spec"
+    }
+    everything = spec(quantise={"to": "int8", "except": []})
+    assert compiled(everything, model_folder("llama"), tmp_path / "b")["quantised"]["left"] == {}
+
+
+@pytest.mark.slow
+def test_reasons_why_tied_weights_and_experts_stay(model_folder: Folder, tmp_path: Path) -> None:
+    tied = compiled(spec(quantise={"to": "int8", "except": []}), model_folder("llama-tied"), tmp_path / "a")
+    assert tied["quantised"]["left"] == {"lm_head.weight": "one tensor with a table"}
+    left = compiled(spec(), model_folder("qwen3_moe"), tmp_path / "b")["quantised"]["left"]
+    assert {"stacked weights of experts", "spared by the spec"} == set(left.values())
+    assert "model.layers.0.mlp.gate.weight" in left  # the router
+
+
+def test_modules_stay_live_beside_quantised_maps(model_folder: Folder, tmp_path: Path) -> None:
+    """Profiles are linked without the checkpoint, and each answers as its own static artifact."""
+    folder, said = model_folder("llama"), spec(quantise=FLOAT, mode="bank", generation=True)
+    compiled(said, folder, tmp_path / "bank")
+    second = some(said, folder, seed=1)
+    session = Session(tmp_path / "bank")
+    session.add_profile("first", Linker(tmp_path / "bank").link(some(said, folder)))
+    session.add_profile("second", Linker(tmp_path / "bank").link(second))
+    mask = np.ones_like(IDS)
+    found = session(input_ids=IDS, attention_mask=mask, profile=["first", "second"])["logits"]
+    for row, tensors in enumerate((some(said, folder), second)):
+        static = spec(quantise=FLOAT, mode="static", generation=True)
+        peltc.compile(static, folder, tmp_path / "static", tensors)
+        alone = Session(tmp_path / "static")
+        wanted = alone(input_ids=IDS, attention_mask=mask)["logits"][row]
+        assert np.abs(found[row] - wanted).max() <= TOLERANCE["float32"] * np.abs(wanted).max()
+        texts = alone.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        assert np.asarray(texts).shape == (2, 9)
+
+
+def test_the_folder_holds_no_float_weights_of_quantised_maps(model_folder: Folder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder("bert"), tmp_path / "model"))
+    compiled(spec(quantise=FLOAT), folder, tmp_path / "out")
+    before = Session(tmp_path / "out")(input_ids=IDS)["logits"]
+    assert (
+        not [*(tmp_path / "out").glob("*.safetensors.index.json")] and not (tmp_path / "out/model.safetensors").exists()
+    )
+    size = (tmp_path / "out/model.onnx.data").stat().st_size
+    assert size < 0.45 * (folder / "model.safetensors").stat().st_size  # the tables are float, and large in a toy
+    with pytest.raises(PeltError, match="E610 the artifact holds the base's weights quantised"):
+        peltc.verify(tmp_path / "out")
+    peltc.verify(tmp_path / "out", folder)
+    shutil.rmtree(folder)
+    assert (Session(tmp_path / "out")(input_ids=IDS)["logits"] == before).all()
+
+
+@pytest.mark.parametrize(("part", "code"), [(".scales", "E705"), (".quantised", "E705")])
+@pytest.mark.parametrize("at", ["attention.query", "attention.key"], ids=["inside", "beside"])
+def test_a_wrong_number_is_caught(part: str, code: str, at: str, model_folder: Folder, tmp_path: Path) -> None:
+    """Of a weight that nothing folds into, and of one that LoRA is in."""
+    out, name = tmp_path / "out", "bert.encoder.layer.1.attention.self.query.weight"
+    compiled(spec(at=at), model_folder("bert"), out)
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    tensor = next(t for t in graph.initializer if t.name == name + part)
+    offset = {e.key: e.value for e in tensor.external_data}["offset"] if tensor.external_data else None
+    assert offset is not None
+    with (out / "model.onnx.data").open("r+b") as file:
+        file.seek(int(offset) + (3 if part == ".scales" else 0))
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ (1 if part == ".scales" else 8)]))
+    with pytest.raises(PeltError) as caught:
+        peltc.verify(out, model_folder("bert"))
+    assert caught.value.diagnostics[0].code == code and name in str(caught.value)
+
+
+def test_a_wrong_attribute_is_caught(model_folder: Folder, tmp_path: Path) -> None:
+    """The blocks are right, and a product reads another weight's."""
+    out = tmp_path / "out"
+    compiled(spec(), model_folder("bert"), out)
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    first, second = [n for n in model.graph.node if n.op_type == "MatMulNBits" and ".value." in n.input[1]]
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+    onnx.save(model, out / "model.onnx")
+    with pytest.raises(PeltError, match="E701"):
+        peltc.verify(out, model_folder("bert"))
+
+
+@pytest.mark.parametrize(
+    ("deploy", "words"),
+    [
+        ({"quantise": "int3"}, "deploy.quantise"),
+        ({"quantise": {"block": 32}}, "deploy.quantise"),
+        ({"quantise": {"to": "int4", "block": 48}}, "deploy.quantise"),
+        ({"quantise": {"to": "int4", "spare": "head"}}, "deploy.quantise"),
+        ({"quantise": {"to": "int4", "except": ["attention.qury"]}}, "E203 no map 'attention.qury'"),
+        ({"quantise": "int4", "precision": "float16"}, "E208 quantised weights are computed with in float32"),
+    ],
+)  # fmt: skip
+def test_refusals(deploy: dict[str, Any], words: str, model_folder: Folder) -> None:
+    said = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query"}], "deploy": deploy}
+    with pytest.raises(PeltError) as caught:
+        plan_for(load_spec(said), model_folder("bert"))
+    assert words in str(caught.value)
+
+
+def test_the_command(model_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = tmp_path / "spec.yaml"
+    said.write_text("pelt: 1\nattach: [{method: bitfit, at: attention.query}]\n")
+    arguments = ["compile", str(said), str(model_folder("bert")), "-o", str(tmp_path / "out"), "--quantise", "int8"]
+    assert run([*arguments, "--weights", str(weights(said, model_folder("bert"), tmp_path))]) in (0, None)
+    told = capsys.readouterr()
+    assert "quantised: " in told.out and "weights of maps become int8" in told.err
+
+
+def weights(said: Path, folder: Path, at: Path) -> Path:
+    from safetensors.numpy import save_file
+
+    plan = plan_for(load_spec(said), folder)[0]
+    save_file({name: np.full(t.shape, 0.1, np.float32) for name, t in plan.tensors.items()}, at / "adapter.safetensors")
+    return at / "adapter.safetensors"
