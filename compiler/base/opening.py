@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from peltc.compiler.export.exported import OPSET
 from peltc.compiler.export.refusals import (
+    check_packed,
     check_stored,
     check_text,
 )
@@ -83,6 +84,7 @@ def open_base(
     before, config = config, chosen_config(config, architecture, choice)
     tidy_cache()
     checkpoint, converted = safe_checkpoint(folder, talk)
+    check_packed(checkpoint.tensors, folder)
     stored = str(checkpoint.float_dtype)
     computed = {"checkpoint": "float32" if stored in ("bfloat16", "float64") else stored}.get(precision, precision)
     stable = {k: v for k, v in config.items() if k not in VOLATILE}

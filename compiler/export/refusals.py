@@ -1,6 +1,7 @@
 """Models that cannot be compiled, told before anything is exported, each for what it is.
 
-Decided by what the config says, and by the signature of the class's `forward`; no list of models is kept.
+Decided by what the config says, by the names of the tensors, and by the signature of the class's `forward`; no list of
+models is kept.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ def check_stored(config: Mapping[str, Any], folder: Path) -> None:
         for name in ("quantization_config", "compression_config"):
             if part.get(name):
                 raise quantised(part[name], "the checkpoint", Place(str(folder / "config.json"), key=f"{key}{name}"))
+
+
+def check_packed(names: Iterable[str], folder: Path) -> None:
+    """Whether the names of a checkpoint's tensors are those of weights as they are. The tools of GPTQ and AWQ wrote
+    their settings beside the config, so that the config need not tell.
+
+    Args:
+        names: of the tensors.
+
+    Raises:
+        PeltError: E508 some are quantised.
+    """
+    packed = next((name for name in names if name.endswith(".qweight")), None)
+    if packed is not None:
+        raise fail("E508", f"the checkpoint is quantised: '{packed}' holds packed whole numbers, as GPTQ and AWQ store"
+                   " them", Place(str(folder)), PLAIN, _undoing("", None))  # fmt: skip
 
 
 def check_live(model: Any) -> None:

@@ -52,6 +52,33 @@ def test_quantised_checkpoints(desk: Any, name: str) -> None:
     refused(desk, "E508", "config.json  quantization_config\n", message, hint)
 
 
+def test_every_quantisation_that_transformers_knows(tmp_path: Path) -> None:
+    """Of each the method is named, and what to do."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    assert {"awq", "gptq", "fp8", "bitsandbytes_4bit"} <= set(AUTO_QUANTIZER_MAPPING)
+    for name in AUTO_QUANTIZER_MAPPING:
+        method, _, bits = name.partition("_") if name.startswith("bitsandbytes") else (name, "", "")
+        settings = {"quant_method": method, f"load_in_{bits}": True} if bits else {"quant_method": method}
+        with pytest.raises(PeltError) as caught:
+            refusals.check_stored({"quantization_config": settings}, tmp_path)
+        found = caught.value.diagnostics[0]
+        assert found.code == "E508" and f"quantised ({method}" in found.message and found.hint, name
+
+
+def test_packed_weights_whose_config_says_nothing(desk: Any) -> None:
+    """GPTQ's and AWQ's own tools kept their settings in a file beside the config."""
+    folder = desk.copy_model()
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("query.weight"))
+    stem, shape = name.removesuffix(".weight"), tensors.pop(name).shape
+    tensors |= {f"{stem}.qweight": np.zeros((shape[1] // 8, shape[0]), np.int32),
+                f"{stem}.qzeros": np.zeros((1, shape[0] // 8), np.int32),
+                f"{stem}.scales": np.ones((1, shape[0]), np.float16)}  # fmt: skip
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(desk, "E508", f"'{stem}.qweight' holds packed whole numbers", "that it was quantised from")
+
+
 def test_a_part_that_is_quantised(desk: Any) -> None:
     desk.copy_model(text_config={"quantization_config": {"quant_method": "gptq"}})
     refused(desk, "E508", "config.json  text_config.quantization_config\n")
