@@ -1,4 +1,5 @@
-"""All that lowers a graph, in order: attention cores, normalisations, rotations, and what is computed twice."""
+"""All that lowers a graph, in order: attention cores, normalisations, rotations, positions, what is computed twice, and
+what lacks a kernel in half precision."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ from peltc.compiler.graphs.wide import hold
 from peltc.compiler.lowering.attention import OPERATION, AttentionLowering
 from peltc.compiler.lowering.heads import SideBySide
 from peltc.compiler.lowering.maps import DOMAIN, put_maps
+from peltc.compiler.lowering.positions import put_positions
 from peltc.compiler.lowering.reading import Unread, is_core, read_core
 from peltc.compiler.lowering.rotations import RotationLowering
+from peltc.compiler.lowering.wider import put_wider
 from peltc.compiler.survey.anatomy import Site
 
 OPSET = 23
@@ -80,6 +83,7 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
     RemoveUnusedNodesPass()(model)  # a cache is its own only where nothing else reads it
     SideBySide(graph).run()
     put_maps(graph)
+    put_positions(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)
     rms_normalization.fuse_rms_normalization(model)
@@ -88,6 +92,7 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
     hold(graph)
     graph.opset_imports[""] = OPSET
     graph.opset_imports[DOMAIN] = 1
+    put_wider(model)
     return Lowering(tuple(cores), before, len(graph))
 
 
