@@ -35,15 +35,6 @@ def artifact(family: str, case: str, precision: str, folder: Folder, out: Path) 
     return peltc.compile(spec, folder(family), out, cases.tensors(plan), generation=generates, verify=False)
 
 
-def numbered(file: Path) -> ir.Model:
-    """A graph whose nodes have numbers for names, written beside it."""
-    model = ir.load(file)
-    for i, node in enumerate(model.graph):
-        node.name = str(i)
-    ir.save(model, file.with_suffix(".numbered"))
-    return model
-
-
 @needs_provider
 @pytest.mark.parametrize(("family", "case", "precision"), CELLS)
 def test_placed_as_by_onnxruntime(
@@ -51,7 +42,7 @@ def test_placed_as_by_onnxruntime(
 ) -> None:
     """Node by node; and copies, and whether a CUDA graph is accepted."""
     names = artifact(family, case, precision, model_folder, tmp_path / "out")["graphs"]
-    models = [numbered(tmp_path / "out" / f"{name}.onnx") for name in names]
+    models = [driverless.numbered(tmp_path / "out" / f"{name}.onnx") for name in names]
     files = [tmp_path / "out" / f"{name}.numbered" for name in names]
     for model, theirs in zip(models, driverless.asked(shared / "cuda", "placing.py", *files), strict=True):
         ours = place(model)
