@@ -8,7 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q --retries 2
 # The `adapters` library, an oracle of the tests, needs an older transformers: an environment of its own.
 ADAPTERS := .venv/adapters
 
-.PHONY: .venv demo test sweep lint types bench api clean
+.PHONY: .venv demo test sweep gpu lint types bench api clean
 
 .venv: $(READY)
 
@@ -39,6 +39,10 @@ test: lint types $(ADAPTERS)/.ready
 
 sweep: $(READY) $(ADAPTERS)/.ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
+
+# On a machine with a CUDA device; elsewhere each says that it is skipped, and why.
+gpu: $(READY)
+	$(BIN)/python -m pytest -q -rs -m gpu tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -83,11 +83,13 @@ class Placed:
 
     Attributes:
         where: by node.
+        types: those of all values, where they are known.
         lacking: nodes without a kernel, with the types that they would need one in.
         hinders: what keeps the graph from being captured as a CUDA graph, in the order of its nodes.
     """
 
     where: dict[ir.Node, str] = field(default_factory=dict)
+    types: dict[ir.Value, str] = field(default_factory=dict)
     lacking: dict[ir.Node, dict[str, str]] = field(default_factory=dict)
     hinders: list[str] = field(default_factory=list)
 
@@ -145,6 +147,25 @@ def described(node: ir.Node, types: Mapping[str, str]) -> str:
     return f"{told}, of the model{f' at {where}' if where else ''}: '{node.outputs[0].name}'"
 
 
+def kernels_of(node: ir.Node) -> Kernels | None:
+    """What CUDA has for a node's operator in the version that its graph means."""
+    name = "Cast" if node.op_type == "CastLike" else node.op_type  # ONNX Runtime makes a Cast of it
+    versions = table()[1].get(f"{node.domain}::{name}" if node.domain else name, {})
+    known = [since for since in versions if since <= _opset(node)]
+    return versions[max(known)] if known else None
+
+
+def fits_in_float32(node: ir.Node, types: Mapping[str, str]) -> bool:
+    """Whether CUDA has a kernel for a node that lacks one in half precision, were it in float32.
+
+    Args:
+        types: those that it lacks one in.
+    """
+    entry, half = kernels_of(node), {"float16", "bfloat16"}
+    wide = {name: "float" if kind in half else kind for name, kind in types.items()}
+    return entry is not None and wide != dict(types) and entry.fits(wide)
+
+
 def _opset(node: ir.Node) -> int:
     return node.graph.opset_imports.get(node.domain, 1) if isinstance(node.graph, ir.Graph) else 1
 
@@ -154,7 +175,7 @@ class _Placing:
 
     def __init__(self, graph: ir.Graph):
         self.graph, self.found = graph, Placed()
-        self.types: dict[ir.Value, str] = {}
+        self.types = self.found.types
         self.host: set[ir.Value] = set()  # values in the machine's own memory
         self.fixed: set[ir.Value] = set(graph.initializers.values())  # values of constants alone
         for value in (*graph.inputs, *graph.initializers.values()):
@@ -163,7 +184,7 @@ class _Placing:
     def run(self) -> Placed:
         entries = {}
         for node in self.graph:
-            entries[node] = entry = self.entry(node)
+            entries[node] = entry = kernels_of(node)
             self.infer(node, entry)
             self.found.where[node] = self.whereabouts(node, entry)
         for node in self.graph:
@@ -171,19 +192,15 @@ class _Placing:
                 self.found.hinders.append(reason)
         return self.found
 
-    def entry(self, node: ir.Node) -> Kernels | None:
-        """What CUDA has for a node's operator in the version that the graph means."""
-        versions = table()[1].get(f"{node.domain}::{node.op_type}" if node.domain else node.op_type, {})
-        known = [since for since in versions if since <= self.graph.opset_imports.get(node.domain, 1)]
-        return versions[max(known)] if known else None
-
     def infer(self, node: ir.Node, entry: Kernels | None) -> None:
         """Learn the types of what a node makes."""
         types = entry.bound(self.kinds(node.inputs)) if entry else {}
         for i, value in enumerate(node.outputs):
             name = entry.outputs[min(i, len(entry.outputs) - 1)].removesuffix("...") if entry else ""
             kind = types.get(name) or (name if name in _NAMES else "")
-            if (key := MADE.get(node.op_type)) and key in node.attributes:
+            if node.op_type == "CastLike":
+                kind = self.kinds(node.inputs)[1]
+            elif (key := MADE.get(node.op_type)) and key in node.attributes:
                 kind = _kind(ir.DataType(node.attributes[key].as_int()))
             elif node.op_type in ("Constant", "ConstantOfShape"):
                 content = node.attributes.get("value")

@@ -1,4 +1,5 @@
-"""All that lowers a graph, in order: attention cores, normalisations, rotations, and what is computed twice."""
+"""All that lowers a graph, in order: attention cores, normalisations, rotations, positions, what is computed twice, and
+what lacks a kernel in half precision."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from peltc.compiler.lowering.grids import put_masks
 from peltc.compiler.lowering.heads import SideBySide
 from peltc.compiler.lowering.maps import DOMAIN, put_maps
 from peltc.compiler.lowering.norms import put_norms
+from peltc.compiler.lowering.positions import put_positions
 from peltc.compiler.lowering.products import put_products
 from peltc.compiler.lowering.reading import Unread, is_core, read_core
 from peltc.compiler.lowering.rotations import RotationLowering
+from peltc.compiler.lowering.wider import put_wider
 from peltc.compiler.survey.anatomy import Site
 from peltc.compiler.survey.grouping import columns, grouped
 
@@ -102,6 +105,7 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
     RemoveUnusedNodesPass()(model)  # a cache is its own only where nothing else reads it
     SideBySide(graph).run()
     put_maps(graph)
+    put_positions(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)
     put_norms(model)
@@ -110,6 +114,7 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
     hold(graph)
     graph.opset_imports[""] = OPSET
     graph.opset_imports[DOMAIN] = 1
+    put_wider(model)
     return Lowering(tuple(cores), before, len(graph))
 
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import onnxruntime
 
 PROVIDERS = Path(onnxruntime.__file__).parent / "capi"
@@ -95,3 +96,12 @@ def asked(folder: Path, script: str, *arguments: str | Path, strict: bool = True
     if found.returncode and strict:
         raise RuntimeError(f"{script}: {found.returncode}\n{found.stderr[-2000:]}")
     return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def numbered(file: Path) -> ir.Model:
+    """A graph whose nodes have numbers for names, written beside it."""
+    model = ir.load(file)
+    for i, node in enumerate(model.graph):
+        node.name = str(i)
+    ir.save(model, file.with_suffix(".numbered"))
+    return model

@@ -13,9 +13,12 @@ from peltc.runtime.running.device import providers_of
 from peltc.runtime.verification.verify import UNIT
 
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-pytestmark = pytest.mark.skipif(
-    providers_of()[0] != CUDA[0], reason="no CUDA device on this machine: profiles on it are not tested"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        providers_of()[0] != CUDA[0], reason="no CUDA device on this machine: profiles on it are not tested"
+    ),
+]
 
 
 @pytest.mark.parametrize("mode", ["swappable", "bank"])

@@ -1,0 +1,6 @@
+"""Tests of graphs for a CUDA device, and on one."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "conformance")]
