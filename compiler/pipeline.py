@@ -29,7 +29,7 @@ from peltc.compiler.linking.uneven import Uneven, before, evened, uneven
 from peltc.compiler.linking.zeros import leaves_the_base, zeroed
 from peltc.compiler.lowering.kernels import check_kernels, place
 from peltc.compiler.lowering.lower import Lowering, lower
-from peltc.compiler.lowering.quantise import Quantiser
+from peltc.compiler.lowering.quantise import Pack, Quantiser
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.bind import add_bias, bind
@@ -63,6 +63,7 @@ def build(
     stages: Mapping[str, Base] = MappingProxyType({}),
     weights_from: str = "",
     self_contained: bool = False,
+    pack: Pack | None = None,
 ) -> dict[str, Any]:
     """Carry a plan out and write the artifact into a folder.
 
@@ -72,13 +73,15 @@ def build(
         stages: the bases of the graphs that generation takes, by name; they share every weight with the first.
         weights_from: where the tensors come from, for the manifest.
         self_contained: copy the checkpoint's files rather than link them.
+        pack: the quantiser, where the plan quantises weights.
 
     Returns:
         The manifest.
     """
     source = embeds or base
+    assert plan.quantised is None or pack is not None
     data = DataFile(folder / "model.onnx.data")
-    quantiser = None if plan.quantised is None else Quantiser(plan.quantised, data)
+    quantiser = None if plan.quantised is None or pack is None else Quantiser(plan.quantised, data, pack)
     whole = data if quantiser is None else DataFile(folder / WHOLE)
     taken, stored = [], {}
     for entry in folds(plan, source, tensors):  # as they come: only a few folded tensors are in memory

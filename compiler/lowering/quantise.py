@@ -9,6 +9,7 @@ other is read, made, and written to the artifact's data: no two are in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from peltc.compiler.plan.quantising import Quantised
 from peltc.spec.quantising import Quantise
 
 Array = np.ndarray[Any, Any]
+Pack = Callable[[Array, Quantise], tuple[Array, Array, Array | None]]
 OPERATION, DOMAIN = "MatMulNBits", "com.microsoft"
 TINY = 1e-30
 PARTS = (".quantised", ".scales", ".zeros")
@@ -35,6 +37,8 @@ class Quantiser:
     Args:
         decided: which, and how.
         data: where they are written.
+        pack: makes blocks of a weight [in, out]: the numbers [out, blocks, bytes], the scales [out, blocks], and the
+            zero points [out, bytes] or None, two of four bits to a byte, the lower half first.
 
     Attributes:
         errors: by weight, how far it is from what it was made of, as a share of that, both by their norms.
@@ -43,6 +47,7 @@ class Quantiser:
 
     decided: Quantised
     data: DataFile
+    pack: Pack
     errors: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     parts: dict[str, list[ir.ExternalTensor]] = field(default_factory=dict)
@@ -85,7 +90,7 @@ class Quantiser:
             weight = np.asarray(content_of(value.const_value), np.float32)
             weight = np.ascontiguousarray(weight.T if turned else weight)  # [in, out]
             self.sizes[name] = weight.shape[0], weight.shape[1]
-            packed = blocks_of(weight, self.decided.how)
+            packed = self.pack(weight, self.decided.how)
             self.errors[name] = error_of(weight, packed, self.decided.how)
             parts = [part for part in packed if part is not None]
             self.parts[name] = [self.data.add(name + end, part) for end, part in zip(PARTS, parts, strict=False)]
@@ -150,22 +155,6 @@ def _is_plain(node: ir.Node) -> bool:
     """Whether a Gemm is a product and a bias."""
     scales = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
     return scales == [1.0, 1.0] and not node.attributes.get_int("transA", 0)
-
-
-def blocks_of(weight: Array, how: Quantise) -> tuple[Array, Array, Array | None]:
-    """A weight [in, out] in blocks, as ONNX Runtime's quantiser makes them: the numbers [out, blocks, bytes], the
-    scales [out, blocks], and the zero points [out, bytes], two of four bits to a byte."""
-    from onnxruntime.capi import _pybind_state as library
-
-    n_in, n_out = weight.shape
-    blocks = -(-n_in // how.block)
-    whole = np.ascontiguousarray(np.pad(weight, ((0, blocks * how.block - n_in), (0, 0))))
-    packed = np.zeros((n_out, blocks, how.block * how.bits // 8), np.uint8)
-    scales = np.zeros((n_out, blocks), np.float32)
-    zeros = np.zeros((n_out, -(-blocks * how.bits // 8)), np.uint8)
-    make = library.quantize_matmul_4bits if how.bits == 4 else library.quantize_matmul_8bits
-    make(packed, whole, scales, zeros, how.block, n_out, n_in, not how.zeros)
-    return packed, scales, zeros if how.zeros else None
 
 
 def dequantised(packed: Array, scales: Array, zeros: Array | None, bits: int, n_in: int) -> Array:

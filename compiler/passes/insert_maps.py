@@ -14,7 +14,7 @@ from peltc.compiler.interpreters.emitter import clone_between, replace_uses
 from peltc.compiler.interpreters.numeric import OneHot
 from peltc.compiler.interpreters.onnx import OnnxInterpreter
 from peltc.compiler.passes.insert_weights import Weights
-from peltc.compiler.passes.insertion import filled
+from peltc.compiler.passes.insertion import alike, filled
 from peltc.compiler.plan.claims import Claim
 from peltc.compiler.survey.anatomy import Site
 from peltc.spec.method import ROLES
@@ -180,9 +180,11 @@ class Maps(Weights):
 
             def norm(z: Any, claim: Claim = claim, like: ir.Value = emitter_like) -> ir.Value:
                 interpreter = OnnxInterpreter(self.emitter(claim, like))
+                emitter = interpreter.emitter
                 source, target = self.values[site.values["norm_x"]], self.current(site.values["norm_y"])
-                result = clone_between(source, target, interpreter.value(z), interpreter.emitter)
-                self.kept |= interpreter.emitter.added
+                given = alike(interpreter.value(z), source.dtype or emitter.dtype, emitter)
+                result = alike(clone_between(source, target, given, emitter), emitter.dtype, emitter)
+                self.kept |= emitter.added
                 return result
 
             for effect in ("delta", "output"):

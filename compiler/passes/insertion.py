@@ -22,6 +22,8 @@ from peltc.spec.formula.interpreter import Deferred
 from peltc.spec.method import ROLES
 
 Array = np.ndarray[Any, Any]
+FLOATING = {ir.DataType.FLOAT, *HALF}
+"""The types that models compute in."""
 Around = tuple[int, int]
 """How many positions stand before the text's own, and behind them."""
 
@@ -73,17 +75,17 @@ class Insertion:
             if claim.site.values.get(role):
                 found[role] = Deferred(partial(self.read, claim.site.values[role], interpreter.emitter))
         own = {name: self.tensors[t.name] for name, t in claim.tensors.items()}
+        kind, emitter = interpreter.emitter.dtype, interpreter.emitter
+        values = {name: alike(v, kind, emitter) if isinstance(v, ir.Value) else v for name, v in values.items()}
         scope = claim.scope(found | values | own, interpreter)  # a parameter may have a name of other kinds of site
         for name, hard in claim.held.items():
             scope[name] = Deferred(partial(self.held, scope[name], hard, interpreter.emitter))
         return scope
 
     def read(self, name: str, emitter: Emitter) -> ir.Value:
-        """A graph value as it is by now, in the type that the emitter computes in: a block may end in float32, as
-        norms do, where the rest of the graph is in half precision."""
-        value = self.current(name)
-        half = {value.dtype, emitter.dtype} & set(HALF)
-        return cast_to(value, emitter.dtype, emitter) if half and value.dtype not in (None, emitter.dtype) else value
+        """A graph value as it is by now, in the type that the emitter computes in: a model in half precision has values
+        in float32, such as those that norms compute in, beside others."""
+        return alike(self.current(name), emitter.dtype, emitter)
 
     @staticmethod
     def held(weights: Deferred, hard: bool, emitter: Emitter) -> ir.Value:
@@ -155,11 +157,9 @@ class Insertion:
             if name is None:
                 return self.biased.get(site.key, np.zeros(site.sizes.get("out", site.sizes.get("d", 0)), np.float32))
             if site.kind == "norm":
-                return self.weights.get(name, self.values[name])
+                return alike(self.weights.get(name, self.values[name]), emitter.dtype, emitter)
             full = self.full_weight(site, emitter) if role == "weight" else self.weights.get(name, self.values[name])
-            value = self.rows(site, full, emitter)
-            if self.values[name].dtype in HALF and emitter.dtype not in HALF:
-                value = cast_to(value, emitter.dtype, emitter)
+            value = alike(self.rows(site, full, emitter), emitter.dtype, emitter)
             sizes = ("out", "in") if role == "weight" else ("out",)
             value.shape = ir.Shape([site.sizes[size] for size in sizes])
             return value
@@ -195,6 +195,15 @@ def swap_input(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
 
 def cast_to(value: ir.Value, dtype: ir.DataType, emitter: Emitter) -> ir.Value:
     return emitter.node("Cast", [value], {"to": dtype.value})
+
+
+def alike(value: ir.Value, dtype: ir.DataType, emitter: Emitter) -> ir.Value:
+    """A value in a floating-point type; itself where it has it, or is no floating-point number."""
+    if value.dtype == dtype or value.dtype not in FLOATING:
+        return value
+    found = cast_to(value, dtype, emitter)
+    found.shape = value.shape
+    return found
 
 
 def cut_rows(value: ir.Value, start: int, stop: int, emitter: Emitter) -> ir.Value:

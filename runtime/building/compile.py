@@ -31,6 +31,7 @@ from peltc.compiler.plan.choice import choice_of
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.provided import plan_on
 from peltc.runtime.building.begun import begin
+from peltc.runtime.building.blocks import blocks_of
 from peltc.runtime.building.opened import opened
 from peltc.runtime.building.trained import (
     Array,
@@ -200,7 +201,7 @@ def _compile(
     staged_bases = {name: base_of(name) for name in stages(base.config)} if spec.generation else {}
     with staged(out) as folder:
         manifest = build(plan, base, tensors, folder, embeds=embeds, stages=staged_bases, weights_from=source,
-                         self_contained=self_contained)  # fmt: skip
+                         self_contained=self_contained, pack=blocks_of)  # fmt: skip
         if "decode" in staged_bases and plan.prepends:
             manifest["tokens_before"] = begin(folder, plan, tensors, staged_bases["decode"], talk)
         manifest["frozen_gates"], manifest["imported"] = gates, imported

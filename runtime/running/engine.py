@@ -19,7 +19,7 @@ NO_PREPACKING = "session.disable_prepacking"
 
 FAULTY = ["NchwcTransformer"]
 """What ONNX Runtime is kept from in half precision on the CPU: this step, which lays out convolutions, ends the process
-on some graphs in float16 that have none (seen with 1.31.1 on GPT-2's graph with a cache)."""
+on some graphs in float16 that have none (microsoft/onnxruntime#28392; seen with 1.31.1 on a graph with a cache)."""
 
 
 class Engine:

@@ -69,7 +69,7 @@ def step(out: Path) -> Callable[[], object]:
         sizes = {"batch": 1, "query": 1, "past": PAST, "total": PAST + 1}
         shape = [n if isinstance(n, int) else next((s for w, s in sizes.items() if w in n), 1) for n in value.shape]
         kind = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(bool)": np.bool_}[value.type]
-        feeds[value.name] = np.ones(shape, kind)
+        feeds[value.name] = np.full(shape, {"logits_to_keep": 0, "position_ids": PAST}.get(value.name, 1), kind)
     return lambda: session.run(None, feeds)
 
 

@@ -11,8 +11,9 @@ import onnxruntime as ort
 import pytest
 
 from peltc.compiler.artifact import DataFile
-from peltc.compiler.lowering.quantise import OPERATION, Quantiser, blocks_of, dequantised, readers
+from peltc.compiler.lowering.quantise import OPERATION, Quantiser, dequantised, readers
 from peltc.compiler.plan.quantising import Quantised
+from peltc.runtime.building.blocks import blocks_of
 from peltc.runtime.verification.verify import TOLERANCE
 from peltc.spec.quantising import Quantise
 
@@ -84,7 +85,7 @@ def test_products_become_the_operation(form: str, how: Quantise, tmp_path: Any) 
     turned, body = GRAPHS[form]
     weight = drawn(72, 5)  # [in, out]
     model = graph_of(body, weight if turned else weight.T.copy())
-    quantiser = Quantiser(Quantised(how, ("w",)), DataFile(tmp_path / "model.onnx.data"))
+    quantiser = Quantiser(Quantised(how, ("w",)), DataFile(tmp_path / "model.onnx.data"), blocks_of)
     quantiser.run(model.graph)
     assert OPERATION in [node.op_type for node in model.graph]
     assert set(quantiser.errors) == {"w"} and not quantiser.left
@@ -105,7 +106,7 @@ def test_products_become_the_operation(form: str, how: Quantise, tmp_path: Any) 
 )  # fmt: skip
 def test_weights_that_something_else_reads_stay(body: str, reason: str, tmp_path: Any) -> None:
     model = graph_of(body, drawn(5, 72))
-    quantiser = Quantiser(Quantised(Quantise("int4"), ("w",)), DataFile(tmp_path / "model.onnx.data"))
+    quantiser = Quantiser(Quantised(Quantise("int4"), ("w",)), DataFile(tmp_path / "model.onnx.data"), blocks_of)
     quantiser.run(model.graph)
     assert quantiser.left == {"w": reason} and readers(model.graph.initializers["w"]) == reason
     assert OPERATION not in [node.op_type for node in model.graph]
