@@ -17,6 +17,8 @@ CACHE = "cache.safetensors"
 
 GIVEN, GROWN = "input.", "output."
 """What precedes the names of what a graph takes and gives again, such as caches."""
+LENGTH = "cache_length"
+"""The input of a graph that shares its cache: how many positions of the buffers are filled [1]."""
 KEPT = "kept"
 """What a graph that generates keeps from the prompt, beside the cache: an input and an output [B, 0 or 1, N]."""
 

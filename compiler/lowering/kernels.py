@@ -141,7 +141,8 @@ def described(node: ir.Node, types: Mapping[str, str]) -> str:
     kinds = ", ".join(dict.fromkeys(types.values()))
     told = f"'{node.op_type}' of opset {_opset(node)}{f' in {kinds}' if kinds else ''}"
     if "pelt.attachment" in marks:
-        return f"{told}, of '{marks['pelt.attachment']}' ({marks['pelt.method']}) at {marks['pelt.site']}"
+        method, site = marks.get("pelt.method"), marks.get("pelt.site")  # a bias of several has neither
+        return f"{told}, of '{marks['pelt.attachment']}'" + (f" ({method}) at {site}" if method and site else "")
     scopes = [scope.partition(":")[0] for scope in marks.get("namespace", "").split("/")[:-1]]
     where = next((scope for scope in reversed(scopes) if scope and not scope.startswith("_")), "")
     return f"{told}, of the model{f' at {where}' if where else ''}: '{node.outputs[0].name}'"

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from peltc.compiler.files.manifest import LENGTH
 from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.lowering.attention import OPERATION
 from peltc.compiler.lowering.maps import DOMAIN
-
-LENGTH = "cache_length"
-"""The input that says how many positions of the buffers are filled [1]."""
 
 
 def share_cache(model: ir.Model) -> tuple[str, ...]:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peltc.compiler.files.manifest import GIVEN, GROWN
-from peltc.compiler.lowering.shared_cache import LENGTH
+from peltc.compiler.files.manifest import GIVEN, GROWN, LENGTH
 
 STEP = 64
 """Buffers have room for a multiple of it."""
@@ -53,6 +52,12 @@ def buffer_of(past: Any, total: int, room: int) -> Buffer:
     tensor = torch.empty(batch, heads, places, width, dtype=past.dtype)
     tensor[:, :, :length] = past
     return Buffer(tensor, length)
+
+
+def begins(manifest: Mapping[str, Any]) -> bool:
+    """Whether a graph begins its cache itself, with what profiles bring: it adds more keys than there are tokens."""
+    effects = {effect for module in manifest["modules"] for effect in module["effects"]}
+    return bool(manifest["profiles"] and effects & {"prepend", "keys", "values"})
 
 
 class InPlace:

@@ -12,8 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peltc.compiler.export.exported import DECODE
-from peltc.compiler.files.manifest import CACHE, GIVEN, GROWN, KEPT, read_manifest
-from peltc.compiler.lowering.shared_cache import LENGTH
+from peltc.compiler.files.manifest import CACHE, GIVEN, GROWN, KEPT, LENGTH, read_manifest
 from peltc.runtime.kept import carried, carry, check_generate
 from peltc.runtime.running.cache import InPlace
 from peltc.runtime.running.inputs import (

@@ -16,6 +16,7 @@ from peltc.compiler.files.integrity import check_record
 from peltc.compiler.files.manifest import MANIFEST, read_manifest
 from peltc.runtime.running.bank import profiles_of
 from peltc.runtime.running.bound import CHOOSING, Bound
+from peltc.runtime.running.cache import begins
 from peltc.runtime.running.engine import NO_PREPACKING, Engine, check_shared
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
@@ -184,17 +185,17 @@ class Session:
 
     def open_sharing(self, file: str) -> tuple[Any, tuple[str, ...]]:
         """The session of a graph with a cache, made to write into it, and the outputs that it writes so; of the graph
-        as it is, and none, where that does not apply: on a device, in half precision, with weights that are shared.
+        as it is, and none, on a device, in half precision, with shared weights, with profiles that put tokens before.
 
         Raises:
             PeltError: as `open`.
         """
-        if self.shared or self.manifest["base"]["precision"] != "float32":
+        if self.shared or begins(self.manifest) or self.manifest["base"]["precision"] != "float32":
             return self.open(file), ()
         check_record(self.folder / MANIFEST, self.manifest)
-        opened, grown = self.engine.start_sharing(self.folder / file)
+        found = self.engine.start_sharing(self.folder / file)
         self.kept.device = self.engine.device
-        return opened, grown
+        return found
 
     @cached_property
     def inference(self) -> Any:

@@ -8,6 +8,7 @@ from peltc.spec.aliases import ALIASES, SENTENCES, ours
 from peltc.spec.combinators import COMBINATORS
 from peltc.spec.diagnostics import nearest
 from peltc.spec.method import shipped
+from peltc.spec.modes import PROVIDERS
 from peltc.spec.recipe import recipes
 from peltc.spec.schema import COMMON_KEYS, MODES, PRECISIONS, spec_schema
 
@@ -17,7 +18,7 @@ ROLES = {"attention", "feed_forward", "head", "embedding", "embedding.word", "no
 def test_every_alias_leads_to_a_word_of_the_language() -> None:
     schema = spec_schema(shipped())["properties"]
     known = {*schema, *schema["model"]["properties"], *schema["deploy"]["properties"], "method", *ROLES}
-    known |= {*shipped(), *recipes(), *COMBINATORS, *COMMON_KEYS, *MODES, *PRECISIONS}
+    known |= {*shipped(), *recipes(), *COMBINATORS, *COMMON_KEYS, *MODES, *PRECISIONS, *PROVIDERS}
     for one in (*shipped().values(), *recipes().values(), *COMBINATORS.values()):
         known |= {option.name for option in one.options}
     assert {name for names in ALIASES.values() for name in names} - known == set()
