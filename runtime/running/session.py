@@ -184,11 +184,8 @@ class Session:
         return self.engine.start(model, {name: weight.value for name, weight in weights.items()})
 
     def open_sharing(self, file: str) -> tuple[Any, tuple[str, ...]]:
-        """The session of a graph with a cache, made to write into it, and the outputs that it writes so; of the graph
-        as it is, and none, on a device, in half precision, with shared weights, with profiles that put tokens before.
-
-        Raises:
-            PeltError: as `open`.
+        """As `open`, of a graph that is made to write into its cache; beside it the outputs that it writes so, none
+        where it copies: on a device, in half precision, with shared weights, with profiles that put keys before.
         """
         if self.shared or begins(self.manifest) or self.manifest["base"]["precision"] != "float32":
             return self.open(file), ()
