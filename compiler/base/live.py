@@ -30,6 +30,7 @@ from peltc.compiler.base.building import digest, resolve, write_base
 from peltc.compiler.base.conversion import write_tensors
 from peltc.compiler.base.key import VOLATILE, key_of
 from peltc.compiler.base.opening import read_base
+from peltc.compiler.base.precision import computed
 from peltc.compiler.files.talk import Talk, logged
 
 
@@ -47,6 +48,7 @@ def module_base(
     folder: Path,
     *,
     precision: str = "checkpoint",
+    provider: str = "any",
     variant: str = "ids",
     text_only: bool = False,
     talk: Talk = logged,
@@ -59,7 +61,8 @@ def module_base(
         inputs: example inputs by name, [B, S, ...]; those of a model of `transformers` where absent.
         folder: an empty folder, or that of another variant's base of the same module.
         precision: `checkpoint` keeps the type of the parameters (float32 where it is another than float32 and
-            float16, or where they are of several), or a float type's name.
+            float16, or for CUDA bfloat16, or where they are of several), or a float type's name.
+        provider: as for `open_base`.
         variant: `ids`, or `embeds` for a graph that reads embedded tokens.
         text_only: as for `open_base`.
         talk: told what takes time.
@@ -70,14 +73,12 @@ def module_base(
     from peltc.compiler.export.torch_model import replica
 
     stored = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
-    computed = precision
-    if precision == "checkpoint":
-        computed = next(iter(stored)) if stored in ({"float32"}, {"float16"}) else "float32"
+    computes = computed(next(iter(stored)) if len(stored) == 1 else "", precision, provider)
     architecture = f"{type(module).__module__}.{type(module).__qualname__}"
     beyond = [] if inputs else beyond_text(type(module))
     check_text(architecture, beyond, towers(getattr(module, "config", None)), text_only, None)
     talk(f"exporting the graph of {architecture}")
-    exported = _export_module(replica(module, computed), inputs, variant)
+    exported = _export_module(replica(module, computes), inputs, variant)
     talk(exported.repeats)
     if not (folder / "model.safetensors").is_file():
         write_tensors({name: p.detach() for name, p in module.named_parameters()}, folder / "model.safetensors")
@@ -97,7 +98,7 @@ def module_base(
         folder=folder,
         architecture=architecture,
         config=config,
-        precision=computed,
+        precision=computes,
         variant=variant,
         fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
         checkpoint=checkpoint,

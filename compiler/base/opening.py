@@ -35,6 +35,7 @@ from peltc.compiler.base.base import Base, ParameterInfo
 from peltc.compiler.base.building import build_base
 from peltc.compiler.base.conversion import materialise, safe_checkpoint
 from peltc.compiler.base.key import VOLATILE, key_of
+from peltc.compiler.base.precision import computed
 from peltc.compiler.base.source import chosen_config, find_model, read_config
 from peltc.compiler.files.talk import Talk, logged
 
@@ -45,6 +46,7 @@ def open_base(
     architecture: str | None = None,
     choice: ModelChoice = AS_IT_SAYS,
     precision: str = "checkpoint",
+    provider: str = "any",
     variant: str = "ids",
     text_only: bool = False,
     talk: Talk = logged,
@@ -57,7 +59,9 @@ def open_base(
         model: a model folder or a hub id.
         architecture: a class of `transformers`; that of the choice, or the config's own, where absent.
         choice: what the model is, where its config does not say it.
-        precision: `checkpoint` keeps the stored type (bfloat16 is computed in float32), or a float type's name.
+        precision: `checkpoint` keeps the stored type (bfloat16 is computed in float32, unless it is for CUDA alone), or
+            a float type's name.
+        provider: `cuda`, `cpu` or `any`, what the graphs are for.
         variant: `ids`, `embeds` for a graph that reads embedded tokens, `decode` or `encoder` for those that generation
             takes. These share the parameters of `ids`, which alone says where all of them lie.
         text_only: compile a model that reads more than text through its text alone.
@@ -86,12 +90,12 @@ def open_base(
     checkpoint, converted = safe_checkpoint(folder, talk)
     check_packed(checkpoint.tensors, folder)
     stored = str(checkpoint.float_dtype)
-    computed = {"checkpoint": "float32" if stored in ("bfloat16", "float64") else stored}.get(precision, precision)
+    computes = computed(stored, precision, provider)
     stable = {k: v for k, v in config.items() if k not in VOLATILE}
-    key = key_of(OPSET, architecture, stable, computed, variant, checkpoint.header_digest)[:24]
+    key = key_of(OPSET, architecture, stable, computes, variant, checkpoint.header_digest)[:24]
     home = cache_folder() / "bases" / key
     if not (home / "base.json").is_file():
-        build_base(folder, config, architecture, chosen, computed, variant, checkpoint, home, text_only, talk)
+        build_base(folder, config, architecture, chosen, computes, variant, checkpoint, home, text_only, talk)
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
     beyond, parts = record["beyond"]
     check_text(architecture, beyond, parts, text_only, Place(str(folder)))
@@ -103,7 +107,7 @@ def open_base(
         folder=folder,
         architecture=architecture,
         config=config,
-        precision=computed,
+        precision=computes,
         variant=variant,
         fingerprint=hashlib.sha256((architecture + stable_text + checkpoint.fingerprint).encode()).hexdigest(),
         checkpoint=checkpoint,

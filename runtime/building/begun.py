@@ -62,6 +62,9 @@ class Beginning(Rewritten):
         super().__init__(folder, ["CPUExecutionProvider"], spinning=False)
         self.embedded = embedded
 
+    def computes(self) -> str:
+        return "float32"
+
     def rewrite(self, model: Any) -> None:
         import onnx_ir as ir
 

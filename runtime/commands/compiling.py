@@ -152,11 +152,13 @@ def run_command(out: str, texts: tuple[str, ...], as_json: bool) -> None:
     import numpy as np
 
     from peltc.runtime.running.session import Session
+    from peltc.runtime.running.values import BFLOAT16
 
     session = Session(out)
     results = session(**dict[str, Any](session.tokenize(texts)))
     if as_json:
-        click.echo(json.dumps({name: array.tolist() for name, array in results.items()}))
+        wide = {name: array.astype(np.float32) if array.dtype == BFLOAT16 else array for name, array in results.items()}
+        click.echo(json.dumps({name: array.tolist() for name, array in wide.items()}))
         return
     for name, array in results.items():
         click.echo(f"{name} {list(array.shape)}")

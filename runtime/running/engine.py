@@ -20,6 +20,21 @@ NO_PREPACKING = "session.disable_prepacking"
 FAULTY = ["NchwcTransformer"]
 """What ONNX Runtime is kept from in half precision on the CPU: this step, which lays out convolutions, ends the process
 on some graphs in float16 that have none (microsoft/onnxruntime#28392; seen with 1.31.1 on a graph with a cache)."""
+LACKING = {"bfloat16": CPU}
+"""Types that a provider has few kernels for, of what it is given, and with which it opens no model."""
+
+
+def check_computed(precision: str, providers: Sequence[str], place: Place) -> None:
+    """Whether execution providers compute a type.
+
+    Raises:
+        PeltError: E618 they do not.
+    """
+    if set(providers) <= set(LACKING.get(precision, ())):
+        raise fail("E618", f"the artifact computes in {precision}, for which {', '.join(providers)} has no kernels",
+                   place, "a provider that has them: CUDAExecutionProvider, on a machine with a GPU",
+                   "`pelt verify OUT --provider CUDAExecutionProvider` there; for the CPU, compile with"
+                   " `deploy: {precision: float32}` or float16")  # fmt: skip
 
 
 class Engine:
@@ -33,7 +48,7 @@ class Engine:
         precision: the type that the graphs compute in.
 
     Raises:
-        PeltError: E604 an execution provider that is not there.
+        PeltError: E604 an execution provider that is not there; E618 a type that those wanted have no kernels for.
 
     Attributes:
         providers: those of the graph that was opened last; before any is opened, those wanted.
@@ -53,6 +68,7 @@ class Engine:
         self.folder, self.threads = folder, threads
         self.asked = providers is not None
         self.wanted = self.providers = providers_of(providers)
+        check_computed(precision, self.wanted, Place(str(folder)))
         self.settings = {} if spinning else {"session.intra_op.allow_spinning": "0"}
         self.optimised, self.half = True, precision != "float32"
 

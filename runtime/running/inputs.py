@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from peltc.compiler.files.checkpoint import is_float
@@ -17,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 TYPES = {
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(float)": np.float32,
-    "tensor(float16)": np.float16, "tensor(double)": np.float64,
+    "tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16, "tensor(double)": np.float64,
 }  # fmt: skip
 """What inputs are given to ONNX Runtime as, which converts none itself."""
 TOKENIZED = "session(**session.tokenize(text)) makes inputs of a text, or of a list of texts"
@@ -93,7 +94,7 @@ def _lost(before: Array, after: Array) -> Array:
         return np.zeros(before.shape, np.bool_)
     if after.dtype.kind == "b":
         return np.asarray((before != 0) & (before != 1))
-    if after.dtype.kind == "f":
+    if is_float(after.dtype):
         wide = after.astype(np.float64)  # exact for every narrower type
         back = np.where(np.abs(wide) < 2.0**63, wide, 0).astype(np.int64)
         return np.asarray((np.abs(wide) >= 2.0**63) | (back != before))

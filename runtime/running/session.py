@@ -29,6 +29,7 @@ from peltc.runtime.running.inputs import (
 )
 from peltc.runtime.running.profiles import Chosen, Taken
 from peltc.runtime.running.tokens import tokenized
+from peltc.runtime.running.values import run
 from peltc.spec.diagnostics import fail, wrong_type
 from peltc.spec.packages import needing
 
@@ -59,8 +60,9 @@ class Session:
 
     Raises:
         PeltError: E603 no artifact; E604 an execution provider that is not there, or cannot be used on this machine;
-            E605 ONNX Runtime cannot open it; E621 the base's file is not the one that was compiled; E624, E630, E631 a
-            store, and the artifact has no profiles, it is damaged, or another artifact's.
+            E605 ONNX Runtime cannot open it; E618 it computes in a type that none of them has kernels for; E621 the
+            base's file is not the one that was compiled; E624, E630, E631 a store, and the artifact has no profiles, it
+            is damaged, or another artifact's.
 
     Attributes:
         engine: opens the artifact's graphs.
@@ -81,7 +83,7 @@ class Session:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         check_record(self.folder / MANIFEST, self.manifest)
-        self.engine = Engine(self.folder, providers, threads, spinning, self.manifest["base"]["precision"])
+        self.engine = Engine(self.folder, providers, threads, spinning, self.computes())
         self.shared = share_weights
         if share_weights:
             check_shared(self.engine, self.manifest)
@@ -106,6 +108,10 @@ class Session:
 
     def __exit__(self, *reason: object) -> None:
         self.close()
+
+    def computes(self) -> str:
+        """The type that its graphs compute in."""
+        return str(self.manifest["base"]["precision"])
 
     def close(self) -> None:
         """Give the memory back; what is called afterwards opens it again."""
@@ -187,7 +193,7 @@ class Session:
         """As `open`, of a graph that is made to write into its cache; beside it the outputs that it writes so, none
         where it copies: on a device, in half precision, with shared weights, with profiles that put keys before.
         """
-        if self.shared or begins(self.manifest) or self.manifest["base"]["precision"] != "float32":
+        if self.shared or begins(self.manifest) or self.computes() != "float32":
             return self.open(file), ()
         check_record(self.folder / MANIFEST, self.manifest)
         found = self.engine.start_sharing(self.folder / file)
@@ -328,13 +334,7 @@ class Session:
         used, for it is ignored where inputs are bound."""
         rows = len(next(iter(feeds.values())))
         with self.taken(chosen, rows) as taken:
-            tensors = taken(rows)
-            if not tensors:
-                return list(self.inference.run(None, dict(feeds)))
-            import onnxruntime as ort
-
-            values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-            return [value.numpy() for value in self.inference.run_with_ort_values(None, {**values, **tensors})]
+            return run(self.inference, feeds, taken(rows))
 
     def _filled(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """Every input in the graph's order, a mask and token types too where they are left out."""

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from peltc.compiler.files.manifest import GROWN, PROFILE
 from peltc.compiler.passes.offer import STAMP
 from peltc.runtime.running.device import providers_of
-from peltc.runtime.running.engine import FAULTY
+from peltc.runtime.running.engine import FAULTY, check_computed
 from peltc.runtime.serving.inference import datatype
 from peltc.runtime.serving.joining import ROWS
 from peltc.runtime.triton.rows import Stacked
@@ -103,22 +103,25 @@ def row_of(stacked: Stacked) -> str:
     return f"{PROFILE}{STAMP}{stacked.stamp}"
 
 
-def opened(file: Path, stacked: Stacked | None, place: Place) -> Graph:
+def opened(file: Path, stacked: Stacked | None, place: Place, precision: str) -> Graph:
     """A written graph as ONNX Runtime knows it. Triton holds the sizes of a config against what
     ONNX Runtime finds out about them, which may be more than the graph itself says.
 
     Args:
         place: what it was made of, for messages.
+        precision: the type that it computes in.
 
     Raises:
-        PeltError: E605 it cannot be opened here: a type may have kernels on a GPU alone.
+        PeltError: E605 it cannot be opened here; E618 its type has kernels on a GPU alone.
     """
     import onnxruntime as ort
 
+    providers = providers_of()
+    check_computed(precision, providers, place)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(str(file), options, providers=providers_of(), disabled_optimizers=FAULTY)
+        session = ort.InferenceSession(str(file), options, providers=providers, disabled_optimizers=FAULTY)
     except Exception as error:
         reason = str(error).splitlines()[0][:300]
         raise fail("E605", f"ONNX Runtime cannot open the graph for Triton: {reason}", place,

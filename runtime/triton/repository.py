@@ -195,7 +195,8 @@ class Writer:
             else:
                 self.how[file] = link(self.folder / file, folder / file, self.copy)["how"]
         ir.save(graph, folder / "model.onnx")
-        return opened(folder / "model.onnx", self.stacked, Place(str(self.folder / f"{name}.onnx")))
+        place = Place(str(self.folder / f"{name}.onnx"))
+        return opened(folder / "model.onnx", self.stacked, place, self.manifest["base"]["precision"])
 
     def _folder(self, model: str) -> Path:
         """The folder of a model's version."""

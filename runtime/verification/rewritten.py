@@ -32,6 +32,9 @@ class Widened(Rewritten):
     none is in memory in float32 for longer.
     """
 
+    def computes(self) -> str:
+        return "float32"
+
     def rewrite(self, model: Any) -> None:
         from peltc.compiler.graphs.wide import widen
 
