@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-CUDA = "cuda"
-"""The provider that computes bfloat16 as such; where any may run a graph, a model stored so is computed in float32."""
+from peltc.spec.modes import ANY, CUDA
 
 
-def computed(stored: str, precision: str, provider: str = "any") -> str:
-    """The float type of a computation.
+def computed(stored: str, precision: str, provider: str = ANY) -> str:
+    """The float type of a computation. CUDA alone computes bfloat16 as such: where any provider may run a graph, a
+    model stored so is computed in float32.
 
     Args:
         stored: the type of the weights; empty where they are of several.

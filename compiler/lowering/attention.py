@@ -20,6 +20,7 @@ import onnx_ir as ir
 from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.lowering.layout import rank
 from peltc.compiler.lowering.reading import Reading, Term
+from peltc.compiler.lowering.replacing import put_in_place
 
 OPERATION = "Attention"
 HIDDEN = {ir.DataType.FLOAT: -3.4028234663852886e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.38e38}
@@ -61,9 +62,7 @@ class AttentionLowering:
             sizes = self.emitter.node("Shape", [out], {"start": 2})
             shape = self.emitter.node("Concat", [self.emitter.integers([-1]), sizes], {"axis": 0})
             out = self.emitter.node("Reshape", [out, shape])
-        out.shape, out.type = result.shape, result.type
-        result.replace_all_uses_with(out, replace_graph_outputs=True)
-        out.name, result.name = result.name, f"{result.name}.pieces"
+        put_in_place(out, result)
 
     def mask(self, core: Reading, query: ir.Value, key: ir.Value) -> ir.Value | None:
         """What is added to the scores, for every query and every key."""

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.lowering.layout import rank
+from peltc.compiler.lowering.replacing import put_in_place
 
 LAYOUT = {"Expand", "Unsqueeze", "Reshape"}
 
@@ -20,13 +21,11 @@ def put_masks(graph: ir.Graph) -> None:
     """Replace look-ups by what they look up, in place; new nodes stand at the end, and what nobody reads stays."""
     for node in list(graph):
         if node.op_type == "GatherND" and (axes := _axes(node)) is not None:
-            mask, result = node.inputs[0], node.outputs[0]
+            mask = node.inputs[0]
             assert mask is not None
             emitter = Emitter(graph, mask.dtype or ir.DataType.BOOL, "pelt.grid", node.metadata_props)
             whole = emitter.node("Unsqueeze", [mask, emitter.integers(axes)])
-            whole.shape, whole.type = result.shape, result.type
-            result.replace_all_uses_with(whole, replace_graph_outputs=True)
-            whole.name, result.name = result.name, f"{result.name}.pieces"
+            put_in_place(whole, node.outputs[0])
 
 
 def _axes(node: ir.Node) -> list[int] | None:

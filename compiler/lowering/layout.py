@@ -71,28 +71,27 @@ def _becomes(source: ir.Value, operand: ir.Value, turned: bool, heads: bool) -> 
     return (repeats == 1 or heads) and arrived.shape == expected.shape and bool((arrived == expected).all())
 
 
+def made_of(value: ir.Value | None, kind: str) -> ir.Value | None:
+    """The first input of the node that makes a value, where it is of a kind."""
+    node = None if value is None else value.producer()
+    return node.inputs[0] if node is not None and node.op_type == kind else None
+
+
 def _flatly_transposed(key: ir.Value) -> ir.Value | None:
     """What keys are the transposition of, where texts and heads are one axis meanwhile: its lengths may be unknown."""
-    outer = key.producer()
-    swap = (
-        None if outer is None or outer.op_type != "Reshape" or outer.inputs[0] is None else outer.inputs[0].producer()
-    )
-    if swap is None or swap.op_type != "Transpose" or list(swap.attributes.get_ints("perm", ())) != [0, 2, 1]:
+    swapped = made_of(key, "Reshape")
+    flat = made_of(swapped, "Transpose")
+    swap = None if swapped is None else swapped.producer()
+    if flat is None or swap is None or list(swap.attributes.get_ints("perm", ())) != [0, 2, 1]:
         return None
-    inner = None if swap.inputs[0] is None else swap.inputs[0].producer()
-    source = None if inner is None or inner.op_type != "Reshape" else inner.inputs[0]
-    return source if rank(source) == 4 and rank(swap.inputs[0]) == 3 and rank(key) == 4 else None
+    source = made_of(flat, "Reshape")
+    return source if rank(source) == 4 and rank(flat) == 3 and rank(key) == 4 else None
 
 
 def _repeated(value: ir.Value) -> ir.Value | None:
     """[B, K, T, D], of which a value [B, H, T, D] repeats each head for a group: its lengths may be unknown."""
-    outer = value.producer()
-    wide = (
-        None if outer is None or outer.op_type != "Reshape" or outer.inputs[0] is None else outer.inputs[0].producer()
-    )
-    if wide is None or wide.op_type != "Expand" or wide.inputs[0] is None:
-        return None
-    apart = wide.inputs[0].producer()
+    narrow = made_of(made_of(value, "Reshape"), "Expand")
+    apart = None if narrow is None else narrow.producer()
     if apart is None or apart.op_type not in ("Unsqueeze", "Reshape") or rank(apart.inputs[0]) != 4:
         return None
     source, five = apart.inputs[0], apart.outputs[0].shape

@@ -3,7 +3,6 @@ what lacks a kernel in half precision."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,9 +70,8 @@ class Lowering:
         """
         rows = []
         for core in self.cores:
-            layer = re.search(r"(?:^|\.)layers\.(\d+)", core.site)
-            row = (core.site, core.operation, core.reason)
-            rows.append((None if every or layer is None else int(layer.group(1)), row))
+            layer = None if every else Site(core.site, "attention").layer
+            rows.append((layer, (core.site, core.operation, core.reason)))
         lines = columns([("SITE", "COMPUTED BY", "WHY"), *grouped(rows)])
         return [*lines, f"{self.before} nodes before, {self.after} after"]
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from peltc.compiler.lowering.replacing import put_in_place
+
 OPERATION, DOMAIN = "FusedMatMul", "com.microsoft"
 
 
@@ -20,9 +22,7 @@ def put_maps(graph: ir.Graph) -> None:
             continue
         new = ir.node(OPERATION, [node.inputs[0], weight], {"transB": 1}, domain=DOMAIN, name=node.name)
         new.metadata_props.update(node.metadata_props)
-        before, after = node.outputs[0], new.outputs[0]
-        after.name, after.shape, after.type = before.name, before.shape, before.type
-        before.replace_all_uses_with(after, replace_graph_outputs=True)
+        put_in_place(new.outputs[0], node.outputs[0])
         graph.insert_before(node, new)
         graph.remove(node, safe=True)
 

@@ -20,6 +20,7 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import RmsNormFusion
 
 from peltc.compiler.lowering.layout import rank
 from peltc.compiler.lowering.maps import DOMAIN
+from peltc.compiler.lowering.replacing import put_in_place
 
 SKIPS = {"RMSNormalization": "SkipSimplifiedLayerNormalization", "LayerNormalization": "SkipLayerNormalization"}
 """The operations that add before they normalise, by those that do not."""
@@ -75,10 +76,8 @@ def _join(node: ir.Node, graph: ir.Graph) -> None:
     attributes = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
     joined = ir.node(SKIPS[node.op_type], inputs, attributes, domain=DOMAIN, num_outputs=4, name=node.name)
     joined.metadata_props.update(node.metadata_props)
-    for before, after in ((node.outputs[0], joined.outputs[0]), (total, joined.outputs[3])):
-        after.name, after.shape, after.type = before.name, before.shape, before.type
-        before.replace_all_uses_with(after, replace_graph_outputs=True)
-        before.name = f"{before.name}.pieces"
+    put_in_place(joined.outputs[0], node.outputs[0])
+    put_in_place(joined.outputs[3], total)
     for unused in joined.outputs[1:3]:
         unused.name = ""
     graph.insert_before(node, joined)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.lowering.layout import rank
+from peltc.compiler.lowering.replacing import put_in_place
 
 
 def put_products(graph: ir.Graph) -> None:
@@ -27,10 +28,7 @@ def put_products(graph: ir.Graph) -> None:
             if result.shape is not None:
                 inverse = sorted(range(len(back)), key=back.__getitem__)
                 product.shape = ir.Shape([result.shape[i] for i in inverse])
-            whole = _ordered(product, back, emitter)
-            whole.shape, whole.type = result.shape, result.type
-            result.replace_all_uses_with(whole, replace_graph_outputs=True)
-            whole.name, result.name = result.name, f"{result.name}.pieces"
+            put_in_place(_ordered(product, back, emitter), result)
 
 
 def _ordered(value: ir.Value | None, order: list[int], emitter: Emitter) -> ir.Value:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.lowering.layout import rank
+from peltc.compiler.lowering.replacing import put_in_place
 
 OPERATION = "RotaryEmbedding"
 UNIFORM = {"Cos", "Sin", "Mul", "Div", "Cast", "Unsqueeze", "Identity"}
@@ -45,12 +46,9 @@ class RotationLowering:
     def _put(self, node: ir.Node, x: ir.Value, cosine: ir.Value, sine: ir.Value) -> None:
         emitter = Emitter(self.graph, x.dtype or ir.DataType.FLOAT, "pelt.rotation", node.metadata_props)
         caches = [self._cache(value, x, emitter) for value in (cosine, sine)]
-        result = node.outputs[0]
         heads = x.shape[1] if x.shape is not None else 0
         out = emitter.node(OPERATION, [x, *caches], {"num_heads": heads if isinstance(heads, int) else 0})
-        out.shape, out.type = result.shape, result.type
-        result.replace_all_uses_with(out, replace_graph_outputs=True)
-        out.name, result.name = result.name, f"{result.name}.pieces"
+        put_in_place(out, node.outputs[0])
 
     def _cache(self, value: ir.Value, x: ir.Value, emitter: Emitter) -> ir.Value:
         """One half of a cosine or a sine [B or 1, 1, S, 2 D], as [B, S, D]."""

@@ -19,6 +19,7 @@ from peltc.compiler.files.manifest import LENGTH
 from peltc.compiler.interpreters.emitter import Emitter
 from peltc.compiler.lowering.attention import OPERATION
 from peltc.compiler.lowering.maps import DOMAIN
+from peltc.compiler.lowering.replacing import put_in_place
 
 
 def share_cache(model: ir.Model) -> tuple[str, ...]:
@@ -95,9 +96,8 @@ def _share(node: ir.Node, lasts: ir.Value, whole: ir.Value, graph: ir.Graph) -> 
     inputs = [query, key, value, keys, values, lasts, whole, None, None, None, mask]
     shared = ir.node("GroupQueryAttention", inputs, attributes, domain=DOMAIN, num_outputs=3, name=node.name)
     for before, after in zip(node.outputs, shared.outputs, strict=True):
-        after.name, after.shape, after.type = before.name, before.shape, before.type
-        if after is not shared.outputs[0] and before.shape is not None:
-            after.shape = ir.Shape([*before.shape[:2], None, before.shape[3]])
-        before.replace_all_uses_with(after, replace_graph_outputs=True)
+        put_in_place(after, before)
+        if after is not shared.outputs[0] and after.shape is not None:
+            after.shape = ir.Shape([*after.shape[:2], None, after.shape[3]])
     graph.insert_before(node, shared)
     graph.remove(node, safe=True)

@@ -66,8 +66,7 @@ def run(session: Any, feeds: Mapping[str, Any], tensors: Mapping[str, Any]) -> l
         feeds: arrays by input.
         tensors: ONNX Runtime's values of other inputs.
     """
-    types = {value.type for value in (*session.get_inputs(), *session.get_outputs())}
-    if not tensors and NARROW not in types:
+    if not tensors and all(value.type != NARROW for value in (*session.get_inputs(), *session.get_outputs())):
         return list(session.run(None, dict(feeds)))
     values = {name: value_of(array) for name, array in feeds.items()}
     return [array_of(value) for value in session.run_with_ort_values(None, {**values, **tensors})]
