@@ -246,6 +246,7 @@ def manifest_of(
             "stored": str(base.checkpoint.float_dtype),
             "converted": base.converted or None,
             "inputs": base.inputs,
+            "reading": base.reading.to_json() if base.reading else None,
             "text_only": base.text_only,
             "files": linked,
         },

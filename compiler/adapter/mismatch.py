@@ -16,11 +16,12 @@ import numpy as np
 from peltc.compiler.files.checkpoint import is_float
 from peltc.spec.diagnostics import Diagnostic, Place, nearest
 from peltc.spec.formula.dims import shape_text
+from peltc.spec.stacks import STACKS
 
 Stored = tuple[tuple[int, ...], np.dtype[Any]]
 SHOWN, LONGEST, NEAR = 3, 160, 100
 """How many names are shown, how much of each, and among how many a similar one is sought."""
-_PLACE = re.compile(r"^(?:(?P<stack>encoder|decoder)\.)?(?:layers\.(?P<layer>\d+)(?:\.|$))?(?P<role>.*)$")
+_PLACE = re.compile(rf"^(?:(?P<stack>{'|'.join(STACKS)})\.)?(?:layers\.(?P<layer>\d+)(?:\.|$))?(?P<role>.*)$")
 
 
 def mismatches(

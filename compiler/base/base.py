@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peltc.compiler.files.checkpoint import Checkpoint, StoredTensor
+from peltc.compiler.senses.examples import Reading
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import PeltError, Place, fail, nearest
 
@@ -50,6 +51,7 @@ class Base:
         converted: whether the weights had to be written out, and why.
         module: the live torch module, where the base is of one that `transformers` does not have.
         inputs: what the examples were like from which it was exported, by input name; see `describe_inputs`.
+        reading: how the model is given its inputs, where it is of `transformers` and reads more than text.
         changed: whether the config says something else than that in the folder.
         text_only: whether the model reads more than text, and its text alone was asked for.
     """
@@ -69,6 +71,7 @@ class Base:
     converted: str = ""
     module: Any = None
     inputs: Mapping[str, Mapping[str, Any]] | None = None
+    reading: Reading | None = None
     changed: bool = False
     text_only: bool = False
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 from peltc.compiler.export.exported import Exported
 from peltc.compiler.export.refusals import (
     beyond_text,
-    check_reads,
-    check_text,
+    check_variant,
     model_class,
     through_text,
-    towers,
 )
 from peltc.compiler.files.cache import BUILDING, writable
 from peltc.compiler.files.checkpoint import Checkpoint, is_float, spellings
@@ -47,21 +44,15 @@ def build_base(
 ) -> None:
     """Export, clean, survey, and move the result into the cache in one step."""
     from peltc.compiler.export.graph import export_graph
-    from peltc.compiler.export.torch_model import parse_config
 
     cls = model_class(architecture, config, folder, chosen)
-    check_reads(cls, Place(str(folder)))
-    beyond = beyond_text(cls)
-    parts: list[str] = []
-    if beyond:
-        with contextlib.suppress(Exception):  # what is wrong with the config is told when the model is built
-            parts = towers(parse_config(config))
-    check_text(architecture, beyond, parts, text_only, Place(str(folder)))
+    check_variant(cls, variant, text_only, Place(str(folder)))
+    beyond = beyond_text(cls) if text_only else []
     what = {"ids": f"the graph of {architecture}", "embeds": f"the graph of {architecture} on embedded tokens"}
     with staging(writable(home.parent), BUILDING) as built, digesting(checkpoint.files):
         talk(f"exporting {what.get(variant, f'the {variant} graph of {architecture}')}, once: the cache has none")
         with through_text(architecture, beyond):
-            exported = export_graph(folder, config, cls, precision, variant)
+            exported = export_graph(folder, config, cls, precision, variant, text_only)
         talk(exported.repeats)
         rows = vocabulary_of(config)
         parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint, rows)
@@ -72,7 +63,7 @@ def build_base(
                 reason = f"{len(renamed)} parameters are renamed or merged in the checkpoint, first '{renamed[0]}'"
                 parameters = {name: ParameterInfo(shape, name) for name, shape in exported.parameters.items()}
             parameters |= {name: ParameterInfo(exported.parameters[name], "") for name in unresolved if name in absent}
-        write_base(exported, parameters, architecture, reason, built, (beyond, parts))
+        write_base(exported, parameters, architecture, reason, built, beyond)
         try:
             built.rename(home)
         except OSError:
@@ -86,13 +77,13 @@ def write_base(
     architecture: str,
     reason: str,
     home: Path,
-    beyond: tuple[list[str], list[str]] = ([], []),
+    beyond: Sequence[str] = (),
 ) -> Anatomy:
     """Survey an exported graph, and write it, its anatomy and the record into a folder.
 
     Args:
         reason: why the checkpoint's tensors are not the graph's parameters, or empty.
-        beyond: inputs that the graph does not have since they are no text, and the parts of the config that read them.
+        beyond: inputs that the graph does not have since its text alone was asked for.
     """
     import onnx_ir as ir
 
@@ -100,7 +91,7 @@ def write_base(
     from peltc.compiler.graphs.wide import hold
     from peltc.compiler.survey.sites import survey_graph
 
-    anatomy = survey_graph(exported.model, exported.parameters, exported.ties)
+    anatomy = survey_graph(exported.model, exported.parameters, exported.ties, exported.senses)
     hold(exported.model.graph)
     ir.save(exported.model, home / "graph.onnx")
     (home / "anatomy.json").write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
@@ -108,7 +99,8 @@ def write_base(
         "architecture": architecture,
         "parameters": {name: asdict(info) for name, info in parameters.items()},
         "materialise": reason,
-        "beyond": beyond,
+        "beyond": [*beyond],
+        "reading": exported.reading.to_json() if exported.reading else None,
         "export": exported.metadata,
         "limits": graph_limits(home / "graph.onnx", exported.parameters),
         "repeats": exported.repeats,

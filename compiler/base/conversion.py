@@ -61,17 +61,21 @@ def materialise(
     if not home.is_dir():
         import transformers
 
+        from peltc.compiler.export.torch_model import held
+
         writable(home.parent)
         talk(f"{reason}: writing the model's own tensors once")
         cls = getattr(transformers, architecture)
         model, report = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
         for name in report["missing_keys"]:  # what the architecture starts them with is nobody's
             path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._parameters[leaf] = None
-        first = {id(parameter): name for name, parameter in model.named_parameters()}
-        every = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+            module = model.get_submodule(path)
+            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = None
+        tensors = held(model)
+        first = {id(tensor): name for name, tensor in tensors.items()}
+        every = {name: first[id(tensor)] for name, tensor in held(model, every=True).items()}
         aliases = {name: kept for name, kept in every.items() if name != kept}
-        _save({name: p.detach() for name, p in model.named_parameters()}, home, aliases)
+        _save({name: tensor.detach() for name, tensor in tensors.items()}, home, aliases)
     written = open_checkpoint(home)
     aliases = json.loads((home / ALIASES).read_text(encoding="utf-8"))
     tensors = {**written.tensors, **{name: written.tensors[kept] for name, kept in aliases.items()}}

@@ -76,7 +76,7 @@ def graph_limits(file: Path, parameters: Collection[str]) -> Limits:
     lengths: dict[str, dict[str, Any]] = {}
     for lookup, name in list(lookups(model.graph, parameters)):
         axis = _axis(lookup.index)
-        if name or not axis or lookup.rows > MAX_ROWS:
+        if name or not axis or not 1 < lookup.rows <= MAX_ROWS:  # one row is for all positions
             continue
         tried = _Trial.of(file, str(lookup.index.name), axis, lookup.rows, parameters)
         limit = tried.limit() if tried is not None else None

@@ -6,16 +6,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peltc.compiler.export.exported import OPSET, Exported
 from peltc.compiler.export.refusals import (
     beyond_text,
-    check_reads,
-    check_text,
-    towers,
+    check_variant,
 )
 from peltc.compiler.files.cache import cache_folder, writable
 from peltc.compiler.files.checkpoint import open_checkpoint
@@ -70,18 +68,19 @@ def module_base(
     Raises:
         PeltError: E505 why the module cannot be exported; E506 what is wrong with the example inputs.
     """
-    from peltc.compiler.export.torch_model import replica
+    from peltc.compiler.export.torch_model import held, is_pretrained, replica
 
     stored = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
     computes = computed(next(iter(stored)) if len(stored) == 1 else "", precision, provider)
     architecture = f"{type(module).__module__}.{type(module).__qualname__}"
-    beyond = [] if inputs else beyond_text(type(module))
-    check_text(architecture, beyond, towers(getattr(module, "config", None)), text_only, None)
+    if is_pretrained(module) and not inputs:
+        check_variant(type(module), variant, text_only)
+    beyond = beyond_text(type(module)) if text_only and not inputs else []
     talk(f"exporting the graph of {architecture}")
-    exported = _export_module(replica(module, computes), inputs, variant)
+    exported = _export_module(lambda: replica(module, computes), inputs, variant, text_only)
     talk(exported.repeats)
     if not (folder / "model.safetensors").is_file():
-        write_tensors({name: p.detach() for name, p in module.named_parameters()}, folder / "model.safetensors")
+        write_tensors({name: tensor.detach() for name, tensor in held(module).items()}, folder / "model.safetensors")
     config: dict[str, Any] = {}
     if hasattr(getattr(module, "config", None), "to_json_string"):
         config = json.loads(module.config.to_json_string(use_diff=False)) | {"architectures": [type(module).__name__]}
@@ -91,7 +90,7 @@ def module_base(
     assert not lost, lost
     home = folder / variant
     home.mkdir()
-    anatomy = write_base(exported, parameters, architecture, "", home)
+    anatomy = write_base(exported, parameters, architecture, "", home, beyond)
     facts = architecture + digest(home / "graph.onnx") + checkpoint.fingerprint
     return read_base(
         home,
@@ -108,24 +107,31 @@ def module_base(
     )
 
 
-def _export_module(module: Any, inputs: Mapping[str, Any] | None, variant: str = "ids") -> Exported:
-    """Export a replica of a torch module that `transformers` does not have."""
+def _export_module(
+    build: Callable[[], Any], inputs: Mapping[str, Any] | None, variant: str = "ids", text_only: bool = False
+) -> Exported:
+    """Export a torch module that `transformers` does not have.
+
+    Args:
+        build: makes a replica of it.
+    """
     import inspect
 
     from peltc.compiler.export.inputs import check_inputs
     from peltc.compiler.export.torch_model import is_pretrained
-    from peltc.compiler.export.whole import export_model
+    from peltc.compiler.export.whole import export_model, export_read
 
+    module = build()
     if variant == "embeds" and not (
         is_pretrained(module) and "inputs_embeds" in inspect.signature(module.forward).parameters
     ):
         raise fail("E505", f"{type(module).__name__} cannot be exported with embedded tokens as its input",
                    expected="a model of transformers whose forward takes 'inputs_embeds'",
                    hint="tokens before the sequence (`prepend`) need it; prefixes in the attention do not")  # fmt: skip
-    if not inputs and is_pretrained(module):
-        check_reads(type(module))
-    if variant == "embeds" or (not inputs and is_pretrained(module)):
+    if variant == "embeds" or (text_only and not inputs and is_pretrained(module)):
         return export_model(module, variant)
+    if not inputs and is_pretrained(module):
+        return export_read(build)
     return export_model(module, inputs=check_inputs(module, inputs))
 
 
@@ -163,7 +169,7 @@ def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[A
     if inputs or not is_known(model):
         from peltc.compiler.export.torch_model import replica
 
-        exported = _export_module(replica(model), inputs)
+        exported = _export_module(lambda: replica(model), inputs)
         with tempfile.TemporaryDirectory() as home:
             return write_base(exported, {}, "", "", Path(home)), digest(Path(home) / "graph.onnx")
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -175,10 +181,9 @@ def survey_model(model: Any, inputs: Mapping[str, Any] | None = None) -> tuple[A
         from peltc.compiler.export.whole import export_like
         from peltc.compiler.survey.sites import survey_graph
 
-        check_reads(type(model))
         writable(file.parent)
         exported = export_like(model)
-        anatomy = survey_graph(exported.model, exported.parameters, exported.ties)
+        anatomy = survey_graph(exported.model, exported.parameters, exported.ties, exported.senses)
         written = file.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
         written.replace(file)

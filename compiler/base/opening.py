@@ -22,9 +22,9 @@ from peltc.compiler.export.exported import OPSET
 from peltc.compiler.export.refusals import (
     check_packed,
     check_stored,
-    check_text,
 )
 from peltc.compiler.files.cache import cache_folder, tidy_cache
+from peltc.compiler.senses.examples import Reading
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.specification import AS_IT_SAYS, ModelChoice
@@ -92,16 +92,16 @@ def open_base(
     stored = str(checkpoint.float_dtype)
     computes = computed(stored, precision, provider)
     stable = {k: v for k, v in config.items() if k not in VOLATILE}
-    key = key_of(OPSET, architecture, stable, computes, variant, checkpoint.header_digest)[:24]
+    facts = (OPSET, architecture, stable, computes, variant, checkpoint.header_digest)
+    key = key_of(*facts, *(["text only"] if text_only else []))[:24]
     home = cache_folder() / "bases" / key
     if not (home / "base.json").is_file():
         build_base(folder, config, architecture, chosen, computes, variant, checkpoint, home, text_only, talk)
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
-    beyond, parts = record["beyond"]
-    check_text(architecture, beyond, parts, text_only, Place(str(folder)))
     if record["materialise"] and variant in ("ids", "embeds"):
         checkpoint, converted = materialise(folder, architecture, checkpoint, record["materialise"], talk)
-    stable_text = json.dumps(stable, sort_keys=True)
+    read = json.dumps(record["reading"], sort_keys=True) if record["reading"] else ""
+    identity = architecture + json.dumps(stable, sort_keys=True) + read
     return read_base(
         home,
         folder=folder,
@@ -109,11 +109,11 @@ def open_base(
         config=config,
         precision=computes,
         variant=variant,
-        fingerprint=hashlib.sha256((architecture + stable_text + checkpoint.fingerprint).encode()).hexdigest(),
+        fingerprint=hashlib.sha256((identity + checkpoint.fingerprint).encode()).hexdigest(),
         checkpoint=checkpoint,
         converted=converted,
         changed=config != before,
-        text_only=bool(beyond),
+        text_only=bool(record["beyond"]),
     )
 
 
@@ -125,6 +125,7 @@ def read_base(home: Path, **known: Any) -> Base:
         anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
         export=record["export"],
         limits=record["limits"],
+        reading=Reading.from_json(record["reading"]) if record["reading"] else None,
         graph_file=home / "graph.onnx",
         **known,
     )

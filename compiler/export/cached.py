@@ -27,7 +27,7 @@ from peltc.compiler.export.rehearsal import repetitions
 from peltc.compiler.export.stacks import Irregular, find_stacks, shortened
 from peltc.compiler.export.steps import encode, reduced, step
 from peltc.compiler.export.tidy import clean
-from peltc.compiler.export.torch_model import quiet, tied, untie
+from peltc.compiler.export.torch_model import held, quiet, tied, untie
 from peltc.spec.diagnostics import PeltError, fail, first_line
 
 
@@ -141,7 +141,7 @@ def _trace(model: Any, example: Kwargs, other: Kwargs) -> tuple[Any, dict[str, t
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = {*held(model, every=True)}
     constants = {k: v for k, v in example.items() if isinstance(v, bool | int | float | str)}
     traced = {k: v for k, v in example.items() if v is not None and k not in constants}
     shapes = {k: dynamic_axes(v, other[k]) for k, v in traced.items()}

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from peltc.compiler.senses.examples import Reading
+
 OPSET = 20
 DECODE = "decode"
 GRAPHS = (DECODE, "encoder")
@@ -31,6 +33,7 @@ class Exported:
         stem: what precedes the base model's names in a task model.
         metadata: `transformers`' own record of the export.
         repeats: which layers were exported for all that equal them, or why none were.
+        reading: how the model is given its inputs, where it reads more than text.
     """
 
     model: Any
@@ -39,6 +42,12 @@ class Exported:
     stem: str
     metadata: dict[str, Any]
     repeats: str = ""
+    reading: Reading | None = None
+
+    @property
+    def senses(self) -> Mapping[str, str]:
+        """What each input is: see `Reading`; nothing where all is text."""
+        return self.reading.senses if self.reading else {}
 
     @classmethod
     def of(

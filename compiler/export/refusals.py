@@ -237,6 +237,11 @@ def beyond_text(cls: Any) -> list[str]:
     return main or [name for name in names if ALSO.search(name) and declared(cls)]
 
 
+def reads_more(cls: Any) -> bool:
+    """Whether a class reads images, sound or series: beside token ids, or in place of them."""
+    return bool(beyond_text(cls)) or bool((names := inputs_of(cls)) and TOKENS not in names)
+
+
 def towers(config: Any) -> list[str]:
     """The parts of a config of `transformers` that are not its text's."""
     with contextlib.suppress(Exception):
@@ -245,23 +250,23 @@ def towers(config: Any) -> list[str]:
     return []
 
 
-def check_text(architecture: str, beyond: list[str], parts: list[str], text_only: bool, place: Place | None) -> None:
-    """Whether a model's text is all that it reads, or all that is asked for.
+def check_variant(cls: Any, variant: str, text_only: bool, place: Place | None = None) -> None:
+    """Whether the graphs that read text alone can be had of a class.
 
     Args:
-        beyond: as by `beyond_text`.
-        parts: as by `towers`.
+        variant: of the graph, as for `open_base`.
 
     Raises:
-        PeltError: E510.
+        PeltError: E509 it reads no text; E510 it reads more, and its text alone was not asked for.
     """
-    if not beyond or text_only:
-        return
-    inputs = " and ".join(f"'{name}'" for name in beyond[:3])
-    lost = f", and without what reads them ({', '.join(parts)})" if parts else ""
-    raise fail("E510", f"{architecture} reads {inputs} beside token ids; it would be compiled without these{lost}",
-               place, "a model that reads text alone",
-               "`--text-only` (in Python: text_only=True) takes its text alone, if it runs on that")  # fmt: skip
+    if text_only or (variant != "ids" and reads_more(cls)):
+        check_reads(cls, place)
+    if variant != "ids" and not text_only and (beyond := beyond_text(cls)):
+        what = "tokens before the sequence" if variant == "embeds" else "generation"
+        inputs = " and ".join(f"'{name}'" for name in beyond[:3])
+        raise fail("E510", f"{cls.__name__} reads {inputs} beside token ids, and {what} are compiled of text alone",
+                   place, "a model that reads text alone, or another spec",
+                   "`--text-only` (in Python: text_only=True) takes its text alone, if it runs on that")  # fmt: skip
 
 
 @contextlib.contextmanager

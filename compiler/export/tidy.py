@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from peltc.compiler.export.inputs import output_name
+from peltc.compiler.senses.examples import Axes
 from peltc.spec.diagnostics import fail
 
 
@@ -76,11 +78,12 @@ def name_outputs(model: Any, inputs: Mapping[str, Any]) -> None:
         value.name = name
 
 
-def name_axes(model: Any, axes: Mapping[str, tuple[str, ...]]) -> None:
-    """Give the symbolic axes the names that users read: batch, sequence, target.
+def name_axes(model: Any, axes: Axes) -> None:
+    """Give the symbolic axes the names that users read: batch, sequence, target. What is computed of an axis, such as
+    the number of frames in a recording, is told by its name too: `time//2 + 1`.
 
     Args:
-        axes: the names by input; see `axis_names`.
+        axes: the names by input; None where an axis has one size.
 
     Raises:
         PeltError: E505 where an axis that was to be symbolic is not.
@@ -92,6 +95,8 @@ def name_axes(model: Any, axes: Mapping[str, tuple[str, ...]]) -> None:
         if value.name in axes:
             for axis, word in enumerate(axes[value.name]):
                 size = value.shape[axis]
+                if word is None:
+                    continue
                 if isinstance(size, int) or size.value is None:
                     raise fail(
                         "E505",
@@ -103,8 +108,10 @@ def name_axes(model: Any, axes: Mapping[str, tuple[str, ...]]) -> None:
     def rename(value: Any) -> None:
         if value is not None and value.shape is not None:
             for axis, size in enumerate(value.shape):
-                if not isinstance(size, int) and size.value in renamed:
-                    value.shape[axis] = ir.SymbolicDim(renamed[size.value])
+                if not isinstance(size, int) and size.value is not None:
+                    word = re.sub(r"[A-Za-z_]\w*", lambda found: renamed.get(found[0], found[0]), size.value)
+                    if word != size.value:
+                        value.shape[axis] = ir.SymbolicDim(word)
 
     for value in model.graph.inputs:
         if value.name in axes:

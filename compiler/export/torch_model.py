@@ -93,6 +93,21 @@ def is_pretrained(model: Any) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
+def held(model: Any, every: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds of a torch model, by name: its parameters, and the floating-point buffers that are stored
+    with them, such as the running mean of a batch norm.
+
+    Args:
+        every: tell tied parameters by all their names, not by the first alone.
+    """
+    found = dict(model.named_parameters(remove_duplicate=not every))
+    for path, module in model.named_modules(remove_duplicate=not every):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}".lstrip(".")] = buffer
+    return found
+
+
 def tied(model: Any) -> dict[str, tuple[str, ...]]:
     """The other names of each parameter."""
     if hasattr(model, "tie_weights"):
@@ -117,11 +132,12 @@ def untie(model: Any) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep `transformers`' and the exporter's progress and warnings to themselves."""
+    """Keep `transformers`' and the exporter's progress and warnings to themselves, and what torch writes of an export
+    that fails: thousands of lines, besides the error."""
     from transformers.utils import logging as talk
 
     level, bars = logging.root.manager.disable, talk.is_progress_bar_enabled()
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     talk.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -73,14 +73,15 @@ class Flow:
 
     @cached_property
     def hidden(self) -> set[ir.Value]:
-        """Values that depend on a linear map or an embedding of the inputs: what flows through the model, as opposed
-        to masks, positions and shapes."""
+        """Values that depend on a linear map, a convolution or an embedding of the inputs: what flows through the
+        model, as opposed to masks, positions and shapes."""
         found: set[ir.Value] = set()
         for node in self.nodes:
             looked_up = node.op_type == "Gather" and self.parameter(node.inputs[0]) and node.inputs[1] in self.dynamic
+            convolved = node.op_type == "Conv" and self.parameter(node.inputs[1]) and node.inputs[0] in self.dynamic
             if node.op_type == "Shape":
                 continue
-            if looked_up or any(v in found for v in node.inputs if v is not None):
+            if looked_up or convolved or any(v in found for v in node.inputs if v is not None):
                 found.update(node.outputs)
         found.update(v for v in self.graph.inputs if v.name not in self.parameters and _flows(v))
         if found:

@@ -39,6 +39,7 @@ from peltc.compiler.picture.style import (
     tooltip,
 )
 from peltc.compiler.survey.anatomy import Anatomy, Site
+from peltc.spec.stacks import STACKS
 
 DASHED = "dashed: a sub-layer; a module there changes what it adds to the stream"
 
@@ -167,7 +168,7 @@ def _upwards(sites: Sequence[Site]) -> list[Site]:
 def stacks(anatomy: Anatomy) -> dict[str, list[Site]]:
     """The named sites by stack. Sites outside the stacks belong to the first where they embed, else to the last."""
     names = {site.stack for site in anatomy.named if site.layer is not None or site.stack} or {""}
-    ordered = sorted(names, key=("encoder", "", "decoder").index)
+    ordered = sorted(names, key=lambda name: STACKS.index(name) if name else -1)
     found: dict[str, list[Site]] = {name: [] for name in ordered}
     for site in anatomy.named:
         embeds = site.role.split(".", 1)[0] == "embedding"

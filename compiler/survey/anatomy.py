@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peltc.compiler.survey.grouping import columns, grouped
+from peltc.spec.stacks import STACKS
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -70,9 +71,9 @@ class Site:
 
     @property
     def stack(self) -> str:
-        """`encoder`, `decoder` or empty."""
+        """Which of the stacks it lies in, or empty."""
         head = self.path.split(".", 1)[0]
-        return head if head in ("encoder", "decoder") else ""
+        return head if head in STACKS else ""
 
     @property
     def layer_path(self) -> str:
@@ -83,7 +84,8 @@ class Site:
     @property
     def role(self) -> str:
         """The path without stack and layer: `attention.query`."""
-        return re.sub(r"^(?:encoder\.|decoder\.)?(?:layers\.\d+\.?)?", "", self.path) or "layer"
+        rest = self.path.removeprefix(f"{self.stack}.") if self.stack else self.path
+        return re.sub(r"^layers\.\d+\.?", "", rest) or "layer"
 
     @property
     def name(self) -> str:

@@ -7,13 +7,16 @@ arrives at the attention product says who owns what, in which order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import ast
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-SIZES = {"batch": 2, "sequence": 3, "target": 5, "past": 4, "query": 3, "total": 7, "source": 5}
+SIZES = {"batch": 2, "sequence": 3, "target": 5, "past": 4, "query": 3, "total": 7, "source": 5, "time": 1280}
+"""Sizes of the axes that have names. A recording is so long that something is left behind strided convolutions."""
 UNKNOWN = -1
 MIXING = {"MatMul", "Gemm", "Conv", "Softmax", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "Einsum"}
 """Operators after which features are no longer those of the seed."""
@@ -25,6 +28,14 @@ KEEPING = {
     "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization", "Trilu", "CumSum",
 }  # fmt: skip
 """Operators after which each feature is where it was."""
+
+ARITHMETIC = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.floor_divide, "Mod": np.mod,
+              "Max": np.maximum, "Min": np.minimum, "And": np.logical_and, "Equal": np.equal}  # fmt: skip
+"""What a graph computes of shapes."""
+STEPS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod}  # fmt: skip
+"""What sizes may be computed by."""
 
 Array = np.ndarray[Any, Any]
 
@@ -156,7 +167,7 @@ class Probe:
             raise Unprobed(f"'{value.name}' has no shape")
         sizes = []
         for size in value.shape:
-            number = size if isinstance(size, int) else SIZES.get(str(size.value))
+            number = size if isinstance(size, int) else computed(str(size.value))
             if number is None:
                 raise Unprobed(f"'{value.name}' has the unknown size {size}")
             sizes.append(number)
@@ -202,11 +213,35 @@ class Probe:
             if len(first) != 1 or (len(args) > 3 and int(np.atleast_1d(self._integers(args[3]))[0])):
                 raise Unprobed("Slice of another axis in a shape")
             return np.asarray(data[int(first[0]) : int(last[0])])
-        operation = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.floor_divide, "Mod": np.mod,
-                     "Max": np.maximum, "Min": np.minimum}.get(kind)  # fmt: skip
+        if kind in ("Sign", "Not"):
+            return np.asarray((np.sign if kind == "Sign" else np.logical_not)(self._integers(args[0])))
+        operation = ARITHMETIC.get(kind)
         if operation is None:
             raise Unprobed(f"{kind} in a shape")
         return np.asarray(operation(self._integers(args[0]), self._integers(args[1])))
+
+
+def computed(expression: str) -> int | None:
+    """The size that an axis' name, or what is computed of names, stands for: `(time//2) + 1`. None where it holds
+    anything but names of axes, whole numbers, sums, differences, products and quotients."""
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.Name):
+            return SIZES[node.id]
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp):
+            return STEPS[type(node.op)](value(node.left), value(node.right))
+        raise KeyError(node)
+
+    if expression in SIZES:
+        return SIZES[expression]
+    try:
+        return value(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, KeyError, ZeroDivisionError, ValueError):
+        return None
 
 
 def ranges(indices: Iterable[int]) -> tuple[tuple[int, int], ...]:

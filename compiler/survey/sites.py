@@ -16,13 +16,17 @@ from peltc.compiler.survey.anatomy import Anatomy, Rows, Site
 from peltc.compiler.survey.block import Block, Experts
 from peltc.compiler.survey.blocks import find_blocks
 from peltc.compiler.survey.cores import OPERANDS, find_cores
+from peltc.compiler.survey.towers import Towers
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 """The order in which the maps of a block are listed; others follow."""
 
 
 def survey_graph(
-    model: ir.Model, parameters: Mapping[str, tuple[int, ...]], ties: Mapping[str, tuple[str, ...]] | None = None
+    model: ir.Model,
+    parameters: Mapping[str, tuple[int, ...]],
+    ties: Mapping[str, tuple[str, ...]] | None = None,
+    senses: Mapping[str, str] | None = None,
 ) -> Anatomy:
     """Find the sites of a graph.
 
@@ -30,13 +34,15 @@ def survey_graph(
         model: the graph; its parameters are inputs.
         parameters: their shapes by name.
         ties: other names of the same tensor, by parameter.
+        senses: what each input is: image, audio, time or text; where absent, all is text.
     """
-    return _Survey(Flow(model.graph, parameters), ties or {}).anatomy()
+    return _Survey(Flow(model.graph, parameters), ties or {}, senses or {}).anatomy()
 
 
 class _Survey:
-    def __init__(self, flow: Flow, ties: Mapping[str, tuple[str, ...]]):
+    def __init__(self, flow: Flow, ties: Mapping[str, tuple[str, ...]], senses: Mapping[str, str]):
         self.flow, self.ties = flow, ties
+        self.towers = Towers(flow, senses)
         self.claimed: set[Linear] = set()
         self.claimed_norms: set[Norm] = set()
 
@@ -60,6 +66,8 @@ class _Survey:
             for number, layer in enumerate(layers):
                 yield from self.layer(f"{stack}.layers.{number}", layer, layers, number)
             yield from self.final_norm(stack if several else "", layers)
+        if self.towers.several:
+            yield from self.beside(stacks)
         yield from self.tail(blocks)
 
     def stacks(self, blocks: list[Block]) -> dict[str, list[list[Block]]]:
@@ -71,6 +79,7 @@ class _Survey:
             groups = {"encoder": encoder, "decoder": [b for b in blocks if b not in encoder]}
         else:
             groups = {"decoder" if causal else "encoder": blocks}
+        groups = self.towers.divide(groups)
         stacks: dict[str, list[list[Block]]] = {}
         for name, members in groups.items():
             layers: list[list[Block]] = []
@@ -206,6 +215,9 @@ class _Survey:
             head = f"{stack}." if len(stacks) > 1 else ""
             start = layers[0][0].r
             behind = self.flow.ancestors(start)
+            for other in stacks.values():  # what leads to another tower's layers is that tower's
+                if other is not layers and self.flow.depends(start, other[-1][-1].out):
+                    behind -= self.flow.ancestors(other[-1][-1].out)
             found = list(find_tables(self.flow, behind))
             tables = [(table.name, table.node) for table in found if table.role == "word"]
             last = layers[-1][-1].after  # a norm after the last layer is followed by reshapes to the input's length
@@ -253,6 +265,36 @@ class _Survey:
             if norm not in self.claimed_norms and self.flow.unwrapped(norm.x, end):
                 self.claimed_norms.add(norm)
                 yield self.norm_site(f"{stack}.final_norm".lstrip("."), norm)
+
+    def beside(self, stacks: dict[str, list[list[Block]]]) -> Iterator[Site]:
+        """The maps before and after each tower: into its stream, from it to another tower, and out of it."""
+        starts = {stack: layers[0][0].r for stack, layers in stacks.items()}
+        ends = {stack: layers[-1][-1].out for stack, layers in stacks.items()}
+        for stack in stacks:
+            later = [start for other, start in starts.items() if other != stack]
+            after = [
+                m
+                for m in self.flow.linears
+                if m not in self.claimed
+                and self.flow.depends(m.x, ends[stack])
+                and not any(self.flow.depends(m.x, end) for other, end in ends.items() if other != stack)
+            ]
+            before = [
+                m
+                for m in self.flow.linears
+                if m not in self.claimed
+                and self.flow.depends(starts[stack], m.y)
+                and m not in after
+                and not any(self.flow.depends(m.x, end) for end in ends.values())
+            ]
+            into = [m for m in after if any(self.flow.depends(start, m.y) for start in later)]
+            last = stack == next(reversed(stacks)) and bool(into or not self.towers.parallel)
+            out = [] if last else [m for m in after if m not in into]
+            for role, maps in (("embedding.projection", before), ("projector", into), ("projection", out)):
+                for position, linear in enumerate(maps):
+                    self.claimed.add(linear)
+                    path = f"{stack}.{role}" if len(maps) == 1 else f"{stack}.{role}.{position}"
+                    yield self.linear_site(path, linear, None, linear.y, {}, "")
 
     def tail(self, blocks: list[Block]) -> Iterator[Site]:
         """The maps before the first layer and after the last; the last of these is the head, unless its result is only

@@ -120,7 +120,7 @@ def compile(
         verify: hold the artifact against PyTorch before it takes its place. In half precision that is two steps;
             `function` or `arithmetic` is one of them alone.
         self_contained: copy the checkpoint into the artifact rather than link it.
-        text_only: compile a model that reads more than text through its text alone, which is refused otherwise.
+        text_only: compile a model that reads more than text through its text alone.
         quirks: of an adapter's folder of another library: `as_trained` where absent, or `fixed` to compute what the
             methods say where the library computes something else.
         talk: told, line by line, what happens and what to know.

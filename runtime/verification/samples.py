@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from peltc.compiler.base.base import Base
+from peltc.compiler.senses.asked import Asked
 
 Array = np.ndarray[Any, Any]
 
@@ -16,6 +17,14 @@ SHAPES = ((1, 7, 0), (3, 12, 5), (2, 19, 3))
 
 PARTS = ((1, 0.5, 0.0), (3, 0.8, 0.3), (2, 1.0, 0.2))
 """The same for a module with example inputs: batch, and shares of the examples' lengths."""
+
+
+READ = (
+    {"batch": 1, "text": 7, "target": 5, "sound": 80},
+    {"batch": 3, "text": 12, "target": 9, "sound": 96},
+    {"batch": 2, "text": 19, "target": 3, "sound": 64},
+)
+"""The same for a model that reads more than text: see `Sizes`."""
 
 
 GENERATED = (3, 9, 4, 6)
@@ -71,8 +80,25 @@ def drawn(base: Base, batch: int, part: float, padding: float, seed: int) -> dic
     return found
 
 
+def made(base: Base, wanted: Mapping[str, int], seed: int) -> dict[str, Array]:
+    """Random inputs of a model that reads more than text; sizes that its graph fixes are those of the example."""
+    from peltc.compiler.export.refusals import model_class
+    from peltc.compiler.export.torch_model import parse_config
+
+    assert base.reading is not None
+    cls = type(base.module) if base.module is not None else model_class(base.architecture, base.config, base.folder)
+    inputs = base.reading.make(Asked.of(cls, parse_config(base.config)), base.reading.sizes(**wanted), seed)
+    assert inputs is not None, base.reading
+    return {name: tensor.numpy() for name, tensor in inputs.items() if name in base.export["kwargs"]}
+
+
 def cases(base: Base) -> Iterator[tuple[int, int, int, dict[str, Array]]]:
     """What is compared: batch, length, padding, and inputs of this size."""
+    if base.reading is not None:
+        for seed, wanted in enumerate(READ):
+            inputs = made(base, wanted, seed)
+            yield len(next(iter(inputs.values()))), max(a.shape[1] for a in inputs.values() if a.ndim > 1), 0, inputs
+        return
     if not base.inputs:
         for seed, (batch, length, padding) in enumerate(SHAPES):
             yield batch, length, padding, example(base, batch, length, padding, seed)

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from peltc.spec.specification import Attachment
+from peltc.spec.stacks import STACKS
 
 SUBLAYERS = {"attention": "attention", "cross_attention": "cross-attention", "feed_forward": "feed-forward"}
-_PATH = re.compile(r"^(?:(encoder|decoder)\.)?(?:layers\.([^.]+)(?:\.|$))?(.*)$")
+_PATH = re.compile(rf"^(?:({'|'.join(STACKS)})\.)?(?:layers\.([^.]+)(?:\.|$))?(.*)$")
 _GLOB = re.compile(r"[*?\[]")
 
 

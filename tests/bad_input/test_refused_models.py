@@ -171,32 +171,40 @@ SENSES = {
 
 @pytest.mark.parametrize("name", SENSES)
 def test_models_that_read_no_text(desk: Any, beyond: Callable[[str], Path], name: str) -> None:
-    refused(desk, "E509", SENSES[name], model=str(beyond(name)))
+    """Their text alone is asked for."""
     refused(desk, "E509", SENSES[name], model=str(beyond(name)), options=("--text-only",))
 
 
 def test_torch_models_that_read_no_text(desk: Any) -> None:
-    """Attached to, surveyed, or a class of one's own."""
+    """A class of one's own too."""
     import transformers
 
     class Own(transformers.ViTForImageClassification):
         pass
 
-    model = tiny("vit")
-    for attempt in (
-        lambda: peltc.attach(model, LORA),
-        lambda: peltc.survey(model),
-        lambda: peltc.compile(LORA, model, desk.folder / "out"),
-        lambda: peltc.compile(LORA, Own(model.config), desk.folder / "out"),
-    ):
+    for model in (tiny("vit"), Own(tiny("vit").config)):
         with pytest.raises(PeltError, match=r"E509 .*reads 'pixel_values'"):
-            attempt()
+            peltc.compile(LORA, model, desk.folder / "out", text_only=True)
 
 
-@pytest.mark.parametrize("name", ["llava", "clip"])
-def test_models_that_read_more_than_text(desk: Any, beyond: Callable[[str], Path], name: str) -> None:
-    words = ("reads 'pixel_values' beside token ids", "(vision_config)", "--text-only", "text_only=True")
-    refused(desk, "E510", *words, model=str(beyond(name)))
+def test_generation_with_more_than_text(desk: Any, beyond: Callable[[str], Path]) -> None:
+    for name, code, word in (("llava", "E510", "'pixel_values' beside token ids"), ("whisper", "E509", "(sound)")):
+        outcome = desk.pelt("compile", "spec.yaml", str(beyond(name)), "-o", "out", "--generation")
+        assert outcome.code == 1 and code in outcome.err and word in outcome.err
+        assert not (desk.folder / "out").exists()
+
+
+def test_inputs_that_cannot_be_made(desk: Any) -> None:
+    """A class whose forward asks for what nobody knows is refused with what it said to each attempt."""
+    import transformers
+
+    class Own(transformers.ViTForImageClassification):
+        def forward(self, pixel_values: Any, secret: Any) -> Any:
+            return super().forward(pixel_values)
+
+    with pytest.raises(PeltError, match=r"E514 how Own is given its inputs") as caught:
+        peltc.survey(Own(tiny("vit").config))
+    assert "secret" in str(caught.value) and "example_inputs" in str(caught.value)
 
 
 def test_a_model_that_does_not_run_on_its_text(desk: Any, beyond: Callable[[str], Path]) -> None:
@@ -215,13 +223,11 @@ def test_a_model_through_its_text(desk: Any, beyond: Callable[[str], Path], monk
     assert manifest["base"]["text_only"] is True
     assert desk.pelt("verify", "out").code == 0
     for command in (["sites"], ["plan", "spec.yaml"], ["describe", "spec.yaml"]):
-        outcome = desk.pelt(*command, model)
-        assert outcome.code == 1 and "E510" in outcome.err and "(vision_config)" in outcome.err
-        assert desk.pelt(*command, model, "--text-only").code == 0
-    assert peltc.survey(model, text_only=True).named
-    assert peltc.plan("spec.yaml", model, text_only=True).claims
-    with pytest.raises(PeltError, match="E510"):
-        peltc.compile("spec.yaml", tiny("llava"), desk.folder / "other")
+        assert "vision" in desk.pelt(*command, model).out
+        outcome = desk.pelt(*command, model, "--text-only")
+        assert outcome.code == 0 and "vision" not in outcome.out
+    assert not any(site.stack == "vision" for site in peltc.survey(model, text_only=True))
+    assert len(peltc.plan("spec.yaml", model, text_only=True).claims) < len(peltc.plan("spec.yaml", model).claims)
 
 
 def test_models_of_text_alone_say_so(desk: Any) -> None:
