@@ -34,7 +34,7 @@ def read(asked: Asked) -> Made:
                 rows = torch.cat([rows[:, :1], torch.tensor(run).expand(batch, -1), rows[:, 1:]], 1)
         if asked.number("projection_dim", "projection_size") and not asked.counts:
             end = asked.setting("eos_token_id", kinds=(int,), under="text")
-            if end is not None and end >= 0:
+            if end is not None and 0 <= end < vocabulary(asked):
                 rows[:, -1] = end  # some read a text off where it ends
         found["input_ids"] = rows
         marks = [token for sense in asked.counts if (token := placeholder(asked, sense)) is not None]
@@ -62,11 +62,16 @@ def read(asked: Asked) -> Made:
     return found
 
 
+def vocabulary(asked: Asked) -> int:
+    """How many tokens there are."""
+    return asked.number("vocab_size", default=LAST, under="text|decoder")
+
+
 def tokens(asked: Asked, length: int) -> Any:
     """Ordinary tokens [B, S]: none that a setting gives a meaning."""
     import torch
 
-    rows = asked.number("vocab_size", default=LAST, under="text|decoder")
+    rows = vocabulary(asked)
     special = {v for part in asked.parts() for k, v in vars(part).items() if SPECIAL.search(k) and isinstance(v, int)}
     words = [w for w in range(FIRST, min(rows, LAST)) if w not in special] or [0]
     return torch.tensor(words)[asked.integers(0, len(words), asked.sizes.batch, length)]

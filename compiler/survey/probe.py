@@ -26,6 +26,7 @@ KEEPING = {
     "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN", "Sigmoid", "Tanh", "Relu", "Gelu", "Erf", "Elu", "Celu",
     "Selu", "LeakyRelu", "Softplus", "Softsign", "HardSigmoid", "HardSwish", "Mish", "Swish", "PRelu", "Sin", "Cos",
     "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization", "Trilu", "CumSum",
+    "BatchNormalization", "InstanceNormalization",
 }  # fmt: skip
 """Operators after which each feature is where it was."""
 

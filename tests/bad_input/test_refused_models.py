@@ -4,13 +4,13 @@ anything is exported, and nothing is left behind."""
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from beyond import save, tiny
 from safetensors.numpy import load_file, save_file
 
 import peltc
@@ -115,37 +115,6 @@ def test_quantised_torch_models(desk: Any, how: str) -> None:
 # pixels, sound, several at once
 
 
-def tiny(name: str) -> Any:
-    """Tiny models that read more than text, or none."""
-    import torch
-    import transformers as t
-
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = {**small, "image_size": 32, "patch_size": 16}
-    text = {**small, "vocab_size": 100, "max_position_embeddings": 64}
-    whisper = {
-        "vocab_size": 100, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8,
-        "max_source_positions": 16, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 1,
-        "eos_token_id": 2, "decoder_start_token_id": 1,
-    }  # fmt: skip
-    sound = {"conv_dim": (32,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1,
-             "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}  # fmt: skip
-    torch.manual_seed(0)
-    made = {
-        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**vision)),
-        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**{**vision, "mlp_ratio": 2})),
-        "wav2vec2": lambda: t.Wav2Vec2ForCTC(t.Wav2Vec2Config(**small, vocab_size=30, **sound)),
-        "whisper": lambda: t.WhisperForConditionalGeneration(t.WhisperConfig(**whisper)),
-        "clip": lambda: t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)),
-        "llava": lambda: t.LlavaForConditionalGeneration(
-            t.LlavaConfig(
-                text_config={**text, "model_type": "llama", "num_key_value_heads": 2},
-                vision_config={**vision, "model_type": "clip_vision_model"}, image_token_index=99)),
-    }  # fmt: skip
-    return made[name]().eval()
-
-
 @pytest.fixture(scope="session")
 def beyond(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folders of tiny models that read more than text."""
@@ -153,9 +122,7 @@ def beyond(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(name: str) -> Path:
         if not (home / name).is_dir():
-            logging.disable(logging.WARNING)
-            tiny(name).save_pretrained(home / name)
-            logging.disable(logging.NOTSET)
+            save(name, home / name)
         return home / name
 
     return folder

@@ -1,0 +1,193 @@
+"""Models that read images, sound, videos or series: compiled with all that they read, and equal to PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import beyond
+import models
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import peltc
+from peltc.compiler.base.opening import open_base
+from peltc.spec.diagnostics import PeltError
+
+TOLERANCE = 1e-5
+TARGETS = {
+    "levit": r".*queries_keys_values\.linear", "patchtst": ["q_proj", "v_proj"],
+    "llava": r".*language_model.*\.(q_proj|v_proj)", "clip": r".*vision_model.*\.(q_proj|fc1)",
+}  # fmt: skip
+"""What HF PEFT attaches LoRA to, where it is not queries and values by their usual names."""
+SPEC = {"pelt": 1, "name": "mine", "attach": [
+    {"method": "lora", "at": ["attention.query", "attention.value"], "r": 2},
+    {"method": "bottleneck", "at": "feed_forward.block", "reduction": 4},
+    {"method": "ia3", "at": "attention.key"},
+]}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    home = tmp_path_factory.mktemp("senses")
+    return lambda name: home / name if (home / name).is_dir() else beyond.save(name, home / name)
+
+
+def load(folder: Path, name: str) -> Any:
+    return type(beyond.MADE[name]()).from_pretrained(folder).eval()
+
+
+def answers(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        found = model(**inputs)
+    return {key: value.numpy() for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def check(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    """Every floating-point output, to the tolerance of its largest value."""
+    shared = [key for key in found if key in wanted and wanted[key].dtype.kind == "f"]
+    assert shared, (list(found), list(wanted))
+    for key in shared:
+        assert found[key].shape == wanted[key].shape
+        assert np.abs(found[key] - wanted[key]).max() <= TOLERANCE * np.abs(wanted[key]).max(), key
+
+
+@pytest.mark.parametrize("name", beyond.MADE)
+def test_folders_of_peft(folder: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+    """What HF PEFT wrote of it is imported by name, and computes what HF PEFT computes, at another batch size."""
+    targets = TARGETS.get(name, r".*(q_proj|v_proj|query|value)")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(load(folder(name), name), config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    batch = 1 if name == "llava" else 5  # its graph is of one image, see below
+    inputs = beyond.feeds(name, batch)
+    wanted = answers(model.base_model.model, inputs)
+    bare = answers(load(folder(name), name), inputs)
+    key = next(k for k in ("logits", "prediction_outputs", "image_embeds", "last_hidden_state") if k in wanted)
+    assert np.abs(wanted[key] - bare[key]).max() > 100 * TOLERANCE * np.abs(bare[key]).max()
+    peltc.compile(tmp_path / "adapter", folder(name), tmp_path / "out")
+    with peltc.Session(tmp_path / "out") as session:
+        check(session(**{k: v.numpy() for k, v in inputs.items()}), wanted)
+
+
+@pytest.mark.parametrize("name", ["vit", "wav2vec2", "whisper", "patchtst", "clip", "swin"])
+def test_trained_modules(folder: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+    """Attached, trained, compiled from the live model in the graph and folded where that can be."""
+    model = load(folder(name), name)
+    peltc.attach(model, SPEC)
+    inputs = beyond.feeds(name, 3)
+    found = model(**inputs)
+    loss = sum(v.square().mean() for v in found.values() if isinstance(v, torch.Tensor) and v.requires_grad)
+    torch.manual_seed(2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    wanted = answers(model, inputs)
+    for mode in ("fold", "static"):
+        manifest = peltc.compile(SPEC, model, tmp_path / mode, mode=mode)
+        assert manifest["verification"]["worst"] <= TOLERANCE
+        with peltc.Session(tmp_path / mode) as session:
+            check(session(**{k: v.numpy() for k, v in inputs.items()}), wanted)
+
+
+def test_towers_are_named_by_what_they_read(folder: Callable[[str], Path]) -> None:
+    roles = {site.path for site in open_base(folder("clip")).anatomy.named}
+    assert {"vision.layers.1.attention.query", "text.layers.1.attention.query", "vision.projection",
+            "text.projection", "text.embedding.word", "text.final_norm"} <= roles  # fmt: skip
+    roles = {site.path for site in open_base(folder("llava")).anatomy.named}
+    assert {"vision.layers.0.feed_forward.up", "vision.projector.0", "vision.projector.1", "head",
+            "text.layers.1.feed_forward.gate", "text.embedding.word"} <= roles  # fmt: skip
+    roles = {site.path for site in open_base(folder("whisper")).anatomy.named}
+    assert {"encoder.layers.0.attention.query", "decoder.layers.0.cross_attention.key", "head"} <= roles
+    assert not any(path.startswith(("vision.", "speech.", "text.")) for path in roles)
+
+
+def test_one_tower_leaves_the_other_alone(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "vision.layers.*.attention.query", "r": 2}]}
+    plan = peltc.plan(spec, folder("clip"))
+    assert {claim.site.path for claim in plan.claims} == {f"vision.layers.{i}.attention.query" for i in range(2)}
+    tensors = {n: np.full(t.shape, 0.3, np.float32) for n, t in plan.tensors.items()}
+    peltc.compile(spec, folder("clip"), tmp_path / "out", tensors)
+    inputs = beyond.feeds("clip", 2)
+    bare = answers(load(folder("clip"), "clip"), inputs)
+    with peltc.Session(tmp_path / "out") as session:
+        found = session(**{k: v.numpy() for k, v in inputs.items()})
+    assert np.abs(found["text_embeds"] - bare["text_embeds"]).max() <= TOLERANCE * np.abs(bare["text_embeds"]).max()
+    assert np.abs(found["image_embeds"] - bare["image_embeds"]).max() > 1e-3
+
+
+def test_axes_that_may_be_of_any_size(folder: Callable[[str], Path]) -> None:
+    """As many as the exporter leaves free; what it cannot is fixed, and the manifest says at which size."""
+
+    def axes(name: str) -> dict[str, tuple[str | None, ...]]:
+        reading = open_base(folder(name)).reading
+        assert reading is not None
+        return dict(reading.axes)
+
+    assert axes("vit") == {"pixel_values": ("batch", None, None, None)}
+    assert axes("wav2vec2") == {"input_values": ("batch", "time"), "attention_mask": ("batch", "time")}
+    assert axes("whisper")["decoder_input_ids"] == ("batch", "target")
+    assert axes("clip")["input_ids"] == ("batch", "sequence")
+    reading = open_base(folder("llava")).reading
+    assert reading is not None and reading.axes["input_ids"] == (None, "sequence") and reading.held == {"batch": 1}
+    assert reading.counts == {"image": 4}
+
+
+def test_stored_buffers_come_from_the_checkpoint(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The running statistics of batch norms, and the routers' corrections of a language model: what a class starts
+    them with is not the model's."""
+    base = open_base(folder("levit"))
+    stored = [name for name in base.parameters if name.endswith(("running_mean", "running_var"))]
+    assert stored and all(not base.lacks(name) for name in stored)
+    small = {
+        **models.SMALL,
+        **models.TEXT,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    }
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**small)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    corrections = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    for buffer in corrections:
+        buffer.copy_(torch.tensor([0.0, 9.0, -9.0, 0.5]))
+    assert corrections
+    model.save_pretrained(tmp_path / "model")
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.output", "r": 2}]}
+    peltc.compile(spec, tmp_path / "model", tmp_path / "out")
+    ids = torch.randint(0, 100, (2, 9))
+    with peltc.Session(tmp_path / "out") as session:
+        found = session(input_ids=ids.numpy(), attention_mask=np.ones((2, 9), np.int64))
+    check(found, answers(model, {"input_ids": ids}))
+
+
+def test_inputs_that_do_not_fit(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    peltc.compile(SPEC, folder("vit"), tmp_path / "out")
+    with peltc.Session(tmp_path / "out") as session:
+        for shape in ((2, 3, 48, 48), (3, 32, 32), (2, 1, 32, 32)):
+            with pytest.raises(PeltError, match=r"E606 .*'pixel_values'") as caught:
+                session(pixel_values=np.zeros(shape, np.float32))
+            assert "[batch, 3, 32, 32]" in str(caught.value)
+        with pytest.raises(PeltError, match="pixel_values"):
+            session(input_ids=np.zeros((1, 4), np.int64))
