@@ -33,6 +33,7 @@ COMPANIONS = (
     "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
     "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 TOOLS = ("peltc", "onnx-ir", "onnxscript", "transformers", "torch", "onnxruntime", "onnxruntime-gpu")
 

@@ -14,6 +14,7 @@ PACKAGES = {
     "click": "click", "tqdm": "tqdm", "tokenizers": "tokenizers", "starlette": "starlette",
     "uvicorn": "uvicorn", "prometheus_client": "prometheus-client",
     "grpc": "grpcio", "tritonclient": "tritonclient", "ray": "ray[serve]",
+    "PIL": "pillow", "soundfile": "soundfile",
 }  # fmt: skip
 """What `pip` calls the packages that the project imports, by what Python calls them."""
 EXTRAS = {
@@ -23,6 +24,8 @@ EXTRAS = {
     "grpc": "serve",
     "tritonclient": "serve",
     "ray": "ray",
+    "PIL": "senses",
+    "soundfile": "senses",
 }
 """Those that the project installs when they are asked for alone, and by what name."""
 

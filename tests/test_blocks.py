@@ -137,10 +137,25 @@ def triton(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def senses(folder: Path) -> dict[str, Any]:
+    """An artifact of a model that reads images, with its processor, and an image."""
+    import beyond
+    from PIL import Image
+
+    beyond.save("vit", folder / "vit")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (folder / "vit" / "preprocessor_config.json").write_text(json.dumps(settings))
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
+    peltc.compile(spec, folder / "vit", folder / "out")
+    Image.new("RGB", (50, 40), "orange").save(folder / "cat.png")
+    return {}
+
+
 PREPARED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "README.md": readme, "docs/artifact.md": artifact, "docs/generation.md": generation,
     "docs/training.md": training, "docs/models.md": own_module, "docs/profiles.md": profiles,
     "docs/import.md": importing, "docs/serving.md": serving, "docs/triton.md": triton,
+    "docs/senses.md": senses,
 }  # fmt: skip
 """What stands ready in a page's folder, and the names that its blocks do not make themselves."""
 

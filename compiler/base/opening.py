@@ -120,12 +120,16 @@ def open_base(
 def read_base(home: Path, **known: Any) -> Base:
     """The base whose graph, anatomy and record lie in a folder; the rest is `known`."""
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
+    reading = Reading.from_json(record["reading"]) if record["reading"] else None
+    limits = record["limits"]
+    if reading is not None and reading.tokens:
+        limits = {**limits, "tokens": {str(reading.tokens[sense]): reading.counts[sense] for sense in reading.tokens}}
     return Base(
         parameters={n: ParameterInfo(tuple(p["shape"]), p["stored"]) for n, p in record["parameters"].items()},
         anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
         export=record["export"],
-        limits=record["limits"],
-        reading=Reading.from_json(record["reading"]) if record["reading"] else None,
+        limits=limits,
+        reading=reading,
         graph_file=home / "graph.onnx",
         **known,
     )

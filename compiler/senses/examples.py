@@ -23,6 +23,7 @@ class Reading:
     Attributes:
         ways: the way of each sense, by its function's name.
         counts: how many tokens stand for one row's images, or its recording, by sense.
+        tokens: which token that is, by sense.
         axes: the names of the axes of each input, in order; None where the axis has one size.
         varied: the sizes of `Sizes` that some axis follows.
         senses: what each input is: image, audio, time or text.
@@ -35,6 +36,7 @@ class Reading:
     varied: tuple[str, ...] = ()
     senses: Mapping[str, str] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     def sizes(self, **wanted: int) -> Sizes:
         """Sizes as wanted where they are free, and as the graph has them elsewhere."""
@@ -76,4 +78,5 @@ class Reading:
     def from_json(data: Mapping[str, Any]) -> Reading:
         """What `to_json` wrote."""
         axes = {name: tuple(words) for name, words in data["axes"].items()}
-        return Reading(data["ways"], data["counts"], axes, tuple(data["varied"]), data["senses"], data["held"])
+        return Reading(data["ways"], data["counts"], axes, tuple(data["varied"]), data["senses"], data["held"],
+                       data["tokens"])  # fmt: skip

@@ -158,4 +158,6 @@ def _with_axes(model: Any, asked: Asked, reading: Reading, inputs: Mapping[str, 
     axes: Axes = {name: tuple(words) for name, words in found.items()}
     made = reading.by_sense(asked.sized(Sizes(), dict(reading.counts))) or {}
     senses = {name: sense for sense, tensors in made.items() for name in tensors}
-    return replace(reading, axes=axes, varied=tuple(varied), senses=senses)
+    tokens = {sense: text.placeholder(asked, sense) for sense in reading.counts}
+    known = {sense: token for sense, token in tokens.items() if token is not None}
+    return replace(reading, axes=axes, varied=tuple(varied), senses=senses, tokens=known)

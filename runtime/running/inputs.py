@@ -116,10 +116,11 @@ def check(feeds: Mapping[str, Array], shapes: Mapping[str, list[int | str]], lim
     """Hold inputs against a graph's inputs, whose axes have sizes or names, and against the limits of its tables.
 
     Raises:
-        PeltError: E606, E613, E615, E616, E617.
+        PeltError: E606, E613, E615, E616, E617, E642.
     """
     sizes = check_shapes(feeds, shapes)
     check_values(feeds, limits)
+    check_tokens(feeds, limits)
     check_lengths(sizes, count_tokens(feeds, shapes), limits)
 
 
@@ -186,6 +187,21 @@ def check_values(feeds: Mapping[str, Array], limits: Mapping[str, Any]) -> None:
             raise fail("E615", f"the input '{name}' holds {feeds[name][at]} {_place(at)}{more}",
                        expected=f"values from 0 to {rows - 1}: the model's table has {rows} rows",
                        hint="is the tokenizer this model's own?" if name.endswith("input_ids") else "")  # fmt: skip
+
+
+def check_tokens(feeds: Mapping[str, Array], limits: Mapping[str, Any]) -> None:
+    """Hold the tokens that stand for the parts of an image or a recording against what the model makes of one.
+
+    Raises:
+        PeltError: E642 a text with more of them, or fewer.
+    """
+    for token, count in limits.get("tokens", {}).items():
+        ids = feeds.get("input_ids")
+        for row, found in enumerate([] if ids is None else (ids == int(token)).sum(-1)):
+            if found != count:
+                raise fail("E642", f"text {row} in 'input_ids' has {found} tokens {token}, which stand for what the"
+                           " model sees or hears", expected=f"{count} of them, one for each feature that it makes",
+                           hint="the checkpoint's processor puts them there: session.prepare(text=..., image=...)")
 
 
 def check_lengths(
