@@ -102,9 +102,9 @@ def name_axes(model: Any, axes: Mapping[str, tuple[str, ...]]) -> None:
 
     def rename(value: Any) -> None:
         if value is not None and value.shape is not None:
-            for axis, size in enumerate(value.shape):
-                if not isinstance(size, int) and size.value in renamed:
-                    value.shape[axis] = ir.SymbolicDim(renamed[size.value])
+            sizes: list[Any] = [size if isinstance(size, int) else size.value for size in value.shape]
+            if any(size in renamed for size in sizes):  # a new one: that of a square map's output is frozen
+                value.shape = ir.Shape([renamed.get(size, size) for size in sizes])
 
     for value in model.graph.inputs:
         if value.name in axes:

@@ -14,10 +14,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 
 import peltc
+from peltc.compiler.base.live import module_base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.precision import computed
+from peltc.runtime.building.adapters import read_adapter
+from peltc.runtime.building.compile import plan_for
 from peltc.runtime.commands.cli import run
 from peltc.runtime.running.inputs import converted
 from peltc.runtime.running.values import BFLOAT16, array_of, value_of
@@ -136,6 +140,37 @@ def test_values_keep_their_bits() -> None:
 ])  # fmt: skip
 def test_what_is_computed_in(stored: str, asked: str, provider: str, expected: str) -> None:
     assert computed(stored, asked, provider) == expected
+
+
+@pytest.mark.parametrize(("provider", "expected"), [("cuda", "bfloat16"), ("any", "float32"), ("cpu", "float32")])
+@pytest.mark.parametrize("how", ["spec", "argument", "torch"])
+def test_the_provider_decides_for_a_checkpoint_in_bfloat16(
+    how: str, provider: str, expected: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """Whoever names it, and whatever the model comes as; `pelt verify` opens the base in the same type."""
+    model, out = model_folder("llama", "bfloat16"), tmp_path / "out"
+    deploy = {"mode": "static"} | ({} if how == "argument" else {"provider": provider})
+    given: Any = transformers.LlamaForCausalLM.from_pretrained(model, dtype="auto") if how == "torch" else model
+    asked = {"provider": provider} if how == "argument" else {}
+    spec = {"pelt": 1, "attach": LORA, "deploy": deploy}
+    found = peltc.compile(spec, given, out, verify=False, **asked)
+    assert (found["base"]["stored"], found["base"]["precision"]) == ("bfloat16", expected)
+    kind = ir.DataType.BFLOAT16 if expected == "bfloat16" else ir.DataType.FLOAT
+    assert {value.dtype for value in ir.load(out / "model.onnx").graph.outputs} == {kind}
+    if how != "torch":
+        assert plan_for(peltc.load_spec(spec).on(provider), model)[1].precision == expected
+        again = peltc.verify(out, step="function")
+        assert again["verification"]["worst"] <= again["verification"]["tolerance"]
+        assert read_adapter(out).base.precision == expected
+
+
+def test_a_module_s_own_graph_is_for_its_provider(tmp_path: Path) -> None:
+    """Of a torch module that `transformers` does not have."""
+    module, inputs = torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16(), {"input": torch.ones(3, 5, 8).bfloat16()}
+    for provider, expected in (("cuda", "bfloat16"), ("any", "float32")):
+        (tmp_path / provider).mkdir()
+        found = module_base(module, inputs, tmp_path / provider, provider=provider)
+        assert found.precision == expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
