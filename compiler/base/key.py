@@ -7,7 +7,7 @@ import json
 from importlib import metadata
 from typing import Any
 
-FORMAT = 15
+FORMAT = 16
 """Of what is cached; a change of code that changes an entry raises it."""
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 """The packages whose version decides what an export is."""

@@ -121,7 +121,9 @@ def read_base(home: Path, **known: Any) -> Base:
     """The base whose graph, anatomy and record lie in a folder; the rest is `known`."""
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
     return Base(
-        parameters={n: ParameterInfo(tuple(p["shape"]), p["stored"]) for n, p in record["parameters"].items()},
+        parameters={
+            n: ParameterInfo(tuple(p["shape"]), p["stored"], p.get("wide", False)) for n, p in record["parameters"].items()
+        },
         anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
         export=record["export"],
         limits=record["limits"],

@@ -40,6 +40,22 @@ def unbacked(model: Any) -> Any:
     return model
 
 
+def keep_wide(model: Any) -> Any:
+    """Keep in float32 what `transformers` keeps so where it loads a model in half precision: T5's last maps of its
+    feed-forward networks, whose results float16 does not hold. It tells by names, and changes nothing in float32."""
+    import re
+
+    import torch
+
+    plan = model._get_dtype_plan(model.dtype)
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            full = f"{module_name}.{name}" if module_name else name
+            if parameter is not None and any(re.search(pattern.replace("*", ".*"), full) for pattern in plan):
+                module._parameters[name] = torch.nn.Parameter(parameter.to(torch.float32), False)
+    return model
+
+
 def replica(model: Any, precision: str = "", drop: Any = None) -> Any:
     """A copy of a live torch module, in eval mode and on the CPU. Its modules and buffers are its own; its parameters
     are those of the module, copied only where the type or the device changes.
