@@ -122,7 +122,8 @@ def read_base(home: Path, **known: Any) -> Base:
     record = json.loads((home / "base.json").read_text(encoding="utf-8"))
     return Base(
         parameters={
-            n: ParameterInfo(tuple(p["shape"]), p["stored"], p.get("wide", False)) for n, p in record["parameters"].items()
+            n: ParameterInfo(tuple(p["shape"]), p["stored"], p.get("wide", False))
+            for n, p in record["parameters"].items()
         },
         anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
         export=record["export"],
