@@ -206,7 +206,8 @@ def function(folder: Path, base: Base, expected: Answers, place: Place, load: Ca
             own = base_error(base)
             if own > WRONG * tolerance:
                 raise fail("E703", f"the exporter's graph of the bare model differs from PyTorch by {own:.2e} of the"
-                           " largest value: it computes something else", place, f"at most {WRONG * tolerance:.1e} in float32",
+                           " largest value: it computes something else", place,
+                           f"at most {WRONG * tolerance:.1e} in float32",
                            "a newer transformers may export this model rightly")  # fmt: skip
             tolerance = max(tolerance, 2 * own)
     if not found <= tolerance:

@@ -24,7 +24,9 @@ from peltc.runtime.building.adapters import read_adapter
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.commands.cli import run
 from peltc.runtime.running.inputs import converted
-from peltc.runtime.running.values import BFLOAT16, array_of, value_of
+from peltc.runtime.running.values import BFLOAT16, NARROW, array_of, value_of
+from peltc.runtime.serving.inference import Inference, datatype
+from peltc.runtime.serving.protocol import write
 from peltc.runtime.verification.rewritten import Widened
 from peltc.spec.diagnostics import PeltError
 
@@ -103,6 +105,16 @@ def test_what_a_session_gives(artifact: Path) -> None:
     expected = torch.from_numpy(wide).to(torch.bfloat16).float().numpy()
     assert np.array_equal(found.astype(np.float32), expected)
     assert not np.array_equal(expected, wide)
+
+
+def test_a_server_tells_of_what_it_answers(artifact: Path) -> None:
+    """Its protocol has no bfloat16: the numbers are answered in float32, and so say the metadata."""
+    answered = Narrow(artifact, CPU)(input_ids=np.array([[5, 6, 7]]))["logits"]
+    body, _ = write(Inference("", {}, None, None, False), "first", {"logits": answered})
+    (said,) = json.loads(body)["outputs"]
+    value = next(v for v in ir.load(artifact / "model.onnx").graph.outputs if v.name == "logits")
+    assert value.dtype == ir.DataType.BFLOAT16 and answered.dtype == BFLOAT16
+    assert said["datatype"] == datatype(NARROW) == "FP32"
 
 
 def test_what_a_session_takes() -> None:
