@@ -33,7 +33,7 @@ from peltc.compiler.lowering.quantise import Pack, Quantiser
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
 from peltc.compiler.passes.as_wide import put_as_wide
-from peltc.compiler.passes.bind import add_bias, bind
+from peltc.compiler.passes.bind import add_bias, bind, elsewhere
 from peltc.compiler.passes.blend import Blend
 from peltc.compiler.passes.offer import offer
 from peltc.compiler.passes.packing import masks_of
@@ -120,7 +120,7 @@ def build(
                 tensor = values.pop(entry.name)
                 if site := map_site(sites[name].values(), entry.name.removesuffix(NEW_BIAS)):
                     add_bias(model, site.values["full"], tensor, entry.claims)
-        bind(model, source, values, base)
+        bind(model, source, values, base, data.convert if quantiser is None else None)
         if name in stages:  # ONNX Runtime runs what nobody reads too, with lengths that are not right any more
             RemoveUnusedNodesPass()(model)
         hold(model.graph)
@@ -160,6 +160,7 @@ def build(
     limits = artifact_limits(graphs["model"], base, plan, embeds)
     manifest = write_artifact(folder, graphs, data, source, plan, taken, adapter, weights_from, records,
                               self_contained, limits)  # fmt: skip
+    manifest["bytes_converted"] = data.converted
     manifest["profiles"] = profiles
     manifest["quantised"] = None if quantiser is None else quantiser.record()
     manifest["lowering"] = {name: found.record() for name, found in lowered.items()}
@@ -179,7 +180,7 @@ def lowerings(plan: Plan, base: Base, stages: Mapping[str, Base] = MappingProxyT
     for name, one in {"model": base, **stages}.items():
         sites = {site.key: site for site in base.anatomy} if one is base else one.anatomy.named_as(base.anatomy)
         model, _ = rewritten(one, plan, sites, some, base)
-        bind(model, base, {}, base)
+        bind(model, base, {}, base, None if plan.quantised else elsewhere)
         found[name] = lower(model, sites.values())
     return found
 

@@ -193,8 +193,8 @@ def test_weights_stay_where_they_lie(dtype: str, model_folder: Folder, tmp_path:
     assert open_base(model, provider="cuda").precision == dtype
     spec = peltc.load_spec({"pelt": 1, "attach": LORA, "deploy": {"mode": "static", "precision": dtype}})
     tensors = {name: np.ones(t.shape, np.float32) for name, t in peltc.plan(spec, model).tensors.items()}
-    peltc.compile(spec, model, out, tensors, verify=False, generation=True)
-    assert (out / "model.safetensors").samefile(model / "model.safetensors")
+    found = peltc.compile(spec, model, out, tensors, verify=False, generation=True)
+    assert found["bytes_converted"] == 0 and (out / "model.safetensors").samefile(model / "model.safetensors")
     for file in ("model.onnx", "decode.onnx"):
         graph = ir.load(out / file).graph
         weights = [v for v in graph.initializers.values()
@@ -202,6 +202,35 @@ def test_weights_stay_where_they_lie(dtype: str, model_folder: Folder, tmp_path:
         assert len(weights) == 21 and {str(v.dtype).lower() for v in weights} == {dtype}
         casts = [use.node for value in weights for use in value.uses() if use.node.op_type == "Cast"]
         assert not casts, f"{file}: {[node.name for node in casts]}"
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("bfloat16", "float32"), ("float32", "float16"), ("bfloat16", "float16"),
+                                                ("float16", "bfloat16")])  # fmt: skip
+def test_weights_of_another_type_are_converted_once(
+    dtype: str, computed: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """On the disk, for all graphs together, to what PyTorch makes of them; no session casts a weight."""
+    model, out = model_folder("llama-tied", dtype), tmp_path / "out"
+    spec = {"pelt": 1, "attach": LORA, "deploy": {"mode": "static", "precision": computed, "generation": True}}
+    found = peltc.compile(spec, model, out, verify=False)
+    torch_model = transformers.LlamaForCausalLM.from_pretrained(model, dtype=getattr(torch, computed))
+    expected = dict(torch_model.named_parameters())
+    places = []
+    for file in ("model.onnx", "decode.onnx"):
+        graph = ir.load(out / file).graph
+        weights = {name: value for name, value in graph.initializers.items() if name in expected}
+        assert len(weights) == len(expected) == 20, "a head that is tied to the table has no weight of its own"
+        assert not [use for value in weights.values() for use in value.uses() if use.node.op_type == "Cast"]
+        for name, value in weights.items():
+            tensor = value.const_value
+            assert isinstance(tensor, ir.ExternalTensor) and tensor.location == "model.onnx.data"
+            bits = np.fromfile(out / tensor.location, np.uint8, tensor.length or 0, offset=tensor.offset or 0)
+            assert str(value.dtype).lower() == {"float32": "float"}.get(computed, computed)
+            assert np.array_equal(bits, expected[name].detach().contiguous().view(torch.uint8).numpy().reshape(-1))
+        places.append({name: (value.const_value.offset, value.const_value.length) for name, value in weights.items()})
+    assert places[0] == places[1]
+    width = expected["model.norm.weight"].element_size()
+    assert found["bytes_converted"] == width * sum(p.numel() for p in expected.values()) <= found["bytes_written"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
