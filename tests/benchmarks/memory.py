@@ -58,8 +58,9 @@ def child(tiny: Path, folder: Path) -> None:
     seconds = time.perf_counter() - start
     session.close()
     del session
-    session = opened(folder)
+    kept = opened(folder)
     after = resident()
+    kept.close()
     print(json.dumps({"seconds": seconds, **{name: after[name] - before[name] for name in after}}))
 
 

@@ -204,8 +204,9 @@ def test_weights_stay_where_they_lie(dtype: str, model_folder: Folder, tmp_path:
         assert not casts, f"{file}: {[node.name for node in casts]}"
 
 
-@pytest.mark.parametrize(("dtype", "computed"), [("bfloat16", "float32"), ("float32", "float16"), ("bfloat16", "float16"),
-                                                ("float16", "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize(("dtype", "computed"), [
+    ("bfloat16", "float32"), ("float32", "float16"), ("bfloat16", "float16"), ("float16", "bfloat16"),
+])  # fmt: skip
 def test_weights_of_another_type_are_converted_once(
     dtype: str, computed: str, model_folder: Folder, tmp_path: Path
 ) -> None:
