@@ -2,8 +2,8 @@
 
 What `generate` carries from step to step are views of the filled part of the buffers, so that caches are cropped or
 copied as any others are. Beams that are chosen anew are copied once, with room for what is to come, and not at all
-where each goes on from itself. A view that is not the buffer's whole filled part, or is no view any more, is copied into
-a buffer of its own, so that no text ever writes into another's past.
+where each goes on from itself. A view that is not the buffer's whole filled part, or is no view any more, is copied
+into a buffer of its own, so that no text ever writes into another's past.
 """
 
 from __future__ import annotations

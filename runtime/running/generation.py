@@ -190,14 +190,14 @@ class _Generator:
             self._own.room = kwargs.get("max_cache_length", args[-1] if args else 0) or 0
         return super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
 
-    def _reorder_cache(self, cache: Any, beam_idx: Any) -> Any:
+    def _reorder_cache(self, cache: Any, rows: Any) -> Any:
         """A cache whose rows are those of chosen beams; called by `generate`."""
         if not hasattr(self, "_own"):
-            cache.reorder_cache(beam_idx)
+            cache.reorder_cache(rows)
             return cache
-        reorder(cache, beam_idx)
+        reorder(cache, rows)
         if held := carried(cache):
-            carry(cache, {key: ROWS["reorder_cache"](value, beam_idx) for key, value in held.items()})
+            carry(cache, {key: ROWS["reorder_cache"](value, rows) for key, value in held.items()})
         return cache
 
     @property
