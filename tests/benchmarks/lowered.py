@@ -2,8 +2,8 @@
 
     python tests/benchmarks/lowered.py FOLDER     FOLDER keeps the models and the artifacts
 
-Compiled warm: the base is in the cache, nothing is verified. Runs of ONNX Runtime take turns in an order that goes round,
-so that none finds the processor's cache as another left it; the ratios are of medians.
+Compiled warm: the base is in the cache, nothing is verified. Runs of ONNX Runtime take turns in an order that goes
+round, so that none finds the processor's cache as another left it; the ratios are of medians.
 """
 
 from __future__ import annotations
