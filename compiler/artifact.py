@@ -6,6 +6,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.checkpoint import StoredTensor
 from peltc.compiler.files.integrity import check_unchanged, digest_file, stamp
 from peltc.compiler.files.manifest import MANIFEST, write_manifest
 from peltc.compiler.files.staging import OLD, staging, sweep
@@ -28,6 +30,8 @@ from peltc.spec.diagnostics import Place, fail
 MODEL = ".model-"
 """What the names of the folders start with in which live torch modules lie for as long as a compilation takes."""
 ALIGNMENT = 64
+PART = 1 << 24
+"""Values of a weight that are converted at a time."""
 INLINE = 256
 COMPANIONS = (
     "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
@@ -134,10 +138,15 @@ def link(file: Path, target: Path, copy: bool) -> dict[str, Any]:
 
 
 class DataFile:
-    """The artifact's own data, `model.onnx.data`: tensors are written as they come and referenced from then on."""
+    """The artifact's own data, `model.onnx.data`: tensors are written as they come and referenced from then on.
+
+    Attributes:
+        size: how many bytes it has.
+        converted: how many of them are weights of the checkpoint in another type.
+    """
 
     def __init__(self, file: Path):
-        self.file, self.size = file, 0
+        self.file, self.size, self.converted = file, 0, 0
         self.kept: dict[tuple[str, tuple[int, ...], str], int] = {}
         file.touch()
 
@@ -156,6 +165,24 @@ class DataFile:
             self.size = offset + data.nbytes
         dtype = ir.DataType.from_numpy(data.dtype)
         return ir.ExternalTensor(self.file.name, offset, data.nbytes, dtype, shape=ir.Shape(data.shape), name=name,
+                                 base_dir=self.file.parent)  # fmt: skip
+
+    def convert(self, stored: StoredTensor, kind: ir.DataType, name: str) -> ir.ExternalTensor:
+        """Append a weight of the checkpoint in another type, rounded to nearest, once for all graphs; returns the
+        reference to it. It is read and written in parts, so that none is in memory whole."""
+        key = (str(stored.file), (stored.offset, stored.length), kind.name)
+        size = math.prod(stored.shape) * kind.numpy().itemsize
+        if key not in self.kept:
+            padding = -self.size % ALIGNMENT
+            flat = stored.array().reshape(-1)
+            with self.file.open("ab") as stream, np.errstate(over="ignore"):  # what is not finite, verification finds
+                stream.write(b"\0" * padding)
+                for start in range(0, flat.size, PART):
+                    stream.write(flat[start : start + PART].astype(kind.numpy()).view(np.uint8).data)
+            self.kept[key] = self.size + padding
+            self.size += padding + size
+            self.converted += size
+        return ir.ExternalTensor(self.file.name, self.kept[key], size, kind, shape=ir.Shape(stored.shape), name=name,
                                  base_dir=self.file.parent)  # fmt: skip
 
     def take_from(self, model: ir.Model) -> None:

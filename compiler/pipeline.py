@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,8 @@ from peltc.compiler.lowering.lower import Lowering, lower
 from peltc.compiler.lowering.quantise import Pack, Quantiser
 from peltc.compiler.passes.absent import absent_of
 from peltc.compiler.passes.absorb import NEW_BIAS, Folded, Read, absorb
-from peltc.compiler.passes.bind import add_bias, bind
+from peltc.compiler.passes.as_wide import put_as_wide
+from peltc.compiler.passes.bind import add_bias, bind, elsewhere
 from peltc.compiler.passes.blend import Blend
 from peltc.compiler.passes.offer import offer
 from peltc.compiler.passes.packing import masks_of
@@ -119,7 +120,7 @@ def build(
                 tensor = values.pop(entry.name)
                 if site := map_site(sites[name].values(), entry.name.removesuffix(NEW_BIAS)):
                     add_bias(model, site.values["full"], tensor, entry.claims)
-        bind(model, source, values, base)
+        bind(model, source, values, base, data.convert if quantiser is None else None)
         if name in stages:  # ONNX Runtime runs what nobody reads too, with lengths that are not right any more
             RemoveUnusedNodesPass()(model)
         hold(model.graph)
@@ -143,6 +144,8 @@ def build(
         for model in graphs.values():
             quantiser.run(model.graph)
     lowered = {name: lower(model, sites[name].values()) for name, model in graphs.items()}
+    for model in graphs.values():
+        put_as_wide(model.graph)
     placed = {name: place(model) for name, model in graphs.items()} if plan.spec.provider != CPU else {}
     if plan.spec.provider == CUDA:
         check_kernels(placed)
@@ -157,6 +160,7 @@ def build(
     limits = artifact_limits(graphs["model"], base, plan, embeds)
     manifest = write_artifact(folder, graphs, data, source, plan, taken, adapter, weights_from, records,
                               self_contained, limits)  # fmt: skip
+    manifest["bytes_converted"] = data.converted
     manifest["profiles"] = profiles
     manifest["quantised"] = None if quantiser is None else quantiser.record()
     manifest["lowering"] = {name: found.record() for name, found in lowered.items()}
@@ -176,7 +180,7 @@ def lowerings(plan: Plan, base: Base, stages: Mapping[str, Base] = MappingProxyT
     for name, one in {"model": base, **stages}.items():
         sites = {site.key: site for site in base.anatomy} if one is base else one.anatomy.named_as(base.anatomy)
         model, _ = rewritten(one, plan, sites, some, base)
-        bind(model, base, {}, base)
+        bind(model, base, {}, base, None if plan.quantised else elsewhere)
         found[name] = lower(model, sites.values())
     return found
 
@@ -203,12 +207,15 @@ def fold(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> list[Folded]:
 
 def folds(plan: Plan, base: Base, tensors: Mapping[str, Array]) -> Iterator[Folded]:
     """The parameters that take claims in, one after the other."""
-    dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[base.precision]].numpy()
-    return folded(plan, base.anatomy, base.array, tensors, dtype)
+    return folded(plan, base.anatomy, base.array, tensors, base.type_of)
 
 
 def folded(
-    plan: Plan, anatomy: Iterable[Site], read: Read, tensors: Mapping[str, Array], dtype: np.dtype[Any]
+    plan: Plan,
+    anatomy: Iterable[Site],
+    read: Read,
+    tensors: Mapping[str, Array],
+    type_of: Callable[[str], np.dtype[Any]],
 ) -> Iterator[Folded]:
     """The parameters of a model that take claims in, one after the other, as they are stored then.
 
@@ -216,7 +223,7 @@ def folded(
         anatomy: the model's sites.
         read: the model's parameters by name.
         tensors: the adapter's tensors by name, float32.
-        dtype: the type to store in.
+        type_of: the type to store a parameter in, by name.
     """
     groups: dict[str, list[Claim]] = {}
     for claim in sorted(plan.claims, key=lambda c: LEVELS[c.site.kind]):
@@ -227,7 +234,7 @@ def folded(
         claims = groups[weight]
         found = map_site(anatomy, weight)
         targets = [c.site if c.site.kind != "block" or found is None else found for c in claims]
-        return absorb(claims, targets, read, tensors, dtype)
+        return absorb(claims, targets, read, tensors, type_of(weight))
 
     # A few at a time: numpy works outside of Python's lock, and memory holds no more than these few.
     workers = min(4, os.cpu_count() or 1)

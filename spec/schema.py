@@ -207,7 +207,7 @@ def spec_schema(
                         "enum": list(PRECISIONS),
                         "default": "checkpoint",
                         "description": "the float type of weights and computation; checkpoint is that of the stored"
-                        " weights, where bfloat16 is computed in float32",
+                        " weights, where bfloat16 is computed in float32 unless the provider is cuda",
                     },
                     "provider": {
                         "enum": list(PROVIDERS),

@@ -35,6 +35,10 @@ TYPES = {"TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, 
 ORT = {"TYPE_BOOL": "tensor(bool)", "TYPE_INT32": "tensor(int32)", "TYPE_INT64": "tensor(int64)",
        "TYPE_FP16": "tensor(float16)", "TYPE_FP32": "tensor(float)"}  # fmt: skip
 
+LEVELS = {-1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC, 0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+          1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, 2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL}  # fmt: skip
+"""What the backend for ONNX Runtime makes of a config's `optimization.graph.level`."""
+
 
 class Refused(Exception):
     """What a server says to a request, or to a model that it is to load."""
@@ -179,6 +183,7 @@ class Model:
         assert not any(file.is_symlink() for file in self.version.iterdir())
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        options.graph_optimization_level = LEVELS[self.config.optimization.graph.level]
         self.session = ort.InferenceSession(str(self.version / "model.onnx"), options, ["CPUExecutionProvider"])
         given = {value.name: value for value in self.session.get_inputs()}
         made = {value.name: value for value in self.session.get_outputs()}

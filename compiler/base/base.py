@@ -24,10 +24,12 @@ Array = np.ndarray[Any, Any]
 @dataclass(frozen=True)
 class ParameterInfo:
     """A parameter of the model: its shape, and the name of the tensor in the checkpoint that holds it. The name is
-    empty where no tensor does; the tensor may have fewer rows than the parameter."""
+    empty where no tensor does; the tensor may have fewer rows than the parameter. `wide` says that the model keeps it
+    in float32, though it computes in half precision otherwise."""
 
     shape: tuple[int, ...]
     stored: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,13 @@ class Base:
             return np.full(parameter.shape, fill, np.float32)
         held = self.stored(name).array()
         return np.concatenate([held, np.full((len(lacking), *parameter.shape[1:]), fill, held.dtype)])
+
+    def type_of(self, name: str) -> np.dtype[Any]:
+        """The type that the graph has a parameter in."""
+        import onnx_ir as ir
+
+        wide = self.parameters[name].wide or self.precision == "float32"
+        return ir.DataType.FLOAT.numpy() if wide else ir.DataType[self.precision.upper()].numpy()
 
     def load_graph(self) -> ir.Model:
         """A fresh copy of the graph, to rewrite. Its parameters are graph inputs."""

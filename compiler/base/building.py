@@ -92,12 +92,13 @@ def write_base(
     from peltc.compiler.survey.sites import survey_graph
 
     anatomy = survey_graph(exported.model, exported.parameters, exported.ties, exported.senses)
+    wide = {value.name for value in exported.model.graph.inputs if value.dtype == ir.DataType.FLOAT}
     hold(exported.model.graph)
     ir.save(exported.model, home / "graph.onnx")
     (home / "anatomy.json").write_text(json.dumps(anatomy.to_json()), encoding="utf-8")
     record = {
         "architecture": architecture,
-        "parameters": {name: asdict(info) for name, info in parameters.items()},
+        "parameters": {name: {**asdict(info), "wide": name in wide} for name, info in parameters.items()},
         "materialise": reason,
         "beyond": [*beyond],
         "reading": exported.reading.to_json() if exported.reading else None,

@@ -125,7 +125,10 @@ def read_base(home: Path, **known: Any) -> Base:
     if reading is not None and reading.tokens:
         limits = {**limits, "tokens": {str(reading.tokens[sense]): reading.counts[sense] for sense in reading.tokens}}
     return Base(
-        parameters={n: ParameterInfo(tuple(p["shape"]), p["stored"]) for n, p in record["parameters"].items()},
+        parameters={
+            n: ParameterInfo(tuple(p["shape"]), p["stored"], p.get("wide", False))
+            for n, p in record["parameters"].items()
+        },
         anatomy=Anatomy.from_json(json.loads((home / "anatomy.json").read_text(encoding="utf-8"))),
         export=record["export"],
         limits=limits,

@@ -8,7 +8,7 @@ from typing import Any
 
 from peltc.compiler.export.exported import GRAPHS, Exported
 from peltc.compiler.export.refusals import unfit
-from peltc.compiler.export.torch_model import parse_config, quiet, unbacked
+from peltc.compiler.export.torch_model import keep_wide, parse_config, quiet, unbacked
 from peltc.compiler.export.whole import export_model, export_read
 from peltc.spec.diagnostics import Place, fail, first_line
 
@@ -34,7 +34,7 @@ def export_graph(
         try:
             parsed = parse_config(config)
             with init_empty_weights(include_buffers=False):
-                return unbacked(cls._from_config(parsed, dtype=getattr(torch, precision)).eval())
+                return unbacked(keep_wide(cls._from_config(parsed, dtype=getattr(torch, precision)).eval()))
         except Exception as error:
             if parsed is not None and not isinstance(parsed, cls.config_class or object):
                 raise unfit(cls, parsed.model_type, folder) from None

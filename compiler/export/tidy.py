@@ -105,13 +105,15 @@ def name_axes(model: Any, axes: Axes) -> None:
                     )
                 renamed[size.value] = word
 
+    def spelled(expression: str) -> str:
+        return re.sub(r"[A-Za-z_]\w*", lambda found: renamed.get(found[0], found[0]), expression)
+
     def rename(value: Any) -> None:
         if value is not None and value.shape is not None:
-            for axis, size in enumerate(value.shape):
-                if not isinstance(size, int) and size.value is not None:
-                    word = re.sub(r"[A-Za-z_]\w*", lambda found: renamed.get(found[0], found[0]), size.value)
-                    if word != size.value:
-                        value.shape[axis] = ir.SymbolicDim(word)
+            sizes: list[Any] = [size if isinstance(size, int) else size.value for size in value.shape]
+            named = [spelled(size) if isinstance(size, str) else size for size in sizes]
+            if named != sizes:  # a new one: that of a square map's output is frozen
+                value.shape = ir.Shape(named)
 
     for value in model.graph.inputs:
         if value.name in axes:

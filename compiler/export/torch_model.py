@@ -40,6 +40,26 @@ def unbacked(model: Any) -> Any:
     return model
 
 
+def keep_wide(model: Any) -> Any:
+    """Keep in float32 what `transformers` keeps so where it loads a model in half precision: T5's last maps of its
+    feed-forward networks, whose results float16 does not hold. It tells by names, and changes nothing in float32."""
+    import re
+
+    import torch
+
+    plan = model._get_dtype_plan(model.dtype)
+    for module_name, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            full = f"{module_name}.{name}" if module_name else name
+            if tensor is None or not any(re.search(pattern.replace("*", ".*"), full) for pattern in plan):
+                continue
+            if name in module._parameters:
+                module._parameters[name] = torch.nn.Parameter(tensor.to(torch.float32), False)
+            elif tensor.is_floating_point():
+                module._buffers[name] = tensor.to(torch.float32)
+    return model
+
+
 def replica(model: Any, precision: str = "", drop: Any = None) -> Any:
     """A copy of a live torch module, in eval mode and on the CPU. Its modules and buffers are its own; its parameters
     are those of the module, copied only where the type or the device changes.

@@ -7,8 +7,8 @@ Past and present are one buffer [B, K, C, Dh] with room for C positions, of whic
 step copies nothing. How long the past is, which a graph reads from the shape of its cache, it is told instead. The
 operation has no causality of its own here: the mask says what is seen, as before.
 
-It applies to graphs whose every growing cache is read by one attention with a mask and by nothing else but shapes; and
-where texts are several, to one new token each: ONNX Runtime refuses more behind a past.
+It applies to graphs in float32 and float16 whose every growing cache is read by one attention with a mask and by
+nothing else but shapes; and where texts are several, to one new token each: ONNX Runtime refuses more behind a past.
 """
 
 from __future__ import annotations
@@ -21,22 +21,36 @@ from peltc.compiler.lowering.attention import OPERATION
 from peltc.compiler.lowering.maps import DOMAIN
 from peltc.compiler.lowering.replacing import put_in_place
 
+TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+"""Those that the operation has CPU kernels for."""
+
+
+class Unshared(Exception):
+    """A graph cannot share its cache; says why."""
+
 
 def share_cache(model: ir.Model) -> tuple[str, ...]:
     """Let a graph share its cache between past and present, in place.
 
     Returns:
-        The outputs that are written into the buffers of inputs, in the order of `model.graph.outputs`; nothing, and
-        the graph is as it was, where it does not apply.
+        The outputs that are written into the buffers of inputs, in the order of `model.graph.outputs`.
+
+    Raises:
+        Unshared: it does not apply; the graph is as it was.
     """
     graph = model.graph
     cores = [node for node in graph if node.op_type == OPERATION and len(node.outputs) == 3]
+    if not cores:
+        raise Unshared("no attention of the graph keeps its own past and present")
+    for node in cores:
+        if why := _hinders(node):
+            raise Unshared(f"an attention, '{node.name}', {why}")
     pasts = {value for node in cores for value in node.inputs[4:6] if value is not None}
-    if not cores or not all(map(_applies, cores)):
-        return ()
     shapes = [use.node for value in pasts for use in value.uses() if use.node.op_type == "Shape"]
-    if any(use.node not in cores and use.node not in shapes for value in pasts for use in value.uses()):
-        return ()
+    for value in pasts:
+        for use in value.uses():
+            if use.node not in cores and use.node not in shapes:
+                raise Unshared(f"'{value.name}' is read by '{use.node.op_type}' too")
     emitter = Emitter(graph, ir.DataType.INT64, "pelt.cache", {})
     length = ir.Value(name=LENGTH, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(length)
@@ -60,17 +74,23 @@ def share_cache(model: ir.Model) -> tuple[str, ...]:
     return tuple(value.name or "" for value in graph.outputs if value in grown)
 
 
-def _applies(node: ir.Node) -> bool:
-    """Whether an attention reads a cache that is its own, and a mask of numbers."""
+def _hinders(node: ir.Node) -> str:
+    """Why an attention does not read a cache that is its own, and a mask of numbers; empty where it does."""
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    if mask is None or node.inputs[0] is None or mask.dtype != node.inputs[0].dtype or len(node.inputs) != 6:
-        return False
-    keys, values = node.inputs[4:6]
+    if mask is None or node.inputs[0] is None or mask.dtype != node.inputs[0].dtype:
+        return "has no mask of numbers"
+    if node.inputs[0].dtype not in TYPES:
+        return f"computes in {node.inputs[0].dtype}, for which the operation has no kernel"
+    keys, values = node.inputs[4:6] if len(node.inputs) == 6 else (None, None)
     if keys is None or values is None or keys.shape is None or values.shape is None:
-        return False
-    alone = all(value.is_graph_input() for value in (keys, values))
-    written = all(value.is_graph_output() and not tuple(value.uses()) for value in node.outputs[1:])
-    return alone and written and keys.shape[3] == values.shape[3] and "q_num_heads" in node.attributes
+        return "is told lengths beside its cache"
+    if not all(value.is_graph_input() for value in (keys, values)):
+        return "reads a past that is computed"
+    if not all(value.is_graph_output() and not tuple(value.uses()) for value in node.outputs[1:]):
+        return "gives keys that something else reads"
+    if keys.shape[3] != values.shape[3]:
+        return "has keys and values of different widths"
+    return "" if "q_num_heads" in node.attributes else "has its heads on an axis of their own"
 
 
 def _tell(node: ir.Node, length: ir.Value, emitter: Emitter) -> None:

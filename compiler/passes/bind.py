@@ -1,8 +1,10 @@
 """Binding: parameters become initializers that point at the checkpoint's own bytes, or at folded values.
 
     before   parameter as a graph input
-    after    initializer in the checkpoint file (offset, length) [─► Cast, where it is stored in another type]
-                                                                 [─► Concat, where it has more rows than the file]
+    after    initializer in the checkpoint file (offset, length) [─► Concat, where it has more rows than the file]
+
+A weight that is stored in another type than it is computed in is converted once, into the artifact's own data; where
+that is not wanted, a Cast stands behind it, which is done whenever a session opens.
 
 Names that share one stored tensor become one initializer, unless a fold told them apart. Rows that the checkpoint
 lacks are zeros: modules have been shown to give them their values.
@@ -10,23 +12,40 @@ lacks are zeros: modules have been shown to give them their values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.checkpoint import StoredTensor
 from peltc.compiler.graphs.wide import ROUNDED
 from peltc.compiler.interpreters.emitter import replace_uses
 
+Convert = Callable[[StoredTensor, ir.DataType, str], ir.ExternalTensor]
+"""Puts a weight in another type somewhere, and says where; it is given a name."""
 
-def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], table: Base | None = None) -> None:
+
+def elsewhere(stored: StoredTensor, kind: ir.DataType, name: str) -> ir.ExternalTensor:
+    """A weight as if it lay in its file in another type: for graphs that nobody runs."""
+    return ir.ExternalTensor(stored.file.name, stored.offset, stored.length, kind, shape=ir.Shape(stored.shape),
+                             name=name, base_dir=stored.file.parent)  # fmt: skip
+
+
+def bind(
+    model: ir.Model,
+    base: Base,
+    folded: Mapping[str, ir.TensorProtocol],
+    table: Base | None = None,
+    convert: Convert | None = None,
+) -> None:
     """Give every parameter of the graph its values, in place.
 
     Args:
         folded: the values of parameters with claims inside, by name.
         table: the base that knows parameters which this one does not.
+        convert: what converts weights; where there is none, the graph casts them.
     """
     graph = model.graph
     bound: dict[tuple[str, int, int], ir.Value] = {}
@@ -58,13 +77,14 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
                 value.replace_all_uses_with(bound[key])
                 continue
             dtype = ir.DataType.from_numpy(stored.dtype)
-            file, shape = stored.file, ir.Shape(stored.shape)
-            tensor = ir.ExternalTensor(file.name, stored.offset, stored.length, dtype, shape=shape, name=name,
-                                       base_dir=file.parent)  # fmt: skip
+            if convert is not None and value.dtype is not None and value.dtype != dtype:
+                tensor = convert(stored, value.dtype, name)
+            else:
+                tensor = elsewhere(stored, dtype, name)
             bound[key] = value
         computed = value.dtype or tensor.dtype
         # The cast stays where a fold made it a formality, so that a folded graph has the base's own nodes.
-        cast = stored is not None and stored.dtype != computed.numpy()
+        cast = stored is not None and stored.dtype != computed.numpy() and convert is None
         if not cast and not lacking:
             value.const_value = tensor
             value.type = ir.TensorType(tensor.dtype)

@@ -4,7 +4,7 @@ folder."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,7 @@ def read_adapter(
         manifest = read_manifest(path)
         spec = build_spec(parse(manifest["spec"], f"{path / MANIFEST}"), manifest["spec"])
         weights, known = path / ADAPTER, manifest["base"]
+        spec = replace(spec, precision=known["precision"])  # whoever decided it
         if known.get("inputs") is not None:
             raise fail("E610", f"the artifact was compiled from a live torch module, {known['architecture']}",
                        Place(str(path)), "an artifact of a model of transformers")  # fmt: skip
@@ -97,7 +98,7 @@ def read_adapter(
     at = find_model(str(model) if model is not None else folder)
     choice = choice_of(spec, told(spec, weights), read_config(at))
     base = open_base(at, architecture=known.get("architecture"), choice=choice, precision=spec.precision,
-                     text_only=bool(known.get("text_only")), talk=talk)  # fmt: skip
+                     provider=spec.provider, text_only=bool(known.get("text_only")), talk=talk)  # fmt: skip
     if known and base.fingerprint != known["fingerprint"]:
         raise fail("E608", f"'{model or path}' is not the model that this artifact was compiled from", Place(str(path)),
                    f"the base with the fingerprint {known['fingerprint'][:12]}...")  # fmt: skip

@@ -73,8 +73,8 @@ def plan_for(
     refuse(file, "weights")
     folder = find_model(model)
     choice = choice_of(spec, told(spec, weights), read_config(folder))
-    base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision, text_only=text_only,
-                     talk=talk)  # fmt: skip
+    base = open_base(folder, architecture=architecture, choice=choice, precision=spec.precision,
+                     provider=spec.provider, text_only=text_only, talk=talk)  # fmt: skip
     plan = plan_on(spec, base, mode)
     if file is not None:
         adapter_tensors(plan, base, file, talk)
@@ -301,6 +301,7 @@ def verify(
     check_record(folder / MANIFEST, manifest)
     spec = build_spec(parse(manifest["spec"], f"{folder / MANIFEST}"), manifest["spec"])
     known = manifest["base"]
+    spec = replace(spec, precision=known["precision"])  # whoever decided it: the spec, its provider, or an argument
     like, architecture = known.get("inputs"), known["architecture"]
     if like is not None and (model is None or isinstance(model, (str, Path))):
         raise fail("E610", f"the artifact was compiled from a live torch module, {architecture}", Place(str(folder)),

@@ -9,7 +9,7 @@ map, a prefix's into its keys and values. It is lossy, and the report says how m
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ def is_gated(claim: Claim) -> bool:
 
 
 def constant(spec: Spec, gated: set[str]) -> Spec:
-    """The spec with numbers for gates; recipes are expanded."""
+    """The spec with numbers for gates; recipes are expanded, and what was asked for beside it stays."""
     tree = dict(parse(spec.text).tree)
     entries = [attachment.entry() for attachment in spec.attach]
     for entry in entries:
@@ -119,7 +119,8 @@ def constant(spec: Spec, gated: set[str]) -> Spec:
             entry["gate"] = {**entry["gate"], "constant": True}
     deploy = {key: value for key, value in (tree.get("deploy") or {}).items() if key != "freeze_gates"}
     text = dump({**tree, "attach": entries, "deploy": deploy})
-    return build_spec(parse(text, spec.path or "<frozen>"), text)
+    made = build_spec(parse(text, spec.path or "<frozen>"), text)
+    return replace(made, provider=spec.provider, quantise=spec.quantise, generation=spec.generation)
 
 
 class watching:

@@ -36,7 +36,7 @@ def lowering_for(
     folder = find_model(model)
     choice = choice_of(plan.spec, told(plan.spec, weights), read_config(folder))
     opening = partial(open_base, folder, architecture=architecture, choice=choice, precision=plan.spec.precision,
-                      text_only=text_only, talk=talk)  # fmt: skip
+                      provider=plan.spec.provider, text_only=text_only, talk=talk)  # fmt: skip
     first = opening(variant="embeds") if plan.prepends else base
     graphs = stages(base.config) if plan.spec.generation else ()
     return lowerings(plan, first, {name: opening(variant=name) for name in graphs})

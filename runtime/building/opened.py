@@ -54,7 +54,8 @@ def opened(
         found = find_model(model)
         choice = choice_of(spec, known, read_config(found))
         yield lambda variant: open_base(found, architecture=architecture, choice=choice, precision=spec.precision,
-                                        variant=variant, text_only=text_only, talk=talk), None  # fmt: skip
+                                        provider=spec.provider, variant=variant, text_only=text_only,
+                                        talk=talk), None  # fmt: skip
         return
     refuse(model, "the model")
     check_live(model)
@@ -68,11 +69,11 @@ def opened(
                 model.save_pretrained(folder, state_dict=state)
             check_choice(spec, type(model).__name__, model.config.to_dict())
             yield lambda variant: open_base(folder, architecture=architecture, choice=spec.model,
-                                            precision=spec.precision, variant=variant, text_only=text_only,
-                                            talk=talk), tensors  # fmt: skip
+                                            precision=spec.precision, provider=spec.provider, variant=variant,
+                                            text_only=text_only, talk=talk), tensors  # fmt: skip
             return
         from peltc.runtime.training.attach import bare
 
         module = bare(model)
-        yield lambda variant: module_base(module, inputs, folder, precision=spec.precision, variant=variant,
-                                          text_only=text_only, talk=talk), tensors  # fmt: skip
+        yield lambda variant: module_base(module, inputs, folder, precision=spec.precision, provider=spec.provider,
+                                          variant=variant, text_only=text_only, talk=talk), tensors  # fmt: skip

@@ -76,7 +76,9 @@ def compile_command(
     for reason in dict.fromkeys(m["reason"] for m in manifest["modules"] if m["reason"]):
         click.echo(f"  in the graph, since {reason}")
     linked = ", ".join(f"{f['file']} ({f['how']}, {f['bytes']:,} bytes)" for f in manifest["base"]["files"])
-    click.echo(f"  written: {manifest['bytes_written']:,} bytes; base: {linked or 'none'}")
+    known, many = manifest["base"], manifest["bytes_converted"]
+    why = f", {many:,} of them weights in {known['precision']} that are stored in {known['stored']}" if many else ""
+    click.echo(f"  written: {manifest['bytes_written']:,} bytes{why}; base: {linked or 'none'}")
     for line in _verified(manifest):
         click.echo(f"  {line}")
 

@@ -1,8 +1,9 @@
 """A cache that grows in place: keys and values in buffers with room, which each step writes behind what is there.
 
-What `generate` carries from step to step are views of the filled part of the buffers, so that beams are reordered and
-caches are cropped or copied as any others are. A view that is not the buffer's whole filled part, or is no view any
-more, is copied into a buffer of its own, so that no text ever writes into another's past.
+What `generate` carries from step to step are views of the filled part of the buffers, so that caches are cropped or
+copied as any others are. Beams that are chosen anew are copied once, with room for what is to come, and not at all
+where each goes on from itself. A view that is not the buffer's whole filled part, or is no view any more, is copied
+into a buffer of its own, so that no text ever writes into another's past.
 """
 
 from __future__ import annotations
@@ -52,6 +53,41 @@ def buffer_of(past: Any, total: int, room: int) -> Buffer:
     tensor = torch.empty(batch, heads, places, width, dtype=past.dtype)
     tensor[:, :, :length] = past
     return Buffer(tensor, length)
+
+
+def reorder(cache: Any, rows: Any) -> None:
+    """Let the rows of a text's cache, beams that are chosen anew, be others of them, in place.
+
+    Keys and values of a cross-attention stay: beams are of one text, whose encoder's states are the same.
+
+    Args:
+        cache: of `transformers`, whose keys and values are views of buffers.
+        rows: for each row the one that it goes on from [B].
+    """
+    if rows.tolist() == list(range(len(rows))):
+        return
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
+        layer.keys, layer.values = (_reordered(past, rows) for past in (layer.keys, layer.values))
+
+
+def _reordered(past: Any, rows: Any) -> Any:
+    """Rows of a past, in a buffer with the room of its own."""
+    import torch
+
+    known: Buffer | None = getattr(past, MARK, None)
+    if known is None or not known.whole(past):
+        return past.index_select(0, rows)
+    _, heads, room, width = known.tensor.shape
+    made = Buffer(torch.empty(len(rows), heads, room, width, dtype=past.dtype), known.filled)
+    view = made.tensor[:, :, : made.filled]
+    for i, row in enumerate(rows.tolist()):
+        view[i] = past[row]
+    setattr(view, MARK, made)
+    return view
+
+
+BEGUN = "the graph begins the cache itself, with keys that profiles bring: it adds more than there are new tokens"
+"""Why a cache is copied in artifacts with such profiles."""
 
 
 def begins(manifest: Mapping[str, Any]) -> bool:

@@ -102,22 +102,58 @@ class Engine:
         self.providers = real
         return opened
 
-    def start_sharing(self, file: Path) -> tuple[Any, tuple[str, ...]]:
-        """The session of a graph in float32 on the CPU whose cache is one buffer for past and present, and the outputs
-        that it writes into buffers; of the graph as it is, and none, elsewhere.
+    def start_file(self, file: Path, held: dict[str, Any] | None = None) -> Any:
+        """The session of a graph of the artifact.
+
+        Args:
+            held: takes the weights that it shares with others, which must stay for as long as the session does; None
+                where it shares none.
 
         Raises:
             PeltError: as `start`.
         """
-        if self.wanted == CPU:
-            import onnx_ir as ir
+        if held is None:
+            return self.start(str(file))
+        import onnx_ir as ir
 
-            from peltc.compiler.lowering.shared_cache import share_cache
+        return self.start_model(ir.load(file), file.name, held)
 
-            model = ir.load(file)
-            if grown := share_cache(model):
-                return self.start(ir.to_proto(model).SerializeToString()), grown
-        return self.start(str(file)), ()
+    def start_model(self, model: Any, name: str, held: dict[str, Any] | None = None) -> Any:
+        """As `start_file`, of a graph in memory.
+
+        Args:
+            name: of the file that it was read from.
+        """
+        import onnx_ir as ir
+
+        if held is None:
+            return self.start(ir.to_proto(model).SerializeToString())
+        from peltc.runtime.running.sharing import shared
+
+        content, weights = shared(model, self.folder)
+        held |= {f"{name} {initializer}": weight for initializer, weight in weights.items()}
+        self.settings[NO_PREPACKING] = "1"
+        return self.start(content, {initializer: weight.value for initializer, weight in weights.items()})
+
+    def sharing(self, file: Path, why_not: str = "") -> tuple[Any, tuple[str, ...], str]:
+        """A graph whose cache is one buffer for past and present, the outputs that it writes into buffers, and an empty
+        word; elsewhere no such outputs, and why: on another provider than the CPU, or where the graph does not allow
+        it.
+
+        Args:
+            why_not: what else speaks against it.
+        """
+        if why_not or self.wanted != CPU:
+            return None, (), why_not or f"{self.wanted[0]} keeps keys and values on its device"
+        import onnx_ir as ir
+
+        from peltc.compiler.lowering.shared_cache import Unshared, share_cache
+
+        model = ir.load(file)
+        try:
+            return model, share_cache(model), ""
+        except Unshared as why:
+            return None, (), str(why)
 
     @property
     def device(self) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 from peltc.compiler.export.exported import DECODE
 from peltc.compiler.files.manifest import CACHE, GIVEN, GROWN, KEPT, LENGTH, read_manifest
-from peltc.runtime.kept import carried, carry, check_generate
-from peltc.runtime.running.cache import InPlace
+from peltc.runtime.kept import ROWS, carried, carry, check_generate
+from peltc.runtime.running.cache import InPlace, reorder
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
     check_lengths,
@@ -189,6 +189,16 @@ class _Generator:
         if hasattr(self, "_own"):
             self._own.room = kwargs.get("max_cache_length", args[-1] if args else 0) or 0
         return super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    def _reorder_cache(self, cache: Any, rows: Any) -> Any:
+        """A cache whose rows are those of chosen beams; called by `generate`."""
+        if not hasattr(self, "_own"):
+            cache.reorder_cache(rows)
+            return cache
+        reorder(cache, rows)
+        if held := carried(cache):
+            carry(cache, {key: ROWS["reorder_cache"](value, rows) for key, value in held.items()})
+        return cache
 
     @property
     def decoder_inputs(self) -> Mapping[str, Any]:

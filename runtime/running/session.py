@@ -16,8 +16,8 @@ from peltc.compiler.files.integrity import check_record
 from peltc.compiler.files.manifest import MANIFEST, read_manifest
 from peltc.runtime.running.bank import profiles_of
 from peltc.runtime.running.bound import CHOOSING, Bound
-from peltc.runtime.running.cache import begins
-from peltc.runtime.running.engine import NO_PREPACKING, Engine, check_shared
+from peltc.runtime.running.cache import BEGUN, begins
+from peltc.runtime.running.engine import Engine, check_shared
 from peltc.runtime.running.inputs import (
     NO_LIMITS,
     TOKENIZED,
@@ -68,6 +68,7 @@ class Session:
         engine: opens the artifact's graphs.
         profile: the name of the profile that is taken where a call names none; None for the start values of the
             modules, with which most methods leave the base as it is.
+        copies: once it has generated, why each step copies the cache; empty where the cache grows in place.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Session:
 
             self.residents = residents_of(self.kept, store, resident, self.folder)
         self.profile: Chosen = None
+        self.copies = ""
         self.generating = threading.local()
         if "decode" not in self.manifest.get("graphs", ()):
             self.inference  # noqa: B018  # what is wrong with it, now rather than later
@@ -178,27 +180,20 @@ class Session:
             PeltError: E605 it cannot be opened; E621 the base's file is not the one that was compiled.
         """
         check_record(self.folder / MANIFEST, self.manifest)  # a graph may be opened long after the session
-        if not self.shared:
-            opened = self.engine.start(str(self.folder / file))
-            self.kept.device = self.engine.device
-            return opened
-        from peltc.runtime.running.sharing import shared
-
-        model, weights = shared(self.folder / file)
-        self.weights |= {f"{file} {name}": weight for name, weight in weights.items()}
-        self.engine.settings[NO_PREPACKING] = "1"
-        return self.engine.start(model, {name: weight.value for name, weight in weights.items()})
+        opened = self.engine.start_file(self.folder / file, self.weights if self.shared else None)
+        self.kept.device = self.engine.device
+        return opened
 
     def open_sharing(self, file: str) -> tuple[Any, tuple[str, ...]]:
         """As `open`, of a graph that is made to write into its cache; beside it the outputs that it writes so, none
-        where it copies: on a device, in half precision, with shared weights, with profiles that put keys before.
-        """
-        if self.shared or begins(self.manifest) or self.computes() != "float32":
+        where it copies, and `copies` says why."""
+        model, grown, self.copies = self.engine.sharing(self.folder / file, BEGUN if begins(self.manifest) else "")
+        if not grown:
             return self.open(file), ()
         check_record(self.folder / MANIFEST, self.manifest)
-        found = self.engine.start_sharing(self.folder / file)
+        opened = self.engine.start_model(model, file, self.weights if self.shared else None)
         self.kept.device = self.engine.device
-        return found
+        return opened, grown
 
     @cached_property
     def inference(self) -> Any:

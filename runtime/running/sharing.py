@@ -38,20 +38,19 @@ _WEIGHTS: WeakValueDictionary[Key, Weight] = WeakValueDictionary()
 _LOCK = threading.Lock()
 
 
-def shared(file: Path) -> tuple[bytes, dict[str, Weight]]:
+def shared(model: ir.Model, folder: Path) -> tuple[bytes, dict[str, Weight]]:
     """A graph whose weights are shared, and the weights by the names of its initializers.
 
     Args:
-        file: the graph's; its weights lie in files beside it.
+        folder: that of the files in which its weights lie.
 
     Raises:
         PeltError: E605 weights that do not lie in a file beside the graph.
     """
-    model = ir.load(file)
-    graph, found = model.graph, dict[str, Weight]()
-    for name, value in graph.initializers.items():
+    found = dict[str, Weight]()
+    for name, value in model.graph.initializers.items():
         if (stored := _stored(value)) is not None:
-            found[name] = _weight(file.parent, stored)
+            found[name] = _weight(folder, stored)
     return ir.to_proto(model).SerializeToString(), found
 
 

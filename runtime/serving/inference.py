@@ -25,8 +25,9 @@ TYPES: dict[str, Any] = {
     "FP64": np.float64,
 }  # fmt: skip
 NAMES = {np.dtype(kind): name for name, kind in TYPES.items()}
-GRAPH = {"bool": "BOOL", "float16": "FP16", "float": "FP32", "double": "FP64"}
-"""ONNX Runtime's names of types that are not the protocol's in small letters."""
+GRAPH = {"bool": "BOOL", "float16": "FP16", "bfloat16": "FP32", "float": "FP32", "double": "FP64"}
+"""ONNX Runtime's names of types that are not the protocol's in small letters; bfloat16, which the protocol does not
+have, is float32 in requests and responses."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def wrong(what: str, expected: str = "") -> PeltError:
 
 
 def datatype(kind: str) -> str:
-    """The protocol's name of a type that ONNX Runtime calls `tensor(int64)`."""
+    """The protocol's name of a type that ONNX Runtime calls `tensor(int64)`: that in which it is given and answered."""
     name = kind.removeprefix("tensor(").removesuffix(")")
     return GRAPH.get(name, name.upper())
 

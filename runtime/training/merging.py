@@ -34,7 +34,7 @@ def merge(model: Any, plan: Plan, anatomy: Anatomy, tensors: Mapping[str, np.nda
     def read(name: str) -> np.ndarray[Any, Any]:
         return np.asarray(parameters[name].detach().float().cpu().numpy())
 
-    entries = list(folded(plan, anatomy, read, tensors, np.dtype(np.float32)))
+    entries = list(folded(plan, anatomy, read, tensors, lambda name: np.dtype(np.float32)))
     for entry in entries:
         if entry.name.endswith(NEW_BIAS):
             weight = entry.name.removesuffix(NEW_BIAS)

@@ -34,6 +34,12 @@ class TritonTuning:
     tokens: int = 4096
 
 
+EXTENDED = 1
+"""Triton's number of the level of optimisation below ONNX Runtime's highest. That one lays out convolutions on the CPU,
+in a step that ends the process on some graphs in float16 (see `engine.FAULTY`), and Triton cannot leave a single step
+out."""
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or an output of a model that is no graph."""
@@ -77,6 +83,8 @@ def of_graph(name: str, graph: Graph, tuning: TritonTuning, labels: Collection[s
         config.dynamic_batching.max_queue_delay_microseconds = tuning.delay
         config.dynamic_batching.default_queue_policy.max_queue_size = tuning.queue
     config.instance_group.add(kind=messages.ModelInstanceGroup.KIND_AUTO, count=tuning.instances)
+    if graph.half:
+        config.optimization.graph.level = EXTENDED
     if tuning.threads:
         config.parameters["intra_op_thread_count"].string_value = str(tuning.threads)
     return config

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from peltc.compiler.files.manifest import GROWN, PROFILE
 from peltc.compiler.passes.offer import STAMP
 from peltc.runtime.running.device import providers_of
-from peltc.runtime.running.engine import FAULTY, check_computed
+from peltc.runtime.running.engine import check_computed
 from peltc.runtime.serving.inference import datatype
 from peltc.runtime.serving.joining import ROWS
 from peltc.runtime.triton.rows import Stacked
@@ -32,8 +32,8 @@ from peltc.spec.diagnostics import Place, fail
 KEEP = "logits_to_keep"
 """The input of a graph with a cache that says which positions' logits are wanted: here always the last one's."""
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-OTHER = {"BFLOAT16": "BF16"}
-"""Types that Triton calls otherwise than the protocol, which does not have them."""
+OTHER = {"tensor(bfloat16)": "BF16"}
+"""Triton's names of types that the protocol does not have."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ class Graph:
 
     Attributes:
         row: the input that picks each text's profile, None where there is none.
+        half: whether it computes in half precision.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     row: str | None
+    half: bool = False
 
     @property
     def batched(self) -> bool:
@@ -120,15 +122,17 @@ def opened(file: Path, stacked: Stacked | None, place: Place, precision: str) ->
     check_computed(precision, providers, place)
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    if half := precision != "float32":  # as the server does by the graph's config
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
-        session = ort.InferenceSession(str(file), options, providers=providers, disabled_optimizers=FAULTY)
+        session = ort.InferenceSession(str(file), options, providers=providers)
     except Exception as error:
         reason = str(error).splitlines()[0][:300]
         raise fail("E605", f"ONNX Runtime cannot open the graph for Triton: {reason}", place,
                    hint="what has kernels on a GPU alone is exported where there is one") from None  # fmt: skip
     inputs, outputs = (tuple(map(_tensor, values)) for values in (session.get_inputs(), session.get_outputs()))
     row = row_of(stacked) if stacked is not None else None
-    return Graph(inputs, outputs, row if row in [tensor.name for tensor in inputs] else None)
+    return Graph(inputs, outputs, row if row in [tensor.name for tensor in inputs] else None, half)
 
 
 def _guard(graph: ir.Graph, row: ir.Value, size: int) -> None:
@@ -189,6 +193,6 @@ def _file(value: ir.Value, file: Path) -> str:
 
 
 def _tensor(value: Any) -> Tensor:
-    kind = datatype(value.type)
+    kind = OTHER.get(value.type) or datatype(value.type)
     axes = tuple(axis if isinstance(axis, int) else str(axis) for axis in value.shape)
-    return Tensor(value.name, OTHER.get(kind, kind), axes)
+    return Tensor(value.name, kind, axes)

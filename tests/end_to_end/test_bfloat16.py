@@ -14,13 +14,19 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 
 import peltc
+from peltc.compiler.base.live import module_base
 from peltc.compiler.base.opening import open_base
 from peltc.compiler.base.precision import computed
+from peltc.runtime.building.adapters import read_adapter
+from peltc.runtime.building.compile import plan_for
 from peltc.runtime.commands.cli import run
 from peltc.runtime.running.inputs import converted
-from peltc.runtime.running.values import BFLOAT16, array_of, value_of
+from peltc.runtime.running.values import BFLOAT16, NARROW, array_of, value_of
+from peltc.runtime.serving.inference import Inference, datatype
+from peltc.runtime.serving.protocol import write
 from peltc.runtime.verification.rewritten import Widened
 from peltc.spec.diagnostics import PeltError
 
@@ -101,6 +107,16 @@ def test_what_a_session_gives(artifact: Path) -> None:
     assert not np.array_equal(expected, wide)
 
 
+def test_a_server_tells_of_what_it_answers(artifact: Path) -> None:
+    """Its protocol has no bfloat16: the numbers are answered in float32, and so say the metadata."""
+    answered = Narrow(artifact, CPU)(input_ids=np.array([[5, 6, 7]]))["logits"]
+    body, _ = write(Inference("", {}, None, None, False), "first", {"logits": answered})
+    (said,) = json.loads(body)["outputs"]
+    value = next(v for v in ir.load(artifact / "model.onnx").graph.outputs if v.name == "logits")
+    assert value.dtype == ir.DataType.BFLOAT16 and answered.dtype == BFLOAT16
+    assert said["datatype"] == datatype(NARROW) == "FP32"
+
+
 def test_what_a_session_takes() -> None:
     """Arrays of the type, torch tensors and wider floats, each rounded to nearest and none to infinity."""
     exact = torch.tensor([1.5, -3.0, 2.0**-120, 1.0 + 2.0**-7], dtype=torch.bfloat16)
@@ -138,6 +154,37 @@ def test_what_is_computed_in(stored: str, asked: str, provider: str, expected: s
     assert computed(stored, asked, provider) == expected
 
 
+@pytest.mark.parametrize(("provider", "expected"), [("cuda", "bfloat16"), ("any", "float32"), ("cpu", "float32")])
+@pytest.mark.parametrize("how", ["spec", "argument", "torch"])
+def test_the_provider_decides_for_a_checkpoint_in_bfloat16(
+    how: str, provider: str, expected: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """Whoever names it, and whatever the model comes as; `pelt verify` opens the base in the same type."""
+    model, out = model_folder("llama", "bfloat16"), tmp_path / "out"
+    deploy = {"mode": "static"} | ({} if how == "argument" else {"provider": provider})
+    given: Any = transformers.LlamaForCausalLM.from_pretrained(model, dtype="auto") if how == "torch" else model
+    asked = {"provider": provider} if how == "argument" else {}
+    spec = {"pelt": 1, "attach": LORA, "deploy": deploy}
+    found = peltc.compile(spec, given, out, verify=False, **asked)
+    assert (found["base"]["stored"], found["base"]["precision"]) == ("bfloat16", expected)
+    kind = ir.DataType.BFLOAT16 if expected == "bfloat16" else ir.DataType.FLOAT
+    assert {value.dtype for value in ir.load(out / "model.onnx").graph.outputs} == {kind}
+    if how != "torch":
+        assert plan_for(peltc.load_spec(spec).on(provider), model)[1].precision == expected
+        again = peltc.verify(out, step="function")
+        assert again["verification"]["worst"] <= again["verification"]["tolerance"]
+        assert read_adapter(out).base.precision == expected
+
+
+def test_a_module_s_own_graph_is_for_its_provider(tmp_path: Path) -> None:
+    """Of a torch module that `transformers` does not have."""
+    module, inputs = torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16(), {"input": torch.ones(3, 5, 8).bfloat16()}
+    for provider, expected in (("cuda", "bfloat16"), ("any", "float32")):
+        (tmp_path / provider).mkdir()
+        found = module_base(module, inputs, tmp_path / provider, provider=provider)
+        assert found.precision == expected
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_weights_stay_where_they_lie(dtype: str, model_folder: Folder, tmp_path: Path) -> None:
     """Of a checkpoint of the type that is computed nothing is copied: the file is linked, each weight read from it in
@@ -146,8 +193,8 @@ def test_weights_stay_where_they_lie(dtype: str, model_folder: Folder, tmp_path:
     assert open_base(model, provider="cuda").precision == dtype
     spec = peltc.load_spec({"pelt": 1, "attach": LORA, "deploy": {"mode": "static", "precision": dtype}})
     tensors = {name: np.ones(t.shape, np.float32) for name, t in peltc.plan(spec, model).tensors.items()}
-    peltc.compile(spec, model, out, tensors, verify=False, generation=True)
-    assert (out / "model.safetensors").samefile(model / "model.safetensors")
+    found = peltc.compile(spec, model, out, tensors, verify=False, generation=True)
+    assert found["bytes_converted"] == 0 and (out / "model.safetensors").samefile(model / "model.safetensors")
     for file in ("model.onnx", "decode.onnx"):
         graph = ir.load(out / file).graph
         weights = [v for v in graph.initializers.values()
@@ -155,6 +202,36 @@ def test_weights_stay_where_they_lie(dtype: str, model_folder: Folder, tmp_path:
         assert len(weights) == 21 and {str(v.dtype).lower() for v in weights} == {dtype}
         casts = [use.node for value in weights for use in value.uses() if use.node.op_type == "Cast"]
         assert not casts, f"{file}: {[node.name for node in casts]}"
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [
+    ("bfloat16", "float32"), ("float32", "float16"), ("bfloat16", "float16"), ("float16", "bfloat16"),
+])  # fmt: skip
+def test_weights_of_another_type_are_converted_once(
+    dtype: str, computed: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """On the disk, for all graphs together, to what PyTorch makes of them; no session casts a weight."""
+    model, out = model_folder("llama-tied", dtype), tmp_path / "out"
+    spec = {"pelt": 1, "attach": LORA, "deploy": {"mode": "static", "precision": computed, "generation": True}}
+    found = peltc.compile(spec, model, out, verify=False)
+    torch_model = transformers.LlamaForCausalLM.from_pretrained(model, dtype=getattr(torch, computed))
+    expected = dict(torch_model.named_parameters())
+    places = []
+    for file in ("model.onnx", "decode.onnx"):
+        graph = ir.load(out / file).graph
+        weights = {name: value for name, value in graph.initializers.items() if name in expected}
+        assert len(weights) == len(expected) == 20, "a head that is tied to the table has no weight of its own"
+        assert not [use for value in weights.values() for use in value.uses() if use.node.op_type == "Cast"]
+        for name, value in weights.items():
+            tensor = value.const_value
+            assert isinstance(tensor, ir.ExternalTensor) and tensor.location == "model.onnx.data"
+            bits = np.fromfile(out / tensor.location, np.uint8, tensor.length or 0, offset=tensor.offset or 0)
+            assert str(value.dtype).lower() == {"float32": "float"}.get(computed, computed)
+            assert np.array_equal(bits, expected[name].detach().contiguous().view(torch.uint8).numpy().reshape(-1))
+        places.append({name: (value.const_value.offset, value.const_value.length) for name, value in weights.items()})
+    assert places[0] == places[1]
+    width = expected["model.norm.weight"].element_size()
+    assert found["bytes_converted"] == width * sum(p.numel() for p in expected.values()) <= found["bytes_written"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

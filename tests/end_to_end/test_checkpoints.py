@@ -148,7 +148,7 @@ def test_half_stored_computed_in_float32(stored: str, model_folder: Callable[...
     manifest = compile(spec, folder, tmp_path / "out", random_lora(folder))
     assert manifest["base"]["precision"] == "float32"
     assert manifest["verification"]["worst"] < 1e-5
-    assert manifest["bytes_written"] < 20_000, "the base stays in its file, cast when the session opens"
+    assert manifest["bytes_converted"] <= manifest["bytes_written"] <= manifest["bytes_converted"] + 20_000
 
 
 def test_rounding_loss_is_told(model_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -325,6 +325,7 @@ def test_configs_are_triton_s_own(artifacts: Any, profiles: Any, tmp_path: Path)
     assert graph.parameters["intra_op_thread_count"].string_value == "3"
     peltc.export_triton(artifacts["teller"], tmp_path / "t", profiles["teller"], tuning=tuned)
     step = text_format.Parse((tmp_path / "t/teller_decode/config.pbtxt").read_text(), messages.ModelConfig())
+    assert not any(config.HasField("optimization") for config in (*read.values(), step))
     assert step.HasField("dynamic_batching") and step.dynamic_batching.max_queue_delay_microseconds == 0
     row = graph.input[-1]
     assert row.name.startswith("profile@") and row.HasField("reshape") and [*row.dims] == [1]
@@ -367,6 +368,22 @@ def test_an_artifact_without_profiles(model_folder: Folder, tmp_path: Path, caps
     assert run(["export-triton", str(tmp_path / "out"), "-o", str(tmp_path / "r"), "--profile", "a=b"]) == 1
     assert "E624" in capsys.readouterr().err
     assert run(["export-triton", str(tmp_path / "out"), "-o", str(tmp_path / "r"), "--profile", "a"]) == 2
+
+
+def test_graphs_in_half_precision_are_kept_from_a_step_that_ends_the_server(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    """ONNX Runtime's highest level of optimisation ends the process on this graph with a cache, in float16."""
+    spec = {**SPEC, "deploy": {"mode": "static", "generation": True}}
+    peltc.compile(spec, model_folder("gpt2", "float16"), tmp_path / "out", verify=False)
+    peltc.export_triton(tmp_path / "out", tmp_path / "r")
+    for name in ("toy_model", "toy_decode"):
+        config = text_format.Parse((tmp_path / "r" / name / "config.pbtxt").read_text(), messages.ModelConfig())
+        assert config.optimization.graph.level == 1
+    found = StandIn([tmp_path / "r"]).ask("toy", {"input_ids": IDS})["logits"]
+    assert found.dtype == np.float16
+    expected = peltc.Session(tmp_path / "out", CPU)(input_ids=IDS)["logits"].astype(np.float32)
+    assert np.abs(found - expected).max() <= 2.0**-9 * np.abs(expected).max()
 
 
 def test_what_cannot_be_exported_leaves_what_is_there(artifacts: Any, profiles: Any, tmp_path: Path) -> None:
