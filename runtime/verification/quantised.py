@@ -7,7 +7,7 @@ together with that of the weights, against PyTorch on the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from peltc.compiler.artifact import content_of
-from peltc.compiler.lowering.quantise import LEVELS, OPERATION, PARTS, dequantised
+from peltc.compiler.lowering.quantise import LEVELS, OPERATION, blocks_in
 from peltc.compiler.plan.claims import Plan
 from peltc.runtime.training.attach import attach_plan
 from peltc.runtime.training.places import owner_of
@@ -25,7 +24,6 @@ from peltc.runtime.verification import answers
 from peltc.runtime.verification.answers import Answers
 from peltc.runtime.verification.rewritten import Rewritten
 from peltc.spec.diagnostics import Place, fail
-from peltc.spec.quantising import BITS
 
 STEPS = 1.0
 """How many scales a dequantised number may be off: half of one is rounding, and as much where the range ends."""
@@ -58,23 +56,30 @@ def stored_blocks(
     Raises:
         PeltError: E705 the graph lacks one.
     """
-    graph = ir.load(folder / "model.onnx").graph
-    products = {node.inputs[1].name: node for node in graph if node.op_type == OPERATION and node.inputs[1]}
+    held = blocks_in(ir.load(folder / "model.onnx").graph)
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name in record["weights"]:
-        parts = [graph.initializers.get(name + end) for end in PARTS[: 3 if record["zeros"] else 2]]
-        node = products.get(name + PARTS[0])
-        if node is None or any(part is None or part.const_value is None for part in parts):
+        if name not in held:
             raise fail("E705", f"the graph lacks the blocks of '{name}', which is quantised by the manifest",
                        Place(str(folder)), hint="compile again")  # fmt: skip
-        packed, scales, *zeros = (np.array(content_of(part.const_value)) for part in parts if part and part.const_value)
-        n_in = node.attributes.get_int("K", 0)
-        weight = dequantised(packed, scales, zeros[0] if zeros else None, BITS[record["to"]], n_in)
-        step = np.repeat(np.abs(scales), record["block"], axis=1)[:, :n_in]
-        turn = name in transposed
-        found[name] = (torch.from_numpy(np.ascontiguousarray(weight.T if turn else weight)),
-                       torch.from_numpy(np.ascontiguousarray(step.T if turn else step)))  # fmt: skip
+        pair = (array.T if name in transposed else array for array in (held[name].weight(), held[name].steps()))
+        weight, step = (torch.from_numpy(np.ascontiguousarray(array)) for array in pair)
+        found[name] = weight, step
     return found
+
+
+def tied(model: Any, folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The other names that quantised weights have in a model, each with the name that the artifact knows: those of one
+    tensor, unless a fold told them apart.
+
+    Args:
+        names: of the quantised weights.
+    """
+    known, apart = set(names), set(ir.load(folder / "model.onnx").graph.initializers)
+    whole = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(whole[name]): name for name in known}
+    return {name: first[id(parameter)] for name, parameter in whole.items()
+            if id(parameter) in first and name not in known | apart}  # fmt: skip
 
 
 def check_blocks(

@@ -26,7 +26,7 @@ from peltc.runtime.running.session import Session
 from peltc.runtime.verification import answers
 from peltc.runtime.verification.answers import Answers
 from peltc.runtime.verification.laws import check_laws
-from peltc.runtime.verification.quantised import Wide, check_blocks, cost, stored_blocks
+from peltc.runtime.verification.quantised import Wide, check_blocks, cost, stored_blocks, tied
 from peltc.runtime.verification.rewritten import Exposed, Widened
 from peltc.runtime.verification.samples import cases
 from peltc.runtime.verification.samples import example as example
@@ -123,12 +123,14 @@ def verify_folder(
     model, stored, as_it_was, steps = load_model(base), None, None, 0.0
     record, parameters = manifest.get("quantised"), dict[str, Any]()
     if record:
-        transposed = {site.parameters["weight"] for site in base.anatomy if site.transposed}
+        transposed = {site.parameters["weight"] for site in base.anatomy if site.transposed and site.kind == "linear"}
         blocks = stored_blocks(folder, record, transposed)
         steps = check_blocks(model, blocks, plan, tensors, transposed, place)
         as_it_was = answers.of_torch(attached(load_model(base), plan, tensors), base)
-        others = [entry for entry in manifest["folded"] if entry["parameter"] not in blocks]
+        same = tied(model, folder, blocks)
+        others = [entry for entry in manifest["folded"] if entry["parameter"] not in {*blocks, *same}]
         parameters = stored_parameters(folder, others) | {name: weight for name, (weight, _) in blocks.items()}
+        parameters |= {name: parameters[first] for name, first in same.items()}
         put_in(model, parameters)
         plan = replace(plan, claims=tuple(claim for claim in plan.claims if not claim.absorbed))
     if half:
