@@ -16,7 +16,7 @@ from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.compiler.survey.anatomy import places_of
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.method import ROLES
 from peltc.spec.specification import Spec
@@ -30,15 +30,10 @@ def plan_on(spec: Spec, base: Base, mode: str | None = None) -> Plan:
     """The plan of a spec on a base, which has, with the modules, every weight that it needs.
 
     Raises:
-        PeltError: as `make_plan`; E208 quantised weights in half precision; E504 weights that neither the checkpoint
-            nor any module holds.
+        PeltError: as `make_plan`; E504 weights that neither the checkpoint nor any module holds.
     """
     plan = make_plan(spec, base.anatomy, base.fingerprint, mode)
     check_provided(plan, base)
-    if plan.quantised and base.precision != "float32":
-        raise fail("E208", f"quantised weights are computed with in float32, and the model is in {base.precision}",
-                   Place(spec.path, key="deploy.quantise"), "`deploy: {precision: float32}` beside `quantise`",
-                   "what is not quantised stays as the checkpoint stores it")  # fmt: skip
     return plan
 
 

@@ -26,7 +26,7 @@ from peltc.runtime.running.session import Session
 from peltc.runtime.verification import answers
 from peltc.runtime.verification.answers import Answers
 from peltc.runtime.verification.laws import check_laws
-from peltc.runtime.verification.quantised import Wide, check_blocks, cost, stored_blocks, tied
+from peltc.runtime.verification.quantised import Exact, ExactExposed, ExactWidened, cost, deployed, held_blocks
 from peltc.runtime.verification.rewritten import Exposed, Widened
 from peltc.runtime.verification.samples import cases
 from peltc.runtime.verification.samples import example as example
@@ -120,36 +120,33 @@ def verify_folder(
     with_function = not half or step != "arithmetic"
     with_arithmetic = half and step != "function"
     generation = "decode" in manifest.get("graphs", ())
-    model, stored, as_it_was, steps = load_model(base), None, None, 0.0
-    record, parameters = manifest.get("quantised"), dict[str, Any]()
+    record, blocks = manifest.get("quantised"), None
     if record:
-        transposed = {site.parameters["weight"] for site in base.anatomy if site.transposed and site.kind == "linear"}
-        blocks = stored_blocks(folder, record, transposed)
-        steps = check_blocks(model, blocks, plan, tensors, transposed, place)
-        as_it_was = answers.of_torch(attached(load_model(base), plan, tensors), base)
-        same = tied(model, folder, blocks)
-        others = [entry for entry in manifest["folded"] if entry["parameter"] not in {*blocks, *same}]
-        parameters = stored_parameters(folder, others) | {name: weight for name, (weight, _) in blocks.items()}
-        parameters |= {name: parameters[first] for name, first in same.items()}
-        put_in(model, parameters)
-        plan = replace(plan, claims=tuple(claim for claim in plan.claims if not claim.absorbed))
-    if half:
-        held = stored_parameters(folder, manifest["folded"])
+        blocks = held_blocks(folder, record, load_model(base).float(), plan, base, tensors, place)
+        as_it_was = answers.of_torch(attached(load_model(base).float(), plan, tensors), base)
+    quantised = {} if blocks is None else dict(blocks.parameters)
+    model, stored = load_model(base), None
+    folded = [entry for entry in manifest["folded"] if entry["parameter"] not in quantised]
+    if half or record:
+        held = stored_parameters(folder, folded)
         if with_function:
-            stored = check_stored(held, plan, base, model, tensors, place)
-        put_in(model, held)
+            stored = check_stored(held, plan, base, model, tensors, place, quantised)
+        put_in(model, held | quantised)
         plan = replace(plan, claims=tuple(claim for claim in plan.claims if not claim.absorbed))
 
     def again() -> Any:
         model = load_model(base)
-        if half:
-            put_in(model, stored_parameters(folder, manifest["folded"]))
-        put_in(model, parameters)
+        if half or record:
+            put_in(model, stored_parameters(folder, folded))
+        if quantised:  # their numbers are not those of a half type
+            put_in(model.float(), quantised)
         return attached(model, plan, tensors)
 
     model = attached(model, plan, tensors)
     own = answers.of_torch(model, base, generation) if with_arithmetic else None
-    expected = answers.of_torch(model.float() if half else model, base, generation)
+    if half:
+        put_in(model.float(), quantised)
+    expected = answers.of_torch(model, base, generation)
     if with_function:
         check_laws(model, again, plan, base, expected, place, TOLERANCE["float32"])
     large = sum(parameter.nbytes for parameter in model.parameters()) > LARGE
@@ -160,10 +157,7 @@ def verify_folder(
     if with_function:
         found = function(folder, base, expected, place, again)
     errors = arithmetic(folder, base, expected, own, place, providers or CPU) if own is not None else None
-    lost = None
-    if as_it_was is not None:
-        deployed = answers.of_session(Session(folder, providers or CPU, spinning=False), base)
-        lost = cost(deployed, as_it_was, steps, place.path)
+    lost = None if blocks is None else cost(deployed(folder, base, providers or CPU), as_it_was, blocks, place)
     return {
         "measure": answers.MEASURE,
         "against": "PyTorch with the modules attached",
@@ -245,7 +239,7 @@ def measure_rounding(
 def wide_session(folder: Path, base: Base) -> Session:
     """An artifact that computes in float32, whatever its type, by quantised weights too."""
     if read_manifest(folder).get("quantised"):
-        return Wide(folder, CPU, spinning=False)
+        return (ExactWidened if base.precision in UNIT else Exact)(folder, CPU, spinning=False)
     return (Widened if base.precision in UNIT else Session)(folder, CPU, spinning=False)
 
 
@@ -280,6 +274,8 @@ def arithmetic(
               "providers": list(providers), "outputs": []}  # fmt: skip
     try:
         kind = Exposed if base.precision == "bfloat16" else Session
+        if read_manifest(folder).get("quantised"):  # rounded inputs are no part of the type's arithmetic
+            kind = ExactExposed if base.precision == "bfloat16" else Exact
         answered = answers.of_session(kind(folder, providers, spinning=False), base, expected.texts is not None)
     except PeltError as error:
         code, reason = error.diagnostics[0].code, error.diagnostics[0].message

@@ -174,6 +174,43 @@ def test_modules_stay_live_beside_quantised_maps(model_folder: Folder, tmp_path:
         assert np.asarray(texts).shape == (2, 9)
 
 
+@pytest.mark.parametrize(
+    ("family", "stored", "precision", "to"),
+    [
+        ("llama", "float16", "checkpoint", "int4"), ("llama-tied", "float32", "bfloat16", "int4"),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (
+            ("gpt2", "float32", "float16", "int8"), ("gemma3", "bfloat16", "float16", "int4"),
+            ("t5", "bfloat16", "bfloat16", "int8"))),
+    ],
+)  # fmt: skip
+def test_half_precision(
+    family: str, stored: str, precision: str, to: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """The function in float32 on the scales as they are stored; the arithmetic where it can be computed."""
+    said = spec(at="*attention.value", quantise={"to": to, "except": []}, precision=precision, generation=True)
+    manifest = compiled(said, model_folder(family, stored), tmp_path / "out")
+    held, kind = manifest["verification"], manifest["base"]["precision"]
+    assert held["worst"] <= held["tolerance"] and held["arithmetic"]["precision"] == kind != "float32"
+    assert held["arithmetic"]["status"] == ("proven" if kind == "float16" else "open")
+    assert held["quantised"]["computed"] == ("float16" if kind == "float16" else "float32")
+    assert 0 < held["quantised"]["worst"] < (0.7 if to == "int4" else 0.1) and held["quantised"]["steps"] <= 1
+    graph = onnx.load(tmp_path / "out/model.onnx", load_external_data=False).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    scales = {kinds[node.input[2]] for node in graph.node if node.op_type in ("MatMulNBits", "GatherBlockQuantized")}
+    assert scales == {onnx.TensorProto.FLOAT16 if kind == "float16" else onnx.TensorProto.BFLOAT16}  # no Cast
+    if kind == "float16":
+        texts = Session(tmp_path / "out").generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+        assert np.asarray(texts).shape[0] == 2
+
+
+def test_rows_without_a_profile_are_the_quantised_base(model_folder: Folder, tmp_path: Path) -> None:
+    """They are held against PyTorch on the weights that the artifact has: keys of a profile may stay away."""
+    said = {"pelt": 1, "name": "first", "attach": [{"method": "prefix", "at": "attention", "length": 2}],
+            "deploy": {"quantise": "int4", "mode": "bank"}}  # fmt: skip
+    manifest = compiled(said, model_folder("llama"), tmp_path / "out")
+    assert manifest["profiles"]["no_bare_base"] is None and not manifest["profiles"]["one_length"]
+
+
 def test_the_folder_holds_no_float_weights_of_quantised_maps(model_folder: Folder, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_folder("bert"), tmp_path / "model"))
     compiled(spec(quantise=FLOAT), folder, tmp_path / "out")
@@ -230,7 +267,6 @@ def test_a_wrong_attribute_is_caught(model_folder: Folder, tmp_path: Path) -> No
         ({"quantise": {"to": "int4", "block": 48}}, "deploy.quantise"),
         ({"quantise": {"to": "int4", "spare": "head"}}, "deploy.quantise"),
         ({"quantise": {"to": "int4", "except": ["attention.qury"]}}, "E203 no map or table 'attention.qury'"),
-        ({"quantise": "int4", "precision": "float16"}, "E208 quantised weights are computed with in float32"),
     ],
 )  # fmt: skip
 def test_refusals(deploy: dict[str, Any], words: str, model_folder: Folder) -> None:
