@@ -82,7 +82,9 @@ def build(
     assert plan.quantised is None or pack is not None
     data = DataFile(folder / "model.onnx.data")
     quantiser = (
-        None if plan.quantised is None or pack is None else Quantiser(plan.quantised, data, pack, source.precision)
+        None
+        if plan.quantised is None or pack is None
+        else Quantiser(plan.quantised, data, pack, source.precision, base.blocks)
     )
     whole = data if quantiser is None else DataFile(folder / WHOLE)
     taken, stored = [], {}

@@ -42,6 +42,11 @@ class StoredTensor:
     offset: int
     length: int
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Where it lies."""
+        return (self.file,)
+
     def array(self) -> np.ndarray[Any, Any]:
         """The values, mapped from the file: pages are read when touched."""
         if not self.length:
@@ -129,16 +134,18 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     """What the files were like before anything of them was read."""
+    packed: tuple[str | int, ...] = ()
+    """How some of its weights are packed, where they are: see `packed.Packing`."""
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+        return tuple(sorted({file for tensor in self.tensors.values() for file in tensor.files}))
 
     @cached_property
     def header_digest(self) -> str:
         """Names, types and shapes, whatever the values."""
         entries = sorted((name, str(t.dtype), t.shape) for name, t in self.tensors.items())
-        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([entries, self.packed] if self.packed else entries).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.artifact import DataFile, content_of
+from peltc.compiler.artifact import DataFile, content_of, digest
 from peltc.compiler.files.blocks import Blocks
 from peltc.compiler.lowering.replacing import put_in_place
 from peltc.compiler.plan.quantising import Quantised
@@ -29,6 +29,8 @@ Pack = Callable[[Array, Quantise], Blocks]
 OPERATION, LOOKUP, DOMAIN = "MatMulNBits", "GatherBlockQuantized", "com.microsoft"
 NUMBERS, ROWS, SCALES, ZEROS = ".quantised", ".rows", ".scales", ".zeros"
 """Behind a weight's name: what it became."""
+ORDER = "order."
+"""What names of orders of columns begin with; maps that read the same may have one together."""
 LEVELS = {"int8": 4, "float": 0}
 """ONNX Runtime's levels of accuracy, by what products are computed in."""
 LOST = 1 / 8
@@ -47,6 +49,7 @@ class Quantiser:
         data: where they are written.
         pack: makes blocks of a weight [in, out].
         precision: the type that the graphs compute in.
+        stored: gives the blocks of a weight that the checkpoint stores so.
 
     Attributes:
         errors: by weight, how far it is from what it was made of, as a share of that, both by their norms.
@@ -57,6 +60,7 @@ class Quantiser:
     data: DataFile
     pack: Pack
     precision: str = "float32"
+    stored: Callable[[str], Blocks | None] = lambda name: None
     errors: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     made: dict[Key, Made] = field(default_factory=dict)
@@ -96,6 +100,7 @@ class Quantiser:
         how = self.decided.how
         return {
             "to": how.to,
+            "stored": self.decided.stored or None,
             "block": how.block,
             "zeros": how.zeros,
             "compute": how.compute,
@@ -106,6 +111,9 @@ class Quantiser:
     def _made(self, value: ir.Value, turned: bool, picked: set[Key], kept: dict[Key, str]) -> Made | None:
         """What becomes of a weight; None where it must stay, and why in `kept`."""
         name, key = value.name or "", _key(value)
+        if key not in self.made and (own := self.stored(name)) is not None:
+            assert turned and key not in picked  # a map's, by its outputs
+            self.errors[name], self.made[key] = 0.0, Made(name, own, self.data, False)
         if key not in self.made:
             assert value.const_value is not None
             weight = np.asarray(content_of(value.const_value), np.float32)
@@ -144,7 +152,7 @@ class Quantiser:
             inputs = [_value(graph, made.rows), node.inputs[1], scales, *zeros]
             attributes |= {"gather_axis": 0, "quantize_axis": 1}
         else:
-            inputs = [node.inputs[0], _value(graph, made.numbers), scales, *zeros]
+            inputs = [made.ordered(graph, node), _value(graph, made.numbers), scales, *zeros]
             attributes |= {"K": made.n_in, "N": made.n_out, "accuracy_level": LEVELS[self.decided.how.compute]}
             bias = list(node.inputs[2:3])
         new = [ir.node(LOOKUP if picking else OPERATION, inputs, attributes, domain=DOMAIN, name=node.name)]
@@ -171,6 +179,9 @@ class Made:
         self.numbers = data.add(name + NUMBERS, blocks.numbers)
         self.scaling = data.add(name + SCALES, blocks.scales)
         self.zeros = None if blocks.zeros is None else data.add(name + ZEROS, blocks.zeros)
+        self.order = None
+        if blocks.order is not None:
+            self.order = data.add(f"{ORDER}{digest(blocks.order)[:16]}", blocks.order)
         self.rows = self.numbers
         if picked and blocks.rows.size != blocks.numbers.size:
             self.rows = data.add(name + ROWS, blocks.rows)
@@ -179,6 +190,19 @@ class Made:
             self.rows = ir.ExternalTensor(held.location, held.offset, held.length, held.dtype,
                                           shape=ir.Shape(blocks.rows.shape), name=name + ROWS,
                                           base_dir=held.base_dir)  # fmt: skip
+
+    def ordered(self, graph: ir.Graph, product: ir.Node) -> ir.Value | None:
+        """What a product reads, with columns in the order that the blocks have them in."""
+        x = product.inputs[0]
+        if self.order is None or x is None:
+            return x
+        order = _value(graph, self.order)
+        node = ir.node("Gather", [x, order], {"axis": -1}, name=f"{product.name}.order")
+        node.metadata_props.update(product.metadata_props)
+        result = node.outputs[0]
+        result.name, result.shape, result.type = f"{product.outputs[0].name}.ordered", x.shape, x.type
+        graph.insert_before(product, node)
+        return result
 
     def scales(self, graph: ir.Graph, precision: str) -> ir.Value:
         """The scales in the type of the computation."""
@@ -275,5 +299,14 @@ def blocks_in(graph: ir.Graph) -> dict[str, Blocks]:
         rows = content.reshape(len(content), -1)
         width = parts[0].shape[1] * block * bits // 8
         rows = np.pad(rows, ((0, 0), (0, width - rows.shape[1]))).reshape(len(rows), parts[0].shape[1], -1)
-        found[name] = Blocks(rows, np.array(parts[0]), parts[1], bits, n_in)
+        found[name] = Blocks(rows, np.array(parts[0]), parts[1], bits, n_in, _order_of(node))
     return found
+
+
+def _order_of(product: ir.Node) -> Array | None:
+    """The order of columns that a product reads its input in."""
+    maker = product.inputs[0].producer() if product.inputs[0] is not None else None
+    order = maker.inputs[1] if maker is not None and maker.op_type == "Gather" else None
+    if order is None or order.const_value is None or not (order.name or "").startswith(ORDER):
+        return None
+    return np.array(content_of(order.const_value))

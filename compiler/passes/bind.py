@@ -17,6 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
+from peltc.compiler.files.checkpoint import StoredTensor
+from peltc.compiler.files.packed import PackedTensor
 from peltc.compiler.graphs.wide import ROUNDED
 from peltc.compiler.interpreters.emitter import replace_uses
 
@@ -57,14 +59,12 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
             if key in bound:
                 value.replace_all_uses_with(bound[key])
                 continue
-            dtype = ir.DataType.from_numpy(stored.dtype)
-            file, shape = stored.file, ir.Shape(stored.shape)
-            tensor = ir.ExternalTensor(file.name, stored.offset, stored.length, dtype, shape=shape, name=name,
-                                       base_dir=file.parent)  # fmt: skip
+            tensor = _tensor(stored, name)
             bound[key] = value
         computed = value.dtype or tensor.dtype
         # The cast stays where a fold made it a formality, so that a folded graph has the base's own nodes.
-        cast = stored is not None and stored.dtype != computed.numpy()
+        packed = name not in folded and isinstance(stored, PackedTensor)
+        cast = stored is not None and (tensor.dtype != computed if packed else stored.dtype != computed.numpy())
         if not cast and not lacking:
             value.const_value = tensor
             value.type = ir.TensorType(tensor.dtype)
@@ -91,6 +91,15 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
             bound[key] = whole
     if front:
         graph.insert_before(graph[0], front)
+
+
+def _tensor(stored: StoredTensor, name: str) -> ir.TensorProtocol:
+    """A stored tensor where it lies; a packed one is what its blocks stand for, once somebody reads it."""
+    shape = ir.Shape(stored.shape)
+    if isinstance(stored, PackedTensor):
+        return ir.LazyTensor(lambda: ir.tensor(stored.array(), name=name), ir.DataType.FLOAT, shape, name=name)
+    return ir.ExternalTensor(stored.file.name, stored.offset, stored.length, ir.DataType.from_numpy(stored.dtype),
+                             shape=shape, name=name, base_dir=stored.file.parent)  # fmt: skip
 
 
 def _constant(graph: ir.Graph, array: Any, name: str) -> ir.Value:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peltc.compiler.survey.anatomy import Anatomy, Site
 from peltc.spec.diagnostics import Diagnostic, Place, nearest, one_of
-from peltc.spec.quantising import SPARED, Quantise
+from peltc.spec.quantising import COMPUTED, SPARED, Quantise
 
 READ = "weight"
 """The role of the parameter that is quantised."""
@@ -24,12 +24,14 @@ class Quantised:
         weights: those of maps and tables that are quantised, in order.
         left: those that stay as they are, and why.
         tied: how many of the first are one tensor with another of them.
+        stored: the method whose numbers the checkpoint holds already; empty where they are made.
     """
 
     how: Quantise
     weights: tuple[str, ...]
     left: dict[str, str] = field(default_factory=dict)
     tied: int = 0
+    stored: str = ""
 
     @property
     def note(self) -> str:
@@ -37,12 +39,21 @@ class Quantised:
         reasons = dict.fromkeys(self.left.values())
         stay = "; ".join(f"{sum(r == why for r in self.left.values())} stay, {why}" for why in reasons)
         count = len(self.weights) - self.tied
+        if self.stored:
+            return f"{count} weights of the base are {self.how.to}, as {self.stored} has them in the checkpoint"
         found = f"{count} weights of the base become {self.how.to}, once what folds into them is inside"
         return found + (f"; {stay}" if stay else "")
 
 
-def quantised(how: Quantise, anatomy: Anatomy) -> Quantised:
-    """Decide it. The graph has the last word: a weight that something else reads as well, a module say, stays."""
+def quantised(how: Quantise | None, anatomy: Anatomy) -> Quantised | None:
+    """Decide it; None where nothing is quantised. The graph has the last word: a weight that something else reads as
+    well, a module say, stays. Of a checkpoint that is quantised already, its own numbers are taken."""
+    if (packed := anatomy.packed) is not None:
+        compute = how.compute if how else COMPUTED[0]
+        own = dict.fromkeys(s.parameters[READ] for s in anatomy if s.parameters.get(READ) in packed.weights)
+        return Quantised(Quantise(packed.to, packed.block, True, compute, ()), tuple(own), stored=packed.method)
+    if how is None:
+        return None
     paths = {site.path: site for site in anatomy if site.kind in ("linear", "table")}
     spared = {site.parameters[READ]: site for site in paths.values()
               if any(site.matches(selector) for selector in how.spared)}  # fmt: skip
@@ -80,7 +91,13 @@ def _stays(site: Site, same: list[Site], spared: dict[str, Site]) -> str | None:
 
 
 def unmatched(how: Quantise, anatomy: Anatomy, path: str) -> Iterator[Diagnostic]:
-    """The findings about what is to be quantised in a model: selectors that spare nothing."""
+    """The findings about what is to be quantised in a model: selectors that spare nothing, and what is quantised."""
+    if (packed := anatomy.packed) is not None:
+        if how != Quantise(packed.to, compute=how.compute):
+            said = f"the checkpoint is quantised already ({packed.method}, {packed.to})"
+            yield Diagnostic("E208", said, Place(path, key="deploy.quantise"), f"`to: {packed.to}` and `compute`",
+                             "the other options are the checkpoint's own; leave them out")  # fmt: skip
+        return
     maps = [site for site in anatomy if site.kind in ("linear", "experts", "table")]
     roles = sorted({site.role for site in maps if site.path})
     place = Place(path, key="deploy.quantise.except")

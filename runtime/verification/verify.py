@@ -66,12 +66,19 @@ def load_model(base: Base) -> Any:
     if base.module is not None:
         return replica(base.module, base.precision)
 
+    cls, config, dtype = (
+        getattr(transformers, base.architecture),
+        parse_config(base.config),
+        getattr(torch, base.precision),
+    )
+    packed = base.anatomy.packed is not None  # which transformers itself reads with other packages alone
     with quiet():
-        model = getattr(transformers, base.architecture).from_pretrained(
-            base.folder, config=parse_config(base.config), dtype=getattr(torch, base.precision),
-            ignore_mismatched_sizes=True)  # fmt: skip
+        if packed:
+            model = cls._from_config(config, dtype=dtype)
+        else:
+            model = cls.from_pretrained(base.folder, config=config, dtype=dtype, ignore_mismatched_sizes=True)
     for name, parameter in model.named_parameters():
-        if name in base.parameters and base.lacks(name):  # as in the graph, whatever the class starts it with
+        if name in base.parameters and (packed or base.lacks(name)):  # as in the graph, whatever it starts with
             array = base.array(name).astype(np.float32)
             parameter.data.copy_(torch.from_numpy(array))
     return model.eval()
