@@ -1,4 +1,5 @@
-"""Checkpoints as the tools of GPTQ and AWQ write them, from random numbers: a packer by itself, number after number."""
+"""Checkpoints as the tools of GPTQ, AWQ and bitsandbytes write them, from random numbers: packers by themselves, number
+after number."""
 
 from __future__ import annotations
 
@@ -54,6 +55,35 @@ def drawn(
     return parts | {"g_idx": index.astype(np.int32)}, weight
 
 
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+], np.float32)  # fmt: skip
+
+
+def levelled(sizes: tuple[int, int], block: int, seed: int, nested: bool = True) -> tuple[dict[str, Array], Array]:
+    """The parts of a weight [out, in] in NF4, by what follows its name, and what they stand for."""
+    random, count = np.random.default_rng(seed), sizes[0] * sizes[1]
+    numbers, blocks = random.integers(0, 16, count), -(-count // block)
+    packed = np.array([numbers[i] * 16 + numbers[i + 1] for i in range(0, count, 2)], np.uint8)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "float16", "shape": list(sizes)}
+    scales: Array = random.uniform(0.1, 0.3, blocks).astype(np.float32)
+    parts = {"": packed.reshape(-1, 1), ".quant_map": NF4, ".absmax": scales}
+    if nested:
+        levels = random.uniform(-1, 1, 256).astype(np.float32)
+        second = random.uniform(0.01, 0.1, -(-blocks // 8)).astype(np.float32)
+        codes = random.integers(0, 256, blocks).astype(np.uint8)
+        offset = 0.2
+        scales = np.array([levels[code] * second[i // 8] + np.float32(offset) for i, code in enumerate(codes)])
+        parts |= {".absmax": codes, ".nested_absmax": second, ".nested_quant_map": levels}
+        state |= {"nested_blocksize": 8, "nested_dtype": "float32", "nested_offset": offset}
+    text = json.dumps(state).encode()
+    parts[".quant_state.bitsandbytes__nf4"] = np.frombuffer(text, np.uint8)
+    wanted = np.array([NF4[number] * scales[i // block] for i, number in enumerate(numbers)], np.float32)
+    return parts, wanted.reshape(sizes)
+
+
 def checkpoint(
     plain: Path, folder: Path, method: str = "gptq", layout: str = "gptq", bits: int = 4, group: int = 16,
     mixed: bool = False, symmetric: bool = False, **settings: Any,
@@ -65,12 +95,19 @@ def checkpoint(
     for seed, name in enumerate(sorted(name for name in tensors if name.endswith("_proj.weight"))):
         stem = name.removesuffix(".weight")
         sizes = tensors.pop(name).shape
+        if method == "bitsandbytes":
+            held, wanted[name] = levelled((sizes[0], sizes[1]), group, seed, mixed)
+            tensors |= {f"{name}{end}": part for end, part in held.items()}
+            continue
         parts, wanted[name] = drawn(method, layout, bits, group, sizes, seed, mixed, symmetric)
         tensors |= {f"{stem}.{end}": part for end, part in parts.items()}
-    others = {name: part.astype(np.float16) if part.dtype == np.float32 else part for name, part in tensors.items()}
+    kept = {name for name, part in tensors.items() if part.dtype != np.float32 or ".weight." in name}
+    others = {name: part if name in kept else part.astype(np.float16) for name, part in tensors.items()}
     save_file(others, folder / "model.safetensors", {"format": "pt"})
-    own = {"checkpoint_format" if method == "gptq" else "version": layout}
+    own = {"checkpoint_format" if method == "gptq" else "version": layout, "bits": bits, "group_size": group}
+    if method == "bitsandbytes":
+        own = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": mixed}
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": bits, "group_size": group, **own, **settings}
+    config["quantization_config"] = {"quant_method": method, **own, **settings}
     (folder / "config.json").write_text(json.dumps(config))
     return wanted

@@ -22,7 +22,7 @@ from peltc.compiler.export.refusals import (
 from peltc.compiler.files.cache import BUILDING, writable
 from peltc.compiler.files.checkpoint import Checkpoint, is_float, spellings
 from peltc.compiler.files.integrity import digesting
-from peltc.compiler.files.packed import UNDONE, PackedTensor
+from peltc.compiler.files.packed import QUANTISED, UNDONE
 from peltc.compiler.files.staging import staging
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import Place, fail
@@ -167,7 +167,7 @@ def check_whole(parameters: Mapping[str, ParameterInfo], checkpoint: Checkpoint,
         PeltError: E508 one is renamed, merged with others, or of another shape there.
     """
     used = {info.stored for info in parameters.values()}
-    lost = next((n for n, t in checkpoint.tensors.items() if isinstance(t, PackedTensor) and n not in used), None)
+    lost = next((n for n, t in checkpoint.tensors.items() if isinstance(t, QUANTISED) and n not in used), None)
     if lost is not None:
         raise fail("E508", f"the checkpoint is quantised ({checkpoint.packed[0]}, {checkpoint.packed[2]} bits), and"
                    f" '{lost}' {list(checkpoint.tensors[lost].shape)} is no parameter of {architecture} as it is",

@@ -26,7 +26,8 @@ from peltc.compiler.export.refusals import (
     check_text,
 )
 from peltc.compiler.files.cache import cache_folder, tidy_cache
-from peltc.compiler.files.packed import CONFIG, UNDONE, PackedTensor, Packing, packing_of, unpack
+from peltc.compiler.files.levels import CONFIG
+from peltc.compiler.files.packed import QUANTISED, UNDONE, Packing, packing_of, unpack
 from peltc.compiler.survey.anatomy import Anatomy, Packed
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.specification import AS_IT_SAYS, ModelChoice
@@ -146,7 +147,7 @@ def with_packed(base: Base, packing: Packing) -> Base:
         PeltError: E508 one of them is no weight of a map as blocks are.
     """
     tensors = base.checkpoint.tensors
-    held = {name for name, info in base.parameters.items() if isinstance(tensors.get(info.stored), PackedTensor)}
+    held = {name for name, info in base.parameters.items() if isinstance(tensors.get(info.stored), QUANTISED)}
     maps = {s.parameters["weight"] for s in base.anatomy if s.kind == "linear" and not s.transposed}
     if odd := sorted(held - maps):
         told = f"the checkpoint is quantised ({packing.method}, {packing.bits} bits)"

@@ -1,4 +1,4 @@
-"""Checkpoints whose maps are stored in blocks of small whole numbers: what GPTQ's and AWQ's tools write, read as it is.
+"""Checkpoints whose maps are stored in small whole numbers: what GPTQ's and AWQ's tools write, read as it is.
 
     qweight   int32, numbers of four or eight bits          gptq [in / n, out], n to an integer along the inputs
                                                             awq  [in, out / 8], eight to one, in AWQ's own order
@@ -8,7 +8,8 @@
 
     W[o, i] = (q[i, o] - zero[g, o]) · scale[g, o],   g the group of i
 
-The config says which it is. Sizes are held against each other before a number is read.
+The config says which it is, or that it is bitsandbytes', which `levels` reads. Sizes are held against each other before
+a number is read.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import numpy as np
 
 from peltc.compiler.files.blocks import Blocks, packed
 from peltc.compiler.files.checkpoint import Checkpoint, StoredTensor, is_float
+from peltc.compiler.files.levels import CONFIG, LevelledTensor, levelled, place_of
 from peltc.spec.diagnostics import PeltError, Place, fail
 from peltc.spec.quantising import BITS, BLOCKS
 
 Array = np.ndarray[Any, Any]
-CONFIG = "quantization_config"
+LEVELLED = "bitsandbytes"
 FORMATS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 """How each method's tensors may be laid out, by the names that configs give; the first where they give none."""
 WIDTHS = {"gptq": (4, 8), "awq": (4,)}
@@ -42,7 +44,7 @@ class Packing:
     """How a checkpoint's maps are packed.
 
     Attributes:
-        method: `gptq` or `awq`.
+        method: what configs call it.
         layout: one of its formats.
         bits: of a number.
         group: how many inputs share a scale; -1 for all of them.
@@ -55,8 +57,8 @@ class Packing:
 
     @property
     def to(self) -> str:
-        """The type of the numbers, as specs call it."""
-        return next(name for name, bits in BITS.items() if bits == self.bits)
+        """The type of the numbers; as specs call it, if they do."""
+        return "nf4" if self.method == LEVELLED else next(name for name, bits in BITS.items() if bits == self.bits)
 
     @property
     def count(self) -> int:
@@ -127,6 +129,8 @@ class PackedTensor(StoredTensor):
         return None if (np.diff(order) == 1).all() else order
 
 
+QUANTISED = (PackedTensor, LevelledTensor)
+"""Tensors of a checkpoint that are read as small whole numbers."""
 UNDONE = "compile the model that it was quantised from"
 
 
@@ -164,6 +168,9 @@ def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
     """
     settings = config.get(CONFIG)
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if isinstance(settings, Mapping) and method == LEVELLED:
+        told = settings.get("load_in_4bit"), settings.get("bnb_4bit_quant_type")
+        return Packing(method, "nf4", 4, -1) if told == (True, "nf4") else None
     if not isinstance(settings, Mapping) or method not in FORMATS:
         return None
     place = Place(str(folder / "config.json"), key=CONFIG)
@@ -193,11 +200,13 @@ def unpack(checkpoint: Checkpoint, packing: Packing) -> Checkpoint:
     Raises:
         PeltError: E508 no map is packed, a part is missing, or sizes do not fit.
     """
+    if packing.method == LEVELLED:
+        return levelled(checkpoint)
     place, tensors = Place(str(checkpoint.folder)), dict(checkpoint.tensors)
     stems = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     if not stems:
         raise fail("E508", f"the checkpoint is quantised ({packing.method}, {packing.bits} bits) by its config, and no"
-                   " tensor of it is", place, "tensors 'NAME.qweight', 'NAME.qzeros' and 'NAME.scales'",
+                   " tensor of it is", place_of(checkpoint), "tensors 'NAME.qweight', 'NAME.qzeros' and 'NAME.scales'",
                    f"remove '{CONFIG}' from the config of a model that is not quantised; else {UNDONE}")  # fmt: skip
     for stem in stems:
         parts = {end: tensors.pop(f"{stem}.{end}") for end in PARTS if f"{stem}.{end}" in tensors}

@@ -1,4 +1,4 @@
-"""Weights of the base in blocks of small whole numbers: `MatMulNBits` and `GatherBlockQuantized`, of ONNX Runtime.
+"""Weights of the base in small whole numbers, read by operations of ONNX Runtime.
 
     y = x Ŵᵀ,   y = Ŵ[ids]
 
@@ -18,25 +18,18 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from peltc.compiler.artifact import DataFile, content_of, digest
+from peltc.compiler.artifact import DataFile, content_of
 from peltc.compiler.files.blocks import Blocks
+from peltc.compiler.files.levels import Levels
 from peltc.compiler.lowering.replacing import put_in_place
+from peltc.compiler.lowering.written import Made, MadeLevels
 from peltc.compiler.plan.quantising import Quantised
 from peltc.spec.quantising import Quantise
 
 Array = np.ndarray[Any, Any]
 Pack = Callable[[Array, Quantise], Blocks]
-OPERATION, LOOKUP, DOMAIN = "MatMulNBits", "GatherBlockQuantized", "com.microsoft"
-NUMBERS, ROWS, SCALES, ZEROS = ".quantised", ".rows", ".scales", ".zeros"
-"""Behind a weight's name: what it became."""
-ORDER = "order."
-"""What names of orders of columns begin with; maps that read the same may have one together."""
-LEVELS = {"int8": 4, "float": 0}
-"""ONNX Runtime's levels of accuracy, by what products are computed in."""
 LOST = 1 / 8
 """How much of a step rounding a scale to half precision may move a number of its block."""
-COMPUTED = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-"""What graphs compute in."""
 Key = tuple[str, int]
 
 
@@ -60,10 +53,10 @@ class Quantiser:
     data: DataFile
     pack: Pack
     precision: str = "float32"
-    stored: Callable[[str], Blocks | None] = lambda name: None
+    stored: Callable[[str], Blocks | Levels | None] = lambda name: None
     errors: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    made: dict[Key, Made] = field(default_factory=dict)
+    made: dict[Key, Made | MadeLevels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.left = dict(self.decided.left)
@@ -108,12 +101,14 @@ class Quantiser:
             "left": self.left,
         }
 
-    def _made(self, value: ir.Value, turned: bool, picked: set[Key], kept: dict[Key, str]) -> Made | None:
+    def _made(self, value: ir.Value, turned: bool, picked: set[Key], kept: dict[Key, str]) -> Made | MadeLevels | None:
         """What becomes of a weight; None where it must stay, and why in `kept`."""
         name, key = value.name or "", _key(value)
         if key not in self.made and (own := self.stored(name)) is not None:
             assert turned and key not in picked  # a map's, by its outputs
-            self.errors[name], self.made[key] = 0.0, Made(name, own, self.data, False)
+            self.errors[name] = 0.0
+            self.made[key] = (MadeLevels(name, own, self.data) if isinstance(own, Levels)
+                              else Made(name, own, self.data, False))  # fmt: skip
         if key not in self.made:
             assert value.const_value is not None
             weight = np.asarray(content_of(value.const_value), np.float32)
@@ -141,25 +136,14 @@ class Quantiser:
             return replace(blocks, scales=scales)
         return blocks if self.precision == "float32" else None
 
-    def _put(self, graph: ir.Graph, node: ir.Node, made: Made) -> None:
+    def _put(self, graph: ir.Graph, node: ir.Node, made: Made | MadeLevels) -> None:
         """The operation in the place of a product, or of a picking; a bias is added behind."""
-        picking, out = node.op_type == "Gather", node.outputs[0]
-        scales = made.scales(graph, self.precision)
-        zeros = [] if made.zeros is None else [_value(graph, made.zeros)]
-        attributes = {"bits": made.bits, "block_size": made.block}
-        bias: list[ir.Value | None] = []
-        if picking:
-            inputs = [_value(graph, made.rows), node.inputs[1], scales, *zeros]
-            attributes |= {"gather_axis": 0, "quantize_axis": 1}
-        else:
-            inputs = [made.ordered(graph, node), _value(graph, made.numbers), scales, *zeros]
-            attributes |= {"K": made.n_in, "N": made.n_out, "accuracy_level": LEVELS[self.decided.how.compute]}
-            bias = list(node.inputs[2:3])
-        new = [ir.node(LOOKUP if picking else OPERATION, inputs, attributes, domain=DOMAIN, name=node.name)]
-        if bias and bias[0] is not None:
+        out, bias = node.outputs[0], node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        new = [made.reader(graph, node, self.precision, self.decided.how.compute)]
+        if bias is not None:
             new[0].outputs[0].name = f"{out.name}.product"
             new[0].outputs[0].shape, new[0].outputs[0].type = out.shape, out.type
-            new.append(ir.node("Add", [new[0].outputs[0], bias[0]], name=f"{node.name}.bias"))
+            new.append(ir.node("Add", [new[0].outputs[0], bias], name=f"{node.name}.bias"))
         for one in new:
             one.metadata_props.update(node.metadata_props)
         put_in_place(new[-1].outputs[0], out)
@@ -167,74 +151,10 @@ class Quantiser:
         graph.remove(node, safe=True)
 
 
-class Made:
-    """A weight's blocks in an artifact's data; none of them stays in memory.
-
-    Args:
-        picked: whether rows of it are picked.
-    """
-
-    def __init__(self, name: str, blocks: Blocks, data: DataFile, picked: bool):
-        self.bits, self.block, self.n_in, self.n_out = blocks.bits, blocks.block, blocks.n_in, len(blocks.numbers)
-        self.numbers = data.add(name + NUMBERS, blocks.numbers)
-        self.scaling = data.add(name + SCALES, blocks.scales)
-        self.zeros = None if blocks.zeros is None else data.add(name + ZEROS, blocks.zeros)
-        self.order = None
-        if blocks.order is not None:
-            self.order = data.add(f"{ORDER}{digest(blocks.order)[:16]}", blocks.order)
-        self.rows = self.numbers
-        if picked and blocks.rows.size != blocks.numbers.size:
-            self.rows = data.add(name + ROWS, blocks.rows)
-        elif picked:  # the same bytes
-            held = self.numbers
-            self.rows = ir.ExternalTensor(held.location, held.offset, held.length, held.dtype,
-                                          shape=ir.Shape(blocks.rows.shape), name=name + ROWS,
-                                          base_dir=held.base_dir)  # fmt: skip
-
-    def ordered(self, graph: ir.Graph, product: ir.Node) -> ir.Value | None:
-        """What a product reads, with columns in the order that the blocks have them in."""
-        x = product.inputs[0]
-        if self.order is None or x is None:
-            return x
-        order = _value(graph, self.order)
-        node = ir.node("Gather", [x, order], {"axis": -1}, name=f"{product.name}.order")
-        node.metadata_props.update(product.metadata_props)
-        result = node.outputs[0]
-        result.name, result.shape, result.type = f"{product.outputs[0].name}.ordered", x.shape, x.type
-        graph.insert_before(product, node)
-        return result
-
-    def scales(self, graph: ir.Graph, precision: str) -> ir.Value:
-        """The scales in the type of the computation."""
-        held = _value(graph, self.scaling)
-        wanted = COMPUTED[precision]
-        if held.dtype == wanted:
-            return held
-        for use in held.uses():
-            if use.node.op_type == "Cast":
-                return use.node.outputs[0]
-        cast = ir.node("Cast", [held], {"to": wanted.value}, name=f"{held.name}.computed")
-        result = cast.outputs[0]
-        result.name, result.shape, result.type = f"{held.name}.computed", held.shape, ir.TensorType(wanted)
-        graph.insert_before(graph[0], cast)
-        return result
-
-
 def _key(value: ir.Value) -> Key:
     """Where a weight's bytes lie: names may differ, in one graph and between them."""
     tensor = value.const_value
     return (str(tensor.path), tensor.offset or 0) if isinstance(tensor, ir.ExternalTensor) else (value.name or "", -1)
-
-
-def _value(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
-    """A part of a weight as a value of the graph."""
-    name = tensor.name or ""
-    value = graph.initializers.get(name)
-    if value is None:
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype),
-                         const_value=tensor)  # fmt: skip
-        graph.register_initializer(value)
-    return value
 
 
 @dataclass(frozen=True)
@@ -277,36 +197,3 @@ def _is_plain(node: ir.Node) -> bool:
     """Whether a Gemm is a product and a bias."""
     scales = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
     return scales == [1.0, 1.0] and not node.attributes.get_int("transA", 0)
-
-
-def blocks_in(graph: ir.Graph) -> dict[str, Blocks]:
-    """The blocks that a graph computes with, by the name of the weight that they stand for; of weights of which a part
-    is missing, none."""
-    found: dict[str, Blocks] = {}
-    for node in graph:
-        numbers = {OPERATION: 1, LOOKUP: 0}.get(node.op_type)
-        held = None if numbers is None else node.inputs[numbers]
-        if held is None or held.name is None:
-            continue
-        name = held.name.removesuffix(NUMBERS).removesuffix(ROWS)
-        parts = [content_of(part.const_value) if (part := graph.initializers.get(name + end)) and part.const_value
-                 else None for end in (SCALES, ZEROS)]  # fmt: skip
-        if parts[0] is None or held.const_value is None or (parts[1] is None and len(node.inputs) > 3):
-            continue
-        bits, block = (node.attributes.get_int(key, 0) for key in ("bits", "block_size"))
-        content = content_of(held.const_value)
-        n_in = node.attributes.get_int("K", content.shape[1] * 8 // bits)
-        rows = content.reshape(len(content), -1)
-        width = parts[0].shape[1] * block * bits // 8
-        rows = np.pad(rows, ((0, 0), (0, width - rows.shape[1]))).reshape(len(rows), parts[0].shape[1], -1)
-        found[name] = Blocks(rows, np.array(parts[0]), parts[1], bits, n_in, _order_of(node))
-    return found
-
-
-def _order_of(product: ir.Node) -> Array | None:
-    """The order of columns that a product reads its input in."""
-    maker = product.inputs[0].producer() if product.inputs[0] is not None else None
-    order = maker.inputs[1] if maker is not None and maker.op_type == "Gather" else None
-    if order is None or order.const_value is None or not (order.name or "").startswith(ORDER):
-        return None
-    return np.array(content_of(order.const_value))

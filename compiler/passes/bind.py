@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.checkpoint import StoredTensor
-from peltc.compiler.files.packed import PackedTensor
+from peltc.compiler.files.packed import QUANTISED
 from peltc.compiler.graphs.wide import ROUNDED
 from peltc.compiler.interpreters.emitter import replace_uses
 
@@ -63,7 +63,7 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
             bound[key] = value
         computed = value.dtype or tensor.dtype
         # The cast stays where a fold made it a formality, so that a folded graph has the base's own nodes.
-        packed = name not in folded and isinstance(stored, PackedTensor)
+        packed = name not in folded and isinstance(stored, QUANTISED)
         cast = stored is not None and (tensor.dtype != computed if packed else stored.dtype != computed.numpy())
         if not cast and not lacking:
             value.const_value = tensor
@@ -96,7 +96,7 @@ def bind(model: ir.Model, base: Base, folded: Mapping[str, ir.TensorProtocol], t
 def _tensor(stored: StoredTensor, name: str) -> ir.TensorProtocol:
     """A stored tensor where it lies; a packed one is what its blocks stand for, once somebody reads it."""
     shape = ir.Shape(stored.shape)
-    if isinstance(stored, PackedTensor):
+    if isinstance(stored, QUANTISED):
         return ir.LazyTensor(lambda: ir.tensor(stored.array(), name=name), ir.DataType.FLOAT, shape, name=name)
     return ir.ExternalTensor(stored.file.name, stored.offset, stored.length, ir.DataType.from_numpy(stored.dtype),
                              shape=shape, name=name, base_dir=stored.file.parent)  # fmt: skip

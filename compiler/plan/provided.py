@@ -16,9 +16,11 @@ from peltc.compiler.interpreters.numeric import NumericInterpreter
 from peltc.compiler.plan.claims import Claim, Plan
 from peltc.compiler.plan.planner import make_plan
 from peltc.compiler.survey.anatomy import places_of
-from peltc.spec.diagnostics import Diagnostic, PeltError, Place
+from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.method import ROLES
+from peltc.spec.modes import CUDA
+from peltc.spec.quantising import BITS
 from peltc.spec.specification import Spec
 
 Array = np.ndarray[Any, Any]
@@ -30,10 +32,15 @@ def plan_on(spec: Spec, base: Base, mode: str | None = None) -> Plan:
     """The plan of a spec on a base, which has, with the modules, every weight that it needs.
 
     Raises:
-        PeltError: as `make_plan`; E504 weights that neither the checkpoint nor any module holds.
+        PeltError: as `make_plan`; E208 a type that the checkpoint's numbers are not computed in; E504 weights that
+            neither the checkpoint nor any module holds.
     """
     plan = make_plan(spec, base.anatomy, base.fingerprint, mode)
     check_provided(plan, base)
+    stored = plan.quantised.how.to if plan.quantised else ""
+    if stored and stored not in BITS and base.precision != "float32" and spec.provider != CUDA:
+        told = f"products by {stored} are computed in float32 on the CPU, and the model is in {base.precision}"
+        raise fail("E208", told, Place(spec.path, key="deploy.precision"), "float32, or `provider: cuda`")
     return plan
 
 

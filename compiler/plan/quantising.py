@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peltc.compiler.survey.anatomy import Anatomy, Site
 from peltc.spec.diagnostics import Diagnostic, Place, nearest, one_of
-from peltc.spec.quantising import COMPUTED, SPARED, Quantise
+from peltc.spec.quantising import BITS, COMPUTED, SPARED, Quantise
 
 READ = "weight"
 """The role of the parameter that is quantised."""
@@ -49,9 +49,10 @@ def quantised(how: Quantise | None, anatomy: Anatomy) -> Quantised | None:
     """Decide it; None where nothing is quantised. The graph has the last word: a weight that something else reads as
     well, a module say, stays. Of a checkpoint that is quantised already, its own numbers are taken."""
     if (packed := anatomy.packed) is not None:
-        compute = how.compute if how else COMPUTED[0]
+        uneven = packed.to not in BITS  # levels have no zero points, and inputs are read as they are
+        compute = COMPUTED[-1] if uneven else how.compute if how else COMPUTED[0]
         own = dict.fromkeys(s.parameters[READ] for s in anatomy if s.parameters.get(READ) in packed.weights)
-        return Quantised(Quantise(packed.to, packed.block, True, compute, ()), tuple(own), stored=packed.method)
+        return Quantised(Quantise(packed.to, packed.block, not uneven, compute, ()), tuple(own), stored=packed.method)
     if how is None:
         return None
     paths = {site.path: site for site in anatomy if site.kind in ("linear", "table")}
@@ -95,7 +96,8 @@ def unmatched(how: Quantise, anatomy: Anatomy, path: str) -> Iterator[Diagnostic
     if (packed := anatomy.packed) is not None:
         if how != Quantise(packed.to, compute=how.compute):
             said = f"the checkpoint is quantised already ({packed.method}, {packed.to})"
-            yield Diagnostic("E208", said, Place(path, key="deploy.quantise"), f"`to: {packed.to}` and `compute`",
+            most = f"`to: {packed.to}` and `compute`" if packed.to in BITS else "no `quantise`"
+            yield Diagnostic("E208", said, Place(path, key="deploy.quantise"), most,
                              "the other options are the checkpoint's own; leave them out")  # fmt: skip
         return
     maps = [site for site in anatomy if site.kind in ("linear", "experts", "table")]

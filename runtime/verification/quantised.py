@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from peltc.compiler.base.base import Base
-from peltc.compiler.lowering.quantise import LEVELS, OPERATION, blocks_in
+from peltc.compiler.lowering.written import LEVELS, OPERATION, blocks_in
 from peltc.compiler.plan.claims import Plan
 from peltc.runtime.running.session import Session
 from peltc.runtime.training.attach import attach_plan

@@ -55,8 +55,13 @@ METHODS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "fp8": ({"quant_method": "fp8"}, "quantised (fp8)", "FineGrainedFP8Config(dequantize=True)"),
     "bnb": (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
         "quantised (bitsandbytes, 4 bits)",
+        "`model.dequantize()`",
+    ),
+    "nf4": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "(bitsandbytes, 4 bits) by its config, and no tensor of it is in NF4",
         "`model.dequantize()`",
     ),
     "new": ({"quant_method": "brandnew"}, "quantised (brandnew)", "that it was quantised from"),

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import peltc
 from peltc.compiler.linking.linker import Linker
-from peltc.compiler.lowering.quantise import blocks_in
+from peltc.compiler.lowering.written import blocks_in
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.running.session import Session
 from peltc.runtime.verification.verify import TOLERANCE
@@ -36,8 +36,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "v2, 8 bits": {"layout": "gptq_v2", "bits": 8, "group": 32},
     "awq": {"method": "awq", "layout": "gemm"},
     "one group": {"group": -1, "symmetric": True},
+    "nf4": {"method": "bitsandbytes", "group": 64, "mixed": True},
+    "nf4, plain scales": {"method": "bitsandbytes", "group": 128},
 }
-SLOW = ("v2, 8 bits", "one group")
+SLOW = ("v2, 8 bits", "one group", "nf4, plain scales")
 
 
 def spec(method: str = "lora", **deploy: Any) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def torch_model(folder: Path, weights: dict[str, Array]) -> Any:
     del config.quantization_config
     model = transformers.LlamaForCausalLM(config).eval()
     held = {name: part.astype(np.float32) for name, part in load_file(folder / "model.safetensors").items()
-            if part.dtype.kind == "f" and not name.endswith(".scales")}  # fmt: skip
+            if part.dtype.kind == "f" and not name.endswith(".scales") and ".weight." not in name}  # fmt: skip
     state = {name: torch.from_numpy(np.asarray(array, np.float32)) for name, array in {**held, **weights}.items()}
     found = model.load_state_dict(state, strict=False)
     assert not found.missing_keys and not found.unexpected_keys
@@ -79,8 +81,8 @@ def test_the_same_numbers(name: str, model_folder: Folder, tmp_path: Path) -> No
     """Each dequantised number is the packer's; and with LoRA, by hand, the artifact is PyTorch."""
     how = FORMS[name]
     wanted = packed.checkpoint(model_folder("llama"), tmp_path / "model", **how)
-    kind = f"int{how.get('bits', 4)}"
-    said = spec(quantise={"to": kind, "compute": "float"})
+    kind = "nf4" if "nf4" in name else f"int{how.get('bits', 4)}"
+    said = spec(**({} if kind == "nf4" else {"quantise": {"to": kind, "compute": "float"}}))
     tensors = some(said, tmp_path / "model")
     manifest = peltc.compile(said, tmp_path / "model", tmp_path / "out", tensors)
     record, held = manifest["quantised"], manifest["verification"]
@@ -188,3 +190,18 @@ def test_maps_that_are_stored_by_their_inputs(leaf: str, words: str, model_folde
     with pytest.raises(PeltError, match="E508") as caught:
         plan_for(load_spec(spec()), folder)
     assert words in str(caught.value) and stem in str(caught.value)
+
+
+def test_levels_and_half_precision(model_folder: Folder, tmp_path: Path) -> None:
+    """The CPU's kernel is in float32, which is what the model computes in unless the spec asks for more; a device has
+    others."""
+    packed.checkpoint(model_folder("llama"), tmp_path / "model", "bitsandbytes", group=64)
+    plan, base = plan_for(load_spec(spec(precision="checkpoint")), tmp_path / "model")
+    assert base.precision == "float32" and "14 weights of the base are nf4" in plan.notes[0]
+    with pytest.raises(PeltError, match="E208 products by nf4 are computed in float32 on the CPU"):
+        plan_for(load_spec(spec(precision="float16")), tmp_path / "model")
+    with pytest.raises(PeltError, match=r"E208 the checkpoint is quantised already \(bitsandbytes, nf4\)"):
+        plan_for(load_spec(spec(quantise="int4")), tmp_path / "model")
+    said = spec(precision="float16", provider="cuda")
+    manifest = peltc.compile(said, tmp_path / "model", tmp_path / "out", some(said, tmp_path / "model"), verify=False)
+    assert manifest["kernels"]["model"]["lacking"] == []

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import packed
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from peltc.compiler.files.checkpoint import open_checkpoint
+from peltc.compiler.files.levels import LevelledTensor
 from peltc.compiler.files.packed import PackedTensor, Packing, packing_of, unpack
 from peltc.spec.diagnostics import PeltError
 
@@ -75,6 +78,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], Packing]] = {
                        Packing("gptq", "gptq_v2", 4, 64)),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "GEMM", "zero_point": True},
             Packing("awq", "gemm", 4, 128)),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+                     Packing("bitsandbytes", "nf4", 4, -1)),
     "awq's own": ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, Packing("awq", "gemm", 4, 64)),
 }  # fmt: skip
 
@@ -85,9 +90,13 @@ def test_configs(name: str, tmp_path: Path) -> None:
     assert packing_of({"quantization_config": settings}, tmp_path) == wanted
 
 
-@pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "fp8"}}, {"quantization_config": 4}])
-def test_configs_that_are_not_of_this(config: dict[str, Any], tmp_path: Path) -> None:
-    assert packing_of(config, tmp_path) is None
+NOT: list[Any] = [None, 4, {"quant_method": "fp8"}, {"quant_method": "bitsandbytes", "load_in_8bit": True},
+                  {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", NOT)
+def test_configs_that_are_not_of_this(settings: Any, tmp_path: Path) -> None:
+    assert packing_of({"quantization_config": settings}, tmp_path) is None
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -138,3 +147,72 @@ def test_shards_are_all_known(tmp_path: Path) -> None:
     assert [file.name for file in held.files] == ["model-1.safetensors", "model-2.safetensors"]
     assert load_file(tmp_path / "model-1.safetensors").keys() == {"a.b.qweight"}
     assert held.header_digest != unpack(open_checkpoint(tmp_path), Packing("gptq", "gptq_v2", 4, 32)).header_digest
+
+
+LEVELS = Packing("bitsandbytes", "nf4", 4, -1)
+
+
+def in_levels(folder: Path, parts: dict[str, Any]) -> Path:
+    save_file(
+        {f"a.b.weight{end}": np.ascontiguousarray(part) for end, part in parts.items()}, folder / "model.safetensors"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("sizes", "block"), [((6, 64), 64), ((5, 24), 32), ((8, 256), 256)])
+def test_levels_are_what_was_packed(sizes: tuple[int, int], block: int, nested: bool, tmp_path: Path) -> None:
+    """Elementwise, also where blocks run over the ends of rows; and ONNX Runtime's kernel has the same numbers."""
+    parts, wanted = packed.levelled(sizes, block, 3, nested)
+    tensor = unpack(open_checkpoint(in_levels(tmp_path, parts)), LEVELS).tensors["a.b.weight"]
+    assert isinstance(tensor, LevelledTensor) and tensor.shape == sizes and (tensor.array() == wanted).all()
+    blocks = tensor.blocks()
+    attributes = f"K={sizes[1]}, N={sizes[0]}, block_size={block}, quant_type=1"
+    sides = f"float[n, {sizes[1]}] x, uint8[{len(blocks.numbers)}] q, float[{len(blocks.scales)}] s"
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]>'
+        f"g ({sides}) => (float[n, {sizes[0]}] y) {{ y = com.microsoft.MatMulBnb4 <{attributes}> (x, q, s) }}"
+    )
+    feeds = {"x": np.eye(sizes[1], dtype=np.float32), "q": blocks.numbers, "s": blocks.scales}
+    (found,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
+    assert (wanted == found.T).all()
+
+
+STATE = ".quant_state.bitsandbytes__nf4"
+
+
+def said(**changes: Any) -> Any:
+    state = {"quant_type": "nf4", "blocksize": 64, "shape": [4, 64], **changes}
+    return np.frombuffer(json.dumps(state).encode(), np.uint8)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no scales": ({".absmax": None}, "'a.b.weight.absmax' is missing"),
+    "too few scales": ({".absmax": np.ones(3, np.float32)}, "'a.b.weight.absmax' is float32 [3]"),
+    "scales in levels, and no levels": ({".absmax": np.ones(4, np.uint8)}, "'a.b.weight.absmax' is uint8 [4]"),
+    "other levels": ({".quant_map": np.linspace(-1, 1, 16, dtype=np.float32)}, "other levels than NF4"),
+    "no numbers": ({"": None}, "'a.b.weight' does not hold the 4 x 64 numbers"),
+    "too few numbers": ({"": np.zeros((100, 1), np.uint8)}, "'a.b.weight' does not hold the 4 x 64 numbers"),
+    "an odd number": ({STATE: said(shape=[1, 1])}, "'a.b.weight' does not hold the 1 x 1 numbers"),
+    "levels of another kind": ({STATE: said(quant_type="fp4")}, "blocks of 64 in 'fp4'"),
+    "blocks that have no kernel": ({STATE: said(blocksize=512)}, "blocks of 512 in 'nf4'"),
+    "no JSON": ({STATE: np.zeros(8, np.uint8)}, "does not say of what sizes"),
+    "a list": ({STATE: np.frombuffer(b"[1]", np.uint8)}, "does not say of what sizes"),
+    "no shape": ({STATE: said(shape=None)}, "does not say of what sizes"),
+    "a shape of words": ({STATE: said(shape=["4", 64])}, "does not say of what sizes"),
+    "sizes below nothing": ({STATE: said(shape=[-4, -64])}, "does not say of what sizes"),
+    "a nested block of nothing": ({STATE: said(nested_blocksize=0, nested_offset=0.1)}, "does not say of what sizes"),
+    "no nested block": ({STATE: said(nested_offset=0.1)}, "does not say of what sizes"),
+    "nested, and no levels": ({STATE: said(nested_blocksize=8, nested_offset=0.1)}, "absmax' is float32 [4]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_levels_that_do_not_fit(name: str, tmp_path: Path) -> None:
+    changes, words = WRONG[name]
+    parts, _ = packed.levelled((4, 64), 64, 3, nested=False)
+    whole = {end: part for end, part in (parts | changes).items() if part is not None}
+    checkpoint = open_checkpoint(in_levels(tmp_path, whole))
+    with pytest.raises(PeltError, match="E508") as caught:
+        unpack(checkpoint, LEVELS)
+    assert words in str(caught.value)

@@ -13,7 +13,8 @@ import pytest
 
 from peltc.compiler.artifact import DataFile
 from peltc.compiler.files.blocks import Blocks, packed, unpacked
-from peltc.compiler.lowering.quantise import LOOKUP, OPERATION, Quantiser, blocks_in, readers
+from peltc.compiler.lowering.quantise import Quantiser, readers
+from peltc.compiler.lowering.written import LOOKUP, OPERATION, blocks_in
 from peltc.compiler.plan.quantising import Quantised
 from peltc.runtime.building.blocks import blocks_of
 from peltc.runtime.verification.verify import TOLERANCE
