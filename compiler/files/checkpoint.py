@@ -145,12 +145,14 @@ class Checkpoint:
     def header_digest(self) -> str:
         """Names, types and shapes, whatever the values."""
         entries = sorted((name, str(t.dtype), t.shape) for name, t in self.tensors.items())
-        return hashlib.sha256(json.dumps([entries, self.packed] if self.packed else entries).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells checkpoints with equal headers apart: the header and samples of each file's bytes, evenly spread."""
-        digest = hashlib.sha256(self.header_digest.encode())
+        """Tells checkpoints with equal headers apart: the header, how weights are packed, and samples of each file's
+        bytes, evenly spread."""
+        packed = json.dumps(self.packed) if self.packed else ""
+        digest = hashlib.sha256((self.header_digest + packed).encode())
         for file in self.files:
             size = file.stat().st_size
             digest.update(str(size).encode())

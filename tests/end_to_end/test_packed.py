@@ -39,7 +39,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "nf4": {"method": "bitsandbytes", "group": 64, "mixed": True},
     "nf4, plain scales": {"method": "bitsandbytes", "group": 128},
 }
-SLOW = ("v2, 8 bits", "one group", "nf4, plain scales")
+SLOW = ("gptq", "v2, 8 bits", "one group", "nf4, plain scales")
 
 
 def spec(method: str = "lora", **deploy: Any) -> dict[str, Any]:
@@ -101,10 +101,9 @@ def test_the_same_numbers(name: str, model_folder: Folder, tmp_path: Path) -> No
 
 
 def test_the_folder_is_a_model_of_its_own(model_folder: Folder, tmp_path: Path) -> None:
-    """In float16, as the checkpoint is, with graphs that generate: its config tells of nothing that is quantised, and a
-    changed number is seen."""
+    """In float16, as the checkpoint is: its config tells of nothing that is quantised, and a changed number is seen."""
     packed.checkpoint(model_folder("llama"), tmp_path / "model", symmetric=True)
-    said, out = spec(generation=True, precision="checkpoint"), tmp_path / "out"
+    said, out = spec(precision="checkpoint"), tmp_path / "out"
     manifest = peltc.compile(said, tmp_path / "model", out, some(said, tmp_path / "model"))
     assert manifest["base"]["precision"] == "float16" and manifest["base"]["files"] == []
     assert manifest["verification"]["arithmetic"]["status"] == "proven"
@@ -112,8 +111,6 @@ def test_the_folder_is_a_model_of_its_own(model_folder: Folder, tmp_path: Path) 
     assert not list(out.glob("model*.safetensors"))
     graph = onnx.load(out / "model.onnx", load_external_data=False).graph
     assert not [tensor for tensor in graph.initializer if tensor.name.endswith(".zeros")]  # all are the middle
-    texts = np.asarray(Session(out).generate(input_ids=IDS, max_new_tokens=3, do_sample=False))
-    assert texts.shape == (2, 8)
     with pytest.raises(PeltError, match="E610"):
         peltc.verify(out)
     peltc.verify(out, tmp_path / "model")
@@ -175,7 +172,11 @@ def test_options_that_are_the_checkpoints_own(quantise: Any, model_folder: Folde
 
 
 @pytest.mark.parametrize(
-    ("leaf", "words"), [("attn.c_proj", "is no weight of a linear map"), ("mlp.c_fc", "is no parameter")]
+    ("leaf", "words"),
+    [
+        ("attn.c_proj", "is no weight of a linear map"),
+        pytest.param("mlp.c_fc", "is no parameter", marks=pytest.mark.slow),
+    ],
 )
 def test_maps_that_are_stored_by_their_inputs(leaf: str, words: str, model_folder: Folder, tmp_path: Path) -> None:
     """GPT-2's are [in, out], and packed ones never: a square one would be taken for its transposition."""
@@ -192,16 +193,20 @@ def test_maps_that_are_stored_by_their_inputs(leaf: str, words: str, model_folde
     assert words in str(caught.value) and stem in str(caught.value)
 
 
-def test_levels_and_half_precision(model_folder: Folder, tmp_path: Path) -> None:
-    """The CPU's kernel is in float32, which is what the model computes in unless the spec asks for more; a device has
-    others."""
+def test_levels_have_no_options(model_folder: Folder, tmp_path: Path) -> None:
+    """The CPU's kernel is in float32, which is what the model computes in unless the spec says otherwise."""
     packed.checkpoint(model_folder("llama"), tmp_path / "model", "bitsandbytes", group=64)
     plan, base = plan_for(load_spec(spec(precision="checkpoint")), tmp_path / "model")
     assert base.precision == "float32" and "14 weights of the base are nf4" in plan.notes[0]
-    with pytest.raises(PeltError, match="E208 products by nf4 are computed in float32 on the CPU"):
-        plan_for(load_spec(spec(precision="float16")), tmp_path / "model")
     with pytest.raises(PeltError, match=r"E208 the checkpoint is quantised already \(bitsandbytes, nf4\)"):
         plan_for(load_spec(spec(quantise="int4")), tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_levels_in_float16_are_for_a_device(model_folder: Folder, tmp_path: Path) -> None:
+    packed.checkpoint(model_folder("llama"), tmp_path / "model", "bitsandbytes", group=64)
+    with pytest.raises(PeltError, match="E208 products by nf4 are computed in float32 on the CPU"):
+        plan_for(load_spec(spec(precision="float16")), tmp_path / "model")
     said = spec(precision="float16", provider="cuda")
     manifest = peltc.compile(said, tmp_path / "model", tmp_path / "out", some(said, tmp_path / "model"), verify=False)
     assert manifest["kernels"]["model"]["lacking"] == []
