@@ -176,6 +176,15 @@ def test_modules_stay_live_beside_quantised_maps(model_folder: Folder, tmp_path:
         assert np.asarray(texts).shape == (2, 9)
 
 
+def test_tokens_before_the_text_are_read_as_they_are(model_folder: Folder, tmp_path: Path) -> None:
+    """Their keys are in the cache before any text: computed once, without rounding what products read."""
+    said = {"pelt": 1, "name": "first", "attach": [{"method": "prompt", "at": "embedding.word", "length": 3}],
+            "deploy": {"quantise": "int4", "generation": True}}  # fmt: skip
+    held = compiled(said, model_folder("llama"), tmp_path / "out")["verification"]
+    assert held["worst"] <= TOLERANCE["float32"]
+    assert any(shape["output"] == "generated logits" for shape in held["shapes"])
+
+
 @pytest.mark.parametrize(
     ("family", "stored", "precision", "to"),
     [
