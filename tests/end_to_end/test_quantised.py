@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors.numpy import load_file
 
 import peltc
 from peltc.compiler.linking.linker import Linker
+from peltc.compiler.lowering.written import blocks_in
 from peltc.runtime.building.compile import plan_for
 from peltc.runtime.commands.cli import run
 from peltc.runtime.running.session import Session
@@ -174,6 +177,21 @@ def test_modules_stay_live_beside_quantised_maps(model_folder: Folder, tmp_path:
         assert np.abs(found[row] - wanted).max() <= TOLERANCE["float32"] * np.abs(wanted).max()
         texts = alone.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=4, do_sample=False)
         assert np.asarray(texts).shape == (2, 9)
+
+
+def test_dora_folds_before_anything_is_rounded(model_folder: Folder, tmp_path: Path) -> None:
+    """Its norm is that of the weight as it was and the low-rank product, by hand here; that of the weight is seen."""
+    folder, said = model_folder("llama"), spec("dora", quantise=FLOAT)
+    tensors = {name: 10 * array for name, array in some(said, folder).items()}
+    peltc.compile(said, folder, tmp_path / "out", tensors)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    held = blocks_in(ir.load(tmp_path / "out/model.onnx").graph)[name]
+    weight = load_file(folder / "model.safetensors")[name].astype(np.float64)
+    a, b, m = (tensors[f"dora.decoder.layers.1.attention.query.{part}"].astype(np.float64) for part in "ABm")
+    whole = weight + 8 * b @ a
+    for normed, near in ((whole, True), (weight, False)):
+        wanted = m.reshape(-1, 1) * whole / np.linalg.norm(normed, axis=1, keepdims=True)
+        assert bool((np.abs(held.weight() - wanted) / held.steps()).max() <= 0.51) == near
 
 
 def test_tokens_before_the_text_are_read_as_they_are(model_folder: Folder, tmp_path: Path) -> None:
