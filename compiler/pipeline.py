@@ -82,7 +82,11 @@ def build(
     source = embeds or base
     assert plan.quantised is None or pack is not None
     data = DataFile(folder / "model.onnx.data")
-    quantiser = None if plan.quantised is None or pack is None else Quantiser(plan.quantised, data, pack)
+    quantiser = (
+        None
+        if plan.quantised is None or pack is None
+        else Quantiser(plan.quantised, data, pack, source.precision, base.blocks)
+    )
     whole = data if quantiser is None else DataFile(folder / WHOLE)
     taken, stored = [], {}
     for entry in folds(plan, source, tensors):  # as they come: only a few folded tensors are in memory
@@ -141,8 +145,7 @@ def build(
                 (Blend if plan.spec.blend else Rows)(model.graph, called).run()
         keep(base, embeds, {called[name]: array for name, array in offered.items()}, folder)
     if quantiser is not None:
-        for model in graphs.values():
-            quantiser.run(model.graph)
+        quantiser.run([model.graph for model in graphs.values()])
     lowered = {name: lower(model, sites[name].values()) for name, model in graphs.items()}
     for model in graphs.values():
         put_as_wide(model.graph)

@@ -14,21 +14,21 @@ BLOCKS = (16, 32, 64, 128, 256)
 """How many inputs of an output may share a scale: what ONNX Runtime has kernels for."""
 COMPUTED = ("int8", "float")
 """What products are computed in: inputs rounded to eight bits, block by block, or as they are."""
-SPARED = ("head", "feed_forward.router")
+SPARED = ("head", "feed_forward.router", "embedding.word")
 """What stays as it is unless a spec says otherwise: maps whose outputs are compared with each other, so that a small
-error is another answer."""
+error is another answer; and words, which all layers read. What modules are trained beside stays so too."""
 
 
 @dataclass(frozen=True)
 class Quantise:
-    """Which maps are quantised, and how.
+    """Which maps and tables are quantised, and how.
 
     Attributes:
         to: `int4` or `int8`.
         block: how many inputs of an output share a scale.
         zeros: whether a block has a zero point beside its scale.
         compute: `int8`, where inputs are rounded as well, or `float`.
-        spared: selectors of maps that stay as they are.
+        spared: selectors of maps and tables that stay as they are.
     """
 
     to: str
@@ -69,7 +69,7 @@ def quantise_schema() -> dict[str, Any]:
     """The JSON Schema of it."""
     word = {"type": "string", "minLength": 1}
     return {
-        "description": "weights of the base's linear maps become blocks of small whole numbers, and modules stay as"
+        "description": "weights of the base's maps and tables become blocks of small whole numbers, and modules stay as"
         " they are: the type alone, or the type with options",
         "anyOf": [
             {"enum": list(BITS)},
@@ -98,7 +98,7 @@ def quantise_schema() -> dict[str, Any]:
                     "except": {
                         "anyOf": [word, {"type": "array", "items": word}],
                         "default": list(SPARED),
-                        "description": "selectors of the maps that stay as they are; `[]` for none",
+                        "description": "selectors of the maps and tables that stay as they are; `[]` for none",
                     },
                 },
             },

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peltc.compiler.files.blocks import Blocks
 from peltc.compiler.files.checkpoint import Checkpoint, StoredTensor
+from peltc.compiler.files.levels import Levels
+from peltc.compiler.files.packed import QUANTISED
 from peltc.compiler.senses.examples import Reading
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import PeltError, Place, fail, nearest
@@ -109,6 +112,11 @@ class Base:
         if self.lacks(name):
             raise missing_weights([name], self.checkpoint, self.folder)
         return self.stored(name).array()
+
+    def blocks(self, name: str) -> Blocks | Levels | None:
+        """A parameter in small whole numbers, where the checkpoint stores it so."""
+        stored = self.checkpoint.tensors.get(self.parameters[name].stored) if name in self.parameters else None
+        return stored.blocks() if isinstance(stored, QUANTISED) else None
 
     def array(self, name: str, fill: float = 0.0) -> Array:
         """A parameter's values, mapped from the file; a copy with `fill` in the rows that the checkpoint lacks."""

@@ -19,6 +19,7 @@ from peltc.compiler.export.refusals import (
 from peltc.compiler.files.cache import BUILDING, writable
 from peltc.compiler.files.checkpoint import Checkpoint, is_float, spellings
 from peltc.compiler.files.integrity import digesting
+from peltc.compiler.files.packed import QUANTISED, UNDONE
 from peltc.compiler.files.staging import staging
 from peltc.compiler.survey.anatomy import Anatomy
 from peltc.spec.diagnostics import Place, fail
@@ -57,7 +58,10 @@ def build_base(
         rows = vocabulary_of(config)
         parameters, unresolved = resolve(exported.parameters, exported.ties, exported.stem, checkpoint, rows)
         reason = ""
-        if unresolved:
+        if unresolved and checkpoint.packed:
+            check_whole(parameters, checkpoint, architecture)
+            parameters |= {name: ParameterInfo(exported.parameters[name], "") for name in unresolved}
+        elif unresolved:
             absent = absent_parameters(folder, config, architecture, rows)
             if renamed := [name for name in unresolved if name not in absent]:
                 reason = f"{len(renamed)} parameters are renamed or merged in the checkpoint, first '{renamed[0]}'"
@@ -147,6 +151,20 @@ def resolve(
 def is_shorter(stored: tuple[int, ...], shape: tuple[int, ...], rows: int | None) -> bool:
     """Whether a stored shape is that of a table before it was made `rows` long."""
     return bool(stored) and stored[1:] == shape[1:] and stored[0] < shape[0] == rows
+
+
+def check_whole(parameters: Mapping[str, ParameterInfo], checkpoint: Checkpoint, architecture: str) -> None:
+    """Whether each packed weight of a checkpoint is a parameter as the model has it.
+
+    Raises:
+        PeltError: E508 one is renamed, merged with others, or of another shape there.
+    """
+    used = {info.stored for info in parameters.values()}
+    lost = next((n for n, t in checkpoint.tensors.items() if isinstance(t, QUANTISED) and n not in used), None)
+    if lost is not None:
+        raise fail("E508", f"the checkpoint is quantised ({checkpoint.packed[0]}, {checkpoint.packed[2]} bits), and"
+                   f" '{lost}' {list(checkpoint.tensors[lost].shape)} is no parameter of {architecture} as it is",
+                   Place(str(checkpoint.folder)), "the model's own names and shapes", UNDONE)  # fmt: skip
 
 
 def absent_parameters(

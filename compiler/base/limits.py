@@ -24,6 +24,8 @@ Array = np.ndarray[Any, Any]
 Limits = dict[str, Any]
 FILLS = 8
 """Token ids that texts are tried with, each filled with one: some models give no position to their padding token."""
+PICKING = {"Gather": "axis", "GatherBlockQuantized": "gather_axis"}
+"""Operators that pick rows, and which attribute says along what."""
 MAX_ROWS = 2**20
 """Of a table that lengths are tried on."""
 
@@ -45,10 +47,10 @@ def lookups(graph: ir.Graph, parameters: Collection[str]) -> Iterator[tuple[Look
     flow = Flow(graph, dict.fromkeys(parameters, ()))
     inputs = {v for v in graph.inputs if v.name not in parameters}
     for node in graph:
-        if node.op_type != "Gather" or node.inputs[0] is None or node.inputs[1] is None:
+        if node.op_type not in PICKING or node.inputs[0] is None or node.inputs[1] is None:
             continue
         table, index = node.inputs[0], node.inputs[1]
-        axis = node.attributes.get_int("axis", 0)
+        axis = node.attributes.get_int(PICKING[node.op_type], 0)
         size = table.shape[axis] if table.shape is not None and table.shape.rank() else None
         if table in flow.dynamic or index not in flow.dynamic or not isinstance(size, int):
             continue

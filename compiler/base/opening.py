@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from peltc.compiler.export.refusals import (
     check_stored,
 )
 from peltc.compiler.files.cache import cache_folder, tidy_cache
+from peltc.compiler.files.levels import CONFIG
+from peltc.compiler.files.packed import QUANTISED, UNDONE, Packing, packing_of, unpack
 from peltc.compiler.senses.examples import Reading
-from peltc.compiler.survey.anatomy import Anatomy
+from peltc.compiler.survey.anatomy import Anatomy, Packed
 from peltc.spec.diagnostics import Place, fail
 from peltc.spec.specification import AS_IT_SAYS, ModelChoice
 
@@ -72,7 +75,11 @@ def open_base(
     """
     folder = find_model(model)
     config = read_config(folder)
-    check_stored(config, folder)
+    raw, packing = config, packing_of(config, folder)
+    if packing is None:
+        check_stored(config, folder)
+    else:  # what is left describes the model that it was made from
+        config = {key: value for key, value in config.items() if key != CONFIG}
     named = config.get("architectures") or []
     own = str(named[0]) if isinstance(named, list) and named else None
     wanted = architecture or choice.architecture or None
@@ -85,9 +92,11 @@ def open_base(
             "a key 'architectures'",
             "give the class of transformers by --architecture",
         )
-    before, config = config, chosen_config(config, architecture, choice)
+    config = chosen_config(config, architecture, choice)
     tidy_cache()
     checkpoint, converted = safe_checkpoint(folder, talk)
+    if packing is not None:
+        checkpoint = unpack(checkpoint, packing)
     check_packed(checkpoint.tensors, folder)
     stored = str(checkpoint.float_dtype)
     computes = computed(stored, precision, provider)
@@ -102,7 +111,7 @@ def open_base(
         checkpoint, converted = materialise(folder, architecture, checkpoint, record["materialise"], talk)
     read = json.dumps(record["reading"], sort_keys=True) if record["reading"] else ""
     identity = architecture + json.dumps(stable, sort_keys=True) + read
-    return read_base(
+    base = read_base(
         home,
         folder=folder,
         architecture=architecture,
@@ -112,9 +121,10 @@ def open_base(
         fingerprint=hashlib.sha256((identity + checkpoint.fingerprint).encode()).hexdigest(),
         checkpoint=checkpoint,
         converted=converted,
-        changed=config != before,
+        changed=config != raw,
         text_only=bool(record["beyond"]),
     )
+    return base if packing is None else with_packed(base, packing)
 
 
 def read_base(home: Path, **known: Any) -> Base:
@@ -136,3 +146,20 @@ def read_base(home: Path, **known: Any) -> Base:
         graph_file=home / "graph.onnx",
         **known,
     )
+
+
+def with_packed(base: Base, packing: Packing) -> Base:
+    """A base that knows which of its weights the checkpoint stores in blocks of small whole numbers.
+
+    Raises:
+        PeltError: E508 one of them is no weight of a map as blocks are.
+    """
+    tensors = base.checkpoint.tensors
+    held = {name for name, info in base.parameters.items() if isinstance(tensors.get(info.stored), QUANTISED)}
+    maps = {s.parameters["weight"] for s in base.anatomy if s.kind == "linear" and not s.transposed}
+    if odd := sorted(held - maps):
+        told = f"the checkpoint is quantised ({packing.method}, {packing.bits} bits)"
+        raise fail("E508", f"{told}: '{odd[0]}' is no weight of a linear map [out, in]", Place(str(base.folder)),
+                   "packed weights of linear maps", UNDONE)  # fmt: skip
+    packed = Packed(packing.method, packing.to, packing.group, frozenset(held))
+    return replace(base, anatomy=replace(base.anatomy, packed=packed))

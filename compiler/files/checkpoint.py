@@ -42,6 +42,11 @@ class StoredTensor:
     offset: int
     length: int
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Where it lies."""
+        return (self.file,)
+
     def array(self) -> np.ndarray[Any, Any]:
         """The values, mapped from the file: pages are read when touched."""
         if not self.length:
@@ -129,10 +134,12 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     """What the files were like before anything of them was read."""
+    packed: tuple[str | int, ...] = ()
+    """How some of its weights are packed, where they are: see `packed.Packing`."""
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+        return tuple(sorted({file for tensor in self.tensors.values() for file in tensor.files}))
 
     @cached_property
     def header_digest(self) -> str:
@@ -142,8 +149,10 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells checkpoints with equal headers apart: the header and samples of each file's bytes, evenly spread."""
-        digest = hashlib.sha256(self.header_digest.encode())
+        """Tells checkpoints with equal headers apart: the header, how weights are packed, and samples of each file's
+        bytes, evenly spread."""
+        packed = json.dumps(self.packed) if self.packed else ""
+        digest = hashlib.sha256((self.header_digest + packed).encode())
         for file in self.files:
             size = file.stat().st_size
             digest.update(str(size).encode())

@@ -8,6 +8,7 @@ of the base is read, and torch is not needed.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
@@ -37,6 +38,7 @@ from peltc.compiler.passes.offer import STAMP, constants
 from peltc.compiler.passes.rewrite import rewritten
 from peltc.compiler.plan.claims import Plan
 from peltc.compiler.plan.planner import make_plan
+from peltc.compiler.survey.anatomy import Packed
 from peltc.spec.diagnostics import PeltError, Place, fail, wrong_type
 from peltc.spec.document import parse
 from peltc.spec.foreign import AS_TRAINED
@@ -46,6 +48,14 @@ Array = np.ndarray[Any, Any]
 EARLIER = "it was compiled by a version that knew no others"
 SAME = 1e-6
 """How far apart two computations of the same may be, as a share of the largest value."""
+
+
+def _packed(record: Mapping[str, Any] | None) -> Packed | None:
+    """Which weights the checkpoint had in whole numbers, by what a manifest says: nothing was folded into them."""
+    if not record or not record.get("stored"):
+        return None
+    weights = frozenset([*record["weights"], *record["left"]])
+    return Packed(record["stored"], record["to"], record["block"], weights)
 
 
 class Linker:
@@ -72,7 +82,8 @@ class Linker:
         known = {"folder": self.folder, "architecture": held["architecture"], "config": {},
                  "precision": held["precision"], "fingerprint": held["fingerprint"],
                  "checkpoint": self._checkpoint(manifest)}  # fmt: skip
-        self.base, embedded = read_base(self.folder / LINK, variant="ids", **known), self.folder / LINK / EMBEDS
+        base, embedded = read_base(self.folder / LINK, variant="ids", **known), self.folder / LINK / EMBEDS
+        self.base = replace(base, anatomy=replace(base.anatomy, packed=_packed(manifest.get("quantised"))))
         self.source = read_base(embedded, variant=EMBEDS, **known) if embedded.is_dir() else self.base
         spec = build_spec(parse(manifest["spec"], str(self.folder / MANIFEST)), manifest["spec"])
         modes = {module["attachment"]: module["mode"] for module in manifest["modules"]}  # whoever said them

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from peltc.compiler.base.base import Base
 from peltc.compiler.files.checkpoint import StoredTensor
+from peltc.compiler.files.packed import QUANTISED
 from peltc.compiler.graphs.wide import ROUNDED
 from peltc.compiler.interpreters.emitter import replace_uses
 
@@ -31,6 +32,12 @@ def elsewhere(stored: StoredTensor, kind: ir.DataType, name: str) -> ir.External
     """A weight as if it lay in its file in another type: for graphs that nobody runs."""
     return ir.ExternalTensor(stored.file.name, stored.offset, stored.length, kind, shape=ir.Shape(stored.shape),
                              name=name, base_dir=stored.file.parent)  # fmt: skip
+
+
+def unpacked(stored: StoredTensor, name: str) -> ir.LazyTensor:
+    """A weight that is stored as small whole numbers: what its blocks stand for, once somebody reads it."""
+    return ir.LazyTensor(lambda: ir.tensor(stored.array(), name=name), ir.DataType.FLOAT, ir.Shape(stored.shape),
+                         name=name)  # fmt: skip
 
 
 def bind(
@@ -77,14 +84,19 @@ def bind(
                 value.replace_all_uses_with(bound[key])
                 continue
             dtype = ir.DataType.from_numpy(stored.dtype)
-            if convert is not None and value.dtype is not None and value.dtype != dtype:
+            if isinstance(stored, QUANTISED):
+                tensor = unpacked(stored, name)
+            elif convert is not None and value.dtype is not None and value.dtype != dtype:
                 tensor = convert(stored, value.dtype, name)
             else:
                 tensor = elsewhere(stored, dtype, name)
             bound[key] = value
         computed = value.dtype or tensor.dtype
         # The cast stays where a fold made it a formality, so that a folded graph has the base's own nodes.
-        cast = stored is not None and stored.dtype != computed.numpy() and convert is None
+        if name not in folded and isinstance(stored, QUANTISED):
+            cast = tensor.dtype != computed
+        else:
+            cast = stored is not None and stored.dtype != computed.numpy() and convert is None
         if not cast and not lacking:
             value.const_value = tensor
             value.type = ir.TensorType(tensor.dtype)

@@ -77,6 +77,8 @@ class Folding:
         site = claim.site
         if claim.mode != "fold":
             return "", f"the mode is {claim.mode}"
+        if self.anatomy.packed and _weight_at(site) in self.anatomy.packed.weights:
+            return "", "the weight is stored in small whole numbers, which a fold would round anew"
         if site.kind == "norm":
             runtime = {"x", "y"} & claim.reads
             if {"delta", "output"} & set(claim.effects) or runtime:

@@ -73,7 +73,7 @@ class _Planner:
         self.findings.extend([] if how is None else unmatched(how, self.anatomy, self.spec.path))
         if self.findings:
             raise PeltError(self.findings.told())
-        weights = None if how is None else quantised(how, self.anatomy)
+        weights = quantised(how, self.anatomy)
         return Plan(self.spec, self.fingerprint, tuple(Folding(self.anatomy).decide(claims)), weights)
 
     def claims(self, entry: Attachment) -> list[Claim]:

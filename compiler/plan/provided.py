@@ -19,6 +19,8 @@ from peltc.compiler.survey.anatomy import places_of
 from peltc.spec.diagnostics import Diagnostic, PeltError, Place, fail
 from peltc.spec.formula.interpreter import Deferred, EvaluationError
 from peltc.spec.method import ROLES
+from peltc.spec.modes import CUDA
+from peltc.spec.quantising import BITS
 from peltc.spec.specification import Spec
 
 Array = np.ndarray[Any, Any]
@@ -30,15 +32,15 @@ def plan_on(spec: Spec, base: Base, mode: str | None = None) -> Plan:
     """The plan of a spec on a base, which has, with the modules, every weight that it needs.
 
     Raises:
-        PeltError: as `make_plan`; E208 quantised weights in half precision; E504 weights that neither the checkpoint
-            nor any module holds.
+        PeltError: as `make_plan`; E208 a type that the checkpoint's numbers are not computed in; E504 weights that
+            neither the checkpoint nor any module holds.
     """
     plan = make_plan(spec, base.anatomy, base.fingerprint, mode)
     check_provided(plan, base)
-    if plan.quantised and base.precision != "float32":
-        raise fail("E208", f"quantised weights are computed with in float32, and the model is in {base.precision}",
-                   Place(spec.path, key="deploy.quantise"), "`deploy: {precision: float32}` beside `quantise`",
-                   "what is not quantised stays as the checkpoint stores it")  # fmt: skip
+    stored = plan.quantised.how.to if plan.quantised else ""
+    if stored and stored not in BITS and base.precision != "float32" and spec.provider != CUDA:
+        told = f"products by {stored} are computed in float32 on the CPU, and the model is in {base.precision}"
+        raise fail("E208", told, Place(spec.path, key="deploy.precision"), "float32, or `provider: cuda`")
     return plan
 
 

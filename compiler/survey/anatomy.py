@@ -175,11 +175,29 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Weights that a checkpoint stores in blocks of small whole numbers.
+
+    Attributes:
+        method: what configs call it.
+        to: the type of the numbers.
+        block: how many inputs share a scale; -1 for all of them.
+        weights: their names.
+    """
+
+    method: str
+    to: str
+    block: int
+    weights: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Anatomy:
-    """All sites of a model graph, in the order of its dataflow."""
+    """All sites of a model graph, in the order of its dataflow; and which weights are stored in whole numbers."""
 
     sites: tuple[Site, ...]
     width: int = 0
+    packed: Packed | None = None
 
     def __iter__(self) -> Any:
         return iter(self.sites)

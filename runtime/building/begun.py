@@ -16,6 +16,7 @@ from peltc.compiler.files.talk import Talk
 from peltc.compiler.graphs.wide import HALF, widen
 from peltc.compiler.passes.prepend import tokens_of
 from peltc.compiler.plan.claims import Plan
+from peltc.runtime.verification.quantised import exact
 from peltc.runtime.verification.rewritten import Rewritten
 
 Array = np.ndarray[Any, Any]
@@ -52,7 +53,7 @@ def begin(folder: Path, plan: Plan, tensors: Mapping[str, Array], decode: Base, 
 
 
 class Beginning(Rewritten):
-    """An artifact's graph with a cache that reads embedded tokens, in float32.
+    """An artifact's graph with a cache that reads embedded tokens, in float32, by quantised weights too.
 
     Args:
         embedded: the name of the value that embedded words are.
@@ -68,6 +69,7 @@ class Beginning(Rewritten):
     def rewrite(self, model: Any) -> None:
         import onnx_ir as ir
 
+        exact(model)  # what every text begins with is not rounded
         if any(value.dtype in HALF for value in model.graph.inputs):
             widen(model)
         words = next(value for node in model.graph for value in node.outputs if value.name == self.embedded)

@@ -6,22 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from peltc.compiler.files.blocks import Blocks
 from peltc.spec.quantising import Quantise
 
 Array = np.ndarray[Any, Any]
 
 
-def blocks_of(weight: Array, how: Quantise) -> tuple[Array, Array, Array | None]:
-    """A weight [in, out] in blocks, as ONNX Runtime's quantiser makes them: the numbers [out, blocks, bytes], the
-    scales [out, blocks], and the zero points [out, bytes], two of four bits to a byte."""
+def blocks_of(weight: Array, how: Quantise) -> Blocks:
+    """A weight [in, out] in blocks, as ONNX Runtime's quantiser makes them."""
     from onnxruntime.capi import _pybind_state as library
 
     n_in, n_out = weight.shape
     blocks = -(-n_in // how.block)
     whole = np.ascontiguousarray(np.pad(weight, ((0, blocks * how.block - n_in), (0, 0))))
-    packed = np.zeros((n_out, blocks, how.block * how.bits // 8), np.uint8)
+    numbers = np.zeros((n_out, blocks, how.block * how.bits // 8), np.uint8)
     scales = np.zeros((n_out, blocks), np.float32)
     zeros = np.zeros((n_out, -(-blocks * how.bits // 8)), np.uint8)
     make = library.quantize_matmul_4bits if how.bits == 4 else library.quantize_matmul_8bits
-    make(packed, whole, scales, zeros, how.block, n_out, n_in, not how.zeros)
-    return packed, scales, zeros if how.zeros else None
+    make(numbers, whole, scales, zeros, how.block, n_out, n_in, not how.zeros)
+    return Blocks(numbers, scales, zeros if how.zeros else None, how.bits, n_in)

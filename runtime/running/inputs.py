@@ -199,9 +199,13 @@ def check_tokens(feeds: Mapping[str, Array], limits: Mapping[str, Any]) -> None:
         ids = feeds.get("input_ids")
         for row, found in enumerate([] if ids is None else (ids == int(token)).sum(-1)):
             if found != count:
-                raise fail("E642", f"text {row} in 'input_ids' has {found} tokens {token}, which stand for what the"
-                           " model sees or hears", expected=f"{count} of them, one for each feature that it makes",
-                           hint="the checkpoint's processor puts them there: session.prepare(text=..., image=...)")
+                raise fail(
+                    "E642",
+                    f"text {row} in 'input_ids' has {found} tokens {token}, which stand for what the"
+                    " model sees or hears",
+                    expected=f"{count} of them, one for each feature that it makes",
+                    hint="the checkpoint's processor puts them there: session.prepare(text=..., image=...)",
+                )
 
 
 def check_lengths(

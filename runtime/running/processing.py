@@ -136,4 +136,3 @@ def _masks(made: Mapping[str, Array], inputs: Mapping[str, Sequence[int | str]])
             if all(shape):
                 found[name] = np.ones(shape, np.int64)
     return found
-

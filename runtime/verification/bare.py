@@ -15,6 +15,8 @@ from peltc.compiler.linking.uneven import before
 from peltc.compiler.plan.claims import Plan
 from peltc.runtime.running.session import Session
 from peltc.runtime.verification import answers
+from peltc.runtime.verification.quantised import Exact, quantised_parameters
+from peltc.runtime.verification.stored import put_in, stored_parameters
 from peltc.runtime.verification.verify import CPU, TOLERANCE, attached, base_error, load_model
 from peltc.spec.modes import EXCHANGED
 
@@ -34,9 +36,14 @@ def not_bare(
         return None
     rest = replace(plan, claims=tuple(claim for claim in plan.claims if claim.mode not in EXCHANGED))
     model, generation = load_model(base), "decode" in manifest["graphs"]
+    if quantised := manifest["quantised"]:  # held on the weights that the artifact has, what folds into them inside
+        parameters = quantised_parameters(folder, quantised, model, base)
+        others = [entry for entry in manifest["folded"] if entry["parameter"] not in parameters]
+        put_in(model, stored_parameters(folder, others) | parameters)
+        rest = replace(rest, claims=tuple(claim for claim in rest.claims if not claim.absorbed))
     expected = answers.of_torch(attached(model, rest, tensors) if rest.claims else model, base, generation)
     del model
-    session = Session(folder, CPU, spinning=False)
+    session = (Exact if quantised else Session)(folder, CPU, spinning=False)
     found = answers.of_bare(session, base, generation)
     worst = answers.worst(answers.differences(found, expected, str(folder), hidden=False))
     if worst <= TOLERANCE[base.precision] or worst <= 2 * base_error(base):

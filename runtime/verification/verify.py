@@ -26,7 +26,7 @@ from peltc.runtime.running.session import Session
 from peltc.runtime.verification import answers
 from peltc.runtime.verification.answers import Answers
 from peltc.runtime.verification.laws import check_laws
-from peltc.runtime.verification.quantised import Wide, check_blocks, cost, stored_blocks
+from peltc.runtime.verification.quantised import Exact, ExactExposed, ExactWidened, cost, deployed, held_blocks
 from peltc.runtime.verification.rewritten import Exposed, Widened
 from peltc.runtime.verification.samples import cases
 from peltc.runtime.verification.samples import example as example
@@ -66,12 +66,19 @@ def load_model(base: Base) -> Any:
     if base.module is not None:
         return replica(base.module, base.precision)
 
+    cls, config, dtype = (
+        getattr(transformers, base.architecture),
+        parse_config(base.config),
+        getattr(torch, base.precision),
+    )
+    packed = base.anatomy.packed is not None  # which transformers itself reads with other packages alone
     with quiet():
-        model = getattr(transformers, base.architecture).from_pretrained(
-            base.folder, config=parse_config(base.config), dtype=getattr(torch, base.precision),
-            ignore_mismatched_sizes=True)  # fmt: skip
+        if packed:
+            model = cls._from_config(config, dtype=dtype)
+        else:
+            model = cls.from_pretrained(base.folder, config=config, dtype=dtype, ignore_mismatched_sizes=True)
     for name, parameter in model.named_parameters():
-        if name in base.parameters and base.lacks(name):  # as in the graph, whatever the class starts it with
+        if name in base.parameters and (packed or base.lacks(name)):  # as in the graph, whatever it starts with
             array = base.array(name).astype(np.float32)
             parameter.data.copy_(torch.from_numpy(array))
     return model.eval()
@@ -120,34 +127,33 @@ def verify_folder(
     with_function = not half or step != "arithmetic"
     with_arithmetic = half and step != "function"
     generation = "decode" in manifest.get("graphs", ())
-    model, stored, as_it_was, steps = load_model(base), None, None, 0.0
-    record, parameters = manifest.get("quantised"), dict[str, Any]()
+    record, blocks = manifest.get("quantised"), None
     if record:
-        transposed = {site.parameters["weight"] for site in base.anatomy if site.transposed}
-        blocks = stored_blocks(folder, record, transposed)
-        steps = check_blocks(model, blocks, plan, tensors, transposed, place)
-        as_it_was = answers.of_torch(attached(load_model(base), plan, tensors), base)
-        others = [entry for entry in manifest["folded"] if entry["parameter"] not in blocks]
-        parameters = stored_parameters(folder, others) | {name: weight for name, (weight, _) in blocks.items()}
-        put_in(model, parameters)
-        plan = replace(plan, claims=tuple(claim for claim in plan.claims if not claim.absorbed))
-    if half:
-        held = stored_parameters(folder, manifest["folded"])
+        blocks = held_blocks(folder, record, load_model(base).float(), plan, base, tensors, place)
+        as_it_was = answers.of_torch(attached(load_model(base).float(), plan, tensors), base)
+    quantised = {} if blocks is None else dict(blocks.parameters)
+    model, stored = load_model(base), None
+    folded = [entry for entry in manifest["folded"] if entry["parameter"] not in quantised]
+    if half or record:
+        held = stored_parameters(folder, folded)
         if with_function:
-            stored = check_stored(held, plan, base, model, tensors, place)
-        put_in(model, held)
+            stored = check_stored(held, plan, base, model, tensors, place, quantised)
+        put_in(model, held | quantised)
         plan = replace(plan, claims=tuple(claim for claim in plan.claims if not claim.absorbed))
 
     def again() -> Any:
         model = load_model(base)
-        if half:
-            put_in(model, stored_parameters(folder, manifest["folded"]))
-        put_in(model, parameters)
+        if half or record:
+            put_in(model, stored_parameters(folder, folded))
+        if quantised:  # their numbers are not those of a half type
+            put_in(model.float(), quantised)
         return attached(model, plan, tensors)
 
     model = attached(model, plan, tensors)
     own = answers.of_torch(model, base, generation) if with_arithmetic else None
-    expected = answers.of_torch(model.float() if half else model, base, generation)
+    if half:
+        put_in(model.float(), quantised)
+    expected = answers.of_torch(model, base, generation)
     if with_function:
         check_laws(model, again, plan, base, expected, place, TOLERANCE["float32"])
     large = sum(parameter.nbytes for parameter in model.parameters()) > LARGE
@@ -158,10 +164,7 @@ def verify_folder(
     if with_function:
         found = function(folder, base, expected, place, again)
     errors = arithmetic(folder, base, expected, own, place, providers or CPU) if own is not None else None
-    lost = None
-    if as_it_was is not None:
-        deployed = answers.of_session(Session(folder, providers or CPU, spinning=False), base)
-        lost = cost(deployed, as_it_was, steps, place.path)
+    lost = None if blocks is None else cost(deployed(folder, base, providers or CPU), as_it_was, blocks, place)
     return {
         "measure": answers.MEASURE,
         "against": "PyTorch with the modules attached",
@@ -243,7 +246,7 @@ def measure_rounding(
 def wide_session(folder: Path, base: Base) -> Session:
     """An artifact that computes in float32, whatever its type, by quantised weights too."""
     if read_manifest(folder).get("quantised"):
-        return Wide(folder, CPU, spinning=False)
+        return (ExactWidened if base.precision in UNIT else Exact)(folder, CPU, spinning=False)
     return (Widened if base.precision in UNIT else Session)(folder, CPU, spinning=False)
 
 
@@ -278,6 +281,8 @@ def arithmetic(
               "providers": list(providers), "outputs": []}  # fmt: skip
     try:
         kind = Exposed if base.precision == "bfloat16" else Session
+        if read_manifest(folder).get("quantised"):  # rounded inputs are no part of the type's arithmetic
+            kind = ExactExposed if base.precision == "bfloat16" else Exact
         answered = answers.of_session(kind(folder, providers, spinning=False), base, expected.texts is not None)
     except PeltError as error:
         code, reason = error.diagnostics[0].code, error.diagnostics[0].message

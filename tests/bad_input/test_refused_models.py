@@ -32,12 +32,36 @@ def refused(desk: Any, code: str, *words: str, options: tuple[str, ...] = (), mo
 # quantised
 
 METHODS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "quantised (gptq, 4 bits)", "that it was quantised from"),
-    "awq": ({"quant_method": "awq", "bits": 4}, "quantised (awq, 4 bits)", "that it was quantised from"),
+    "gptq": ({"quant_method": "gptq", "bits": 3}, "quantised (gptq, 3 bits)", "that it was quantised from"),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "version": "gemv"},
+        "(awq, 4 bits): the layout 'gemv' is not read",
+        "that it was quantised from",
+    ),
+    "marlin": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        "the layout 'marlin' is not read",
+        "that it was quantised from",
+    ),
+    "groups": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 24},
+        "groups of 24 inputs are not read",
+        "that it was quantised from",
+    ),
+    "words": (
+        {"quant_method": "gptq", "bits": "4", "group_size": 32},
+        "numbers of 4 bits are not read",
+        "that it was quantised from",
+    ),
     "fp8": ({"quant_method": "fp8"}, "quantised (fp8)", "FineGrainedFP8Config(dequantize=True)"),
     "bnb": (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
         "quantised (bitsandbytes, 4 bits)",
+        "`model.dequantize()`",
+    ),
+    "nf4": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "(bitsandbytes, 4 bits) by its config, and no tensor of it is in NF4",
         "`model.dequantize()`",
     ),
     "new": ({"quant_method": "brandnew"}, "quantised (brandnew)", "that it was quantised from"),
@@ -50,6 +74,11 @@ def test_quantised_checkpoints(desk: Any, name: str) -> None:
     settings, message, hint = METHODS[name]
     desk.copy_model(quantization_config=settings)
     refused(desk, "E508", "config.json  quantization_config\n", message, hint)
+
+
+def test_a_config_of_quantised_weights_and_none(desk: Any) -> None:
+    desk.copy_model(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
+    refused(desk, "E508", "(gptq, 4 bits) by its config, and no tensor of it is", "remove 'quantization_config'")
 
 
 def test_every_quantisation_that_transformers_knows(tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ FORMS: dict[str, tuple[Any, bool]] = {
     "float32, LoRA": (None, True),
     "int4": ("int4", False),
     "int4, LoRA": ("int4", True),
-    "int4 with its head, LoRA": ({"to": "int4", "except": []}, True),
-    "int4 with its head": ({"to": "int4", "except": []}, False),
+    "int4 with its head": ({"to": "int4", "except": "embedding.word"}, False),
+    "int4, all": ({"to": "int4", "except": []}, False),
+    "int4, all, LoRA": ({"to": "int4", "except": []}, True),
+    "int4, all, blocks of 64": ({"to": "int4", "except": [], "block": 64}, False),
     "int4, float inputs": ({"to": "int4", "compute": "float"}, False),
     "int4, no zero points": ({"to": "int4", "zeros": False}, False),
     "int8": ("int8", False),
@@ -89,7 +91,7 @@ def main(folder: Path) -> None:
     for name in FORMS:
         share, typical = ratio(times, name, "float32"), statistics.median(times[name])
         print(f"| {name} | {sizes[name] / 1e6:.1f} MB | {sizes[name] / half:.2f} | {1e3 * typical:.1f} | {share:.2f} |")
-    for name in ("float32", "int4", "int4 with its head"):
+    for name in ("float32", "int4", "int4, all"):
         print(f"LoRA beside {name}: x {ratio(times, f'{name}, LoRA', name):.3f}")
 
 
