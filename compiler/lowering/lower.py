@@ -11,14 +11,18 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from peltc.compiler.graphs.wide import hold
+from peltc.compiler.lowering.activations import put_activations
 from peltc.compiler.lowering.attention import OPERATION, AttentionLowering
 from peltc.compiler.lowering.grids import put_masks
 from peltc.compiler.lowering.heads import SideBySide
+from peltc.compiler.lowering.idle import leave_out
 from peltc.compiler.lowering.maps import DOMAIN, put_maps
+from peltc.compiler.lowering.measures import read_once
 from peltc.compiler.lowering.norms import put_norms
 from peltc.compiler.lowering.positions import put_positions
 from peltc.compiler.lowering.products import put_products
 from peltc.compiler.lowering.reading import Unread, is_core, read_core
+from peltc.compiler.lowering.regrouping import regroup
 from peltc.compiler.lowering.rotations import RotationLowering
 from peltc.compiler.lowering.wider import put_wider
 from peltc.compiler.survey.anatomy import Site
@@ -99,6 +103,7 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
         else:
             cores.append(Core(name, OPERATION))
     RotationLowering(graph).run()
+    leave_out(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)  # a cache is its own only where nothing else reads it
     SideBySide(graph).run()
@@ -106,7 +111,11 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
     put_positions(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)
+    put_activations(graph)
     put_norms(model)
+    regroup(graph)
+    read_once(graph)
+    graph.sort()
     RemoveUnusedNodesPass()(model)
     CommonSubexpressionEliminationPass()(model)
     hold(graph)
