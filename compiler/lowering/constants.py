@@ -1,4 +1,5 @@
-"""The numbers in constants. What a profile decides is none, though it has a value by default: it is an input."""
+"""The numbers in constants. What a profile decides is none, though it has a value by default: it is an input. What lies
+in the file of a checkpoint is none either."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ def fixed(value: ir.Value | None, most: int = 64) -> Array | None:
         if node is None or node.op_type not in ("Cast", "Identity"):
             return None
         value = node.inputs[0]
-    if value is None or value.const_value is None or value.is_graph_input() or value.const_value.size > most:
+    content = None if value is None or value.is_graph_input() else value.const_value
+    if content is None or content.size > most or isinstance(content, ir.ExternalTensor):
         return None
-    return np.asarray(value.const_value.numpy())
+    return np.asarray(content.numpy())
 
 
 def scalar(value: ir.Value | None) -> float | None:

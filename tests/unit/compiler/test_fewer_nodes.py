@@ -228,6 +228,19 @@ def test_number_that_a_profile_decides_is_none() -> None:
     assert near(run(model, {"x": x, "s": np.full(1, -2.0, np.float32)})[0], np.abs(2.0 * x))
 
 
+def test_weight_in_a_file_is_not_read() -> None:
+    """It may be one by chance; whether it is there at all is not asked either."""
+    model = model_of("float[batch,8] x, float[8] w", "float[batch,8] y", "m = Mul (x, w) y = Abs (m)")
+    lower(with_weights(model, {"w": np.ones(8, np.float32)}))
+    assert kinds(model) == ["Abs"]
+    model = model_of("float[batch,8] x, float[8] w", "float[batch,8] y", "m = Mul (x, w) y = Abs (m)")
+    with_weights(model, {"w": np.ones(8, np.float32)})
+    model.graph.initializers["w"].const_value = ir.ExternalTensor(
+        "absent.safetensors", 0, 32, ir.DataType.FLOAT, shape=ir.Shape([8]), name="w")  # fmt: skip
+    lower(model)
+    assert kinds(model) == ["Mul", "Abs"]
+
+
 def test_layout_is_one_step_by_constants() -> None:
     """Sizes that are read and joined, axes that are added and left out: one Reshape, that serves any length."""
     body = (
