@@ -13,6 +13,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from peltc.compiler.graphs.wide import hold
 from peltc.compiler.lowering.activations import put_activations
 from peltc.compiler.lowering.attention import OPERATION, AttentionLowering
+from peltc.compiler.lowering.conditions import put_conditions
 from peltc.compiler.lowering.grids import put_masks
 from peltc.compiler.lowering.heads import SideBySide
 from peltc.compiler.lowering.idle import leave_out
@@ -24,6 +25,7 @@ from peltc.compiler.lowering.products import put_products
 from peltc.compiler.lowering.reading import Unread, is_core, read_core
 from peltc.compiler.lowering.regrouping import regroup
 from peltc.compiler.lowering.rotations import RotationLowering
+from peltc.compiler.lowering.scales import put_scales
 from peltc.compiler.lowering.wider import put_wider
 from peltc.compiler.survey.anatomy import Site
 from peltc.compiler.survey.grouping import columns, grouped
@@ -104,13 +106,17 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
             cores.append(Core(name, OPERATION))
     RotationLowering(graph).run()
     leave_out(graph)
+    put_positions(graph)
+    put_conditions(graph)
+    graph.sort()
+    regroup(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)  # a cache is its own only where nothing else reads it
     SideBySide(graph).run()
     put_maps(graph)
-    put_positions(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)
+    put_scales(graph)
     put_activations(graph)
     put_norms(model)
     regroup(graph)

@@ -279,3 +279,69 @@ def test_sizes_are_read_once() -> None:
     lower(model)
     assert kinds(model) == ["Shape", "Add", "Add"]
     assert run(model, {"x": drawn(B, S, 8)})[0].tolist() == [2 * B + 8]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_condition_as_numbers_is_one_choice(first: bool) -> None:
+    body = f"{number('low', -3e38)} n = Not (b) c = Cast <to=1> (n) y = Mul ({'low, c' if first else 'c, low'})"
+    model = model_of("bool[batch,total] b", "float[batch,total] y", body)
+    lower(model)
+    assert kinds(model) == ["Where"]
+    b = drawn(B, S) > 0
+    assert (run(model, {"b": b})[0] == np.where(b, np.float32(0), np.float32(-3e38))).all()
+
+
+def test_numbers_of_a_condition_times_something_else_stay() -> None:
+    model = model_of("bool[batch,total] b, float[batch,total] x", "float[batch,total] y",
+                     "n = Not (b) c = Cast <to=1> (n) y = Mul (c, x)")  # fmt: skip
+    lower(model)
+    assert kinds(model) == ["Not", "Cast", "Mul"]
+
+
+def attending(query: str, key: str = "k", out: str = "y") -> str:
+    return (
+        f"kt = Transpose <perm=[0,1,3,2]> ({key}) p = MatMul ({query}, kt) a = Softmax <axis=-1> (p)"
+        f" {out} = MatMul (a, v)"
+    )
+
+
+def attention(q: Array, k: Array, v: Array, scale: float) -> Array:
+    scores = np.exp(scale * q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2))
+    return scores / scores.sum(-1, keepdims=True) @ v
+
+
+def test_scale_of_heads_side_by_side_is_the_attention_s() -> None:
+    """Behind layout, where reading a core does not look; of what else is read, it stays."""
+    parts = (
+        f"{whole('heads', 0, 0, 4, 8)} {whole('flat', 0, 0, 32)} {number('s', 0.25)} {number('d', 2.0)}"
+        "qs = Mul (x, s) qr = Reshape (qs, heads) q = Transpose <perm=[0,2,1,3]> (qr)"
+        " ks = Div (x, d) kr = Reshape (ks, heads) k = Transpose <perm=[0,2,1,3]> (kr)"
+        " vr = Reshape (x, heads) v = Transpose <perm=[0,2,1,3]> (vr)"
+    )
+    ends = "ot = Transpose <perm=[0,2,1,3]> (o) y = Reshape (ot, flat)"
+    x = drawn(B, S, 32)
+    heads = x.reshape(B, S, 4, 8).swapaxes(1, 2)
+    wanted = attention(heads, heads, heads, 0.125).swapaxes(1, 2).reshape(B, S, 32)
+    for more, stays in (("", 0), (" z = Neg (ks)", 1)):
+        outputs = "float[batch,query,32] y" + (", float[batch,query,32] z" if more else "")
+        model = model_of("float[batch,query,32] x", outputs, f"{parts} {attending('q', out='o')} {ends}{more}")
+        lower(model)
+        assert kinds(model).count("Attention") == 1 and kinds(model).count("Div") == stays
+        assert "Mul" not in kinds(model)
+        assert near(run(model, {"x": x})[0], wanted)
+        assert not near(run(model, {"x": x})[0], attention(heads, heads, heads, 0.25).swapaxes(1, 2).reshape(B, S, 32))
+
+
+def test_result_of_one_axis_for_texts_and_heads_is_none_on_its_way() -> None:
+    """[B, H, S, D] → [B H, S, D] → [B, H, S, D] around the products is nothing around the operation."""
+    body = (
+        f"{whole('n', -1, S, 8)} {whole('t', -1, 5, 8)}"
+        f"{whole('four', B, 4, S, 8)} qf = Reshape (q, n) kf = Reshape (k, t) vf = Reshape (v, t)"
+        " kt = Transpose <perm=[0,2,1]> (kf) p = MatMul (qf, kt) a = Softmax <axis=-1> (p) o = MatMul (a, vf)"
+        " w = Reshape (o, four) y = Abs (w)"
+    )
+    model = model_of(f"float[{B},4,{S},8] q, float[{B},4,5,8] k, float[{B},4,5,8] v", f"float[{B},4,{S},8] y", body)
+    q, k, v = drawn(B, 4, S, 8), drawn(B, 4, 5, 8, seed=1), drawn(B, 4, 5, 8, seed=2)
+    lower(model)
+    assert kinds(model) == ["Attention", "Abs"]
+    assert near(run(model, {"q": q, "k": k, "v": v})[0], np.abs(attention(q, k, v, 1.0)))
