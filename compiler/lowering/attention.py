@@ -59,6 +59,7 @@ class AttentionLowering:
             out.shape = None
             out = self.emitter.node("Squeeze", [out, self.emitter.integers([1])])
         elif rank(result) == 3:  # [B, H, S, Dv] → [N, S, Dv]
+            out.shape = _result(query, value)
             sizes = self.emitter.node("Shape", [out], {"start": 2})
             shape = self.emitter.node("Concat", [self.emitter.integers([-1]), sizes], {"axis": 0})
             out = self.emitter.node("Reshape", [out, shape])
@@ -147,6 +148,13 @@ class AttentionLowering:
         if (where := (number, self.kind)) not in self.made:
             self.made[where] = self.emitter.constant(np.array(number, np.float32), "number")
         return self.made[where]
+
+
+def _result(query: ir.Value, value: ir.Value) -> ir.Shape | None:
+    """The shape [B, H, S, Dv] of a result, where it is known."""
+    if query.shape is None or value.shape is None:
+        return None
+    return ir.Shape([*query.shape[:3], value.shape[3]])
 
 
 def _length(value: ir.Value) -> str | None:

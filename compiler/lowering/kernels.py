@@ -27,6 +27,8 @@ DEPENDENT = {"NonZero", "Compress", "Unique", "NonMaxSuppression"}
 """Operators whose results have sizes that their inputs' values decide."""
 SMALL = 100
 """How many values a constant may have that ONNX Runtime reads on the CPU for the sake of sizes."""
+OPSETS = "pelt.opsets"
+"""Where a graph in a node has the opsets that the whole model imports."""
 MADE = {"Cast": "to", "RandomNormal": "dtype", "RandomUniform": "dtype", "EyeLike": "dtype"}
 """Operators with an attribute that says the type of their result."""
 
@@ -39,6 +41,7 @@ class Kernels:
         inputs, outputs: names of type parameters, or types; `...` behind the last where it repeats.
         kernels: the types that each parameter may have together.
         host_inputs, host_outputs: those that are in the machine's own memory.
+        known: whether it is known which these are.
     """
 
     inputs: tuple[str, ...]
@@ -46,6 +49,7 @@ class Kernels:
     kernels: tuple[Mapping[str, frozenset[str]], ...]
     host_inputs: frozenset[int] = frozenset()
     host_outputs: frozenset[int] = frozenset()
+    known: bool = True
 
     def bound(self, inputs: Iterable[str], outputs: Iterable[str] = ()) -> dict[str, str]:
         """The types of the type parameters, of those of inputs and outputs; unknown ones are ""."""
@@ -73,6 +77,7 @@ def table() -> tuple[str, dict[str, dict[int, Kernels]]]:
             tuple(entry["inputs"]), tuple(entry["outputs"]),
             tuple({name: frozenset(types) for name, types in kernel.items()} for kernel in entry["kernels"]),
             frozenset(entry.get("host_inputs", ())), frozenset(entry.get("host_outputs", ())),
+            "memory" not in entry,
         )  # fmt: skip
     return held["onnxruntime"], found
 
@@ -106,7 +111,8 @@ class Placed:
 
 
 def place(model: ir.Model) -> Placed:
-    """Say where ONNX Runtime computes the nodes of a finished graph; nothing is changed."""
+    """Say where ONNX Runtime computes the nodes of a finished graph, those of the graphs in nodes like If and Loop
+    included; nothing that is written is changed."""
     return _Placing(model.graph).run()
 
 
@@ -168,7 +174,9 @@ def fits_in_float32(node: ir.Node, types: Mapping[str, str]) -> bool:
 
 
 def _opset(node: ir.Node) -> int:
-    return node.graph.opset_imports.get(node.domain, 1) if isinstance(node.graph, ir.Graph) else 1
+    if not isinstance(node.graph, ir.Graph):
+        return 1
+    return int(node.graph.meta.get(OPSETS, node.graph.opset_imports).get(node.domain, 1))
 
 
 class _Placing:
@@ -178,20 +186,30 @@ class _Placing:
         self.graph, self.found = graph, Placed()
         self.types = self.found.types
         self.host: set[ir.Value] = set()  # values in the machine's own memory
-        self.fixed: set[ir.Value] = set(graph.initializers.values())  # values of constants alone
-        for value in (*graph.inputs, *graph.initializers.values()):
-            self.types[value] = _kind(value.dtype)
+        self.fixed: set[ir.Value] = set()  # values of constants alone
+        self.opsets = graph.opset_imports
+        self.entries: dict[ir.Node, Kernels | None] = {}
 
     def run(self) -> Placed:
-        entries = {}
-        for node in self.graph:
-            entries[node] = entry = kernels_of(node)
-            self.infer(node, entry)
-            self.found.where[node] = self.whereabouts(node, entry)
-        for node in self.graph:
-            for reason in self.hindrances(node, entries[node]):
+        self.visit(self.graph)
+        for node, entry in self.entries.items():
+            for reason in self.hindrances(node, entry):
                 self.found.hinders.append(reason)
         return self.found
+
+    def visit(self, graph: ir.Graph) -> None:
+        """Place the nodes of a graph, each before the graphs in it, which read what stands before it."""
+        graph.meta[OPSETS] = self.opsets
+        self.fixed.update(graph.initializers.values())
+        for value in (*graph.inputs, *graph.initializers.values()):
+            self.types[value] = _kind(value.dtype)
+        for node in graph:
+            self.entries[node] = entry = kernels_of(node)
+            self.infer(node, entry)
+            self.found.where[node] = self.whereabouts(node, entry)
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    self.visit(attribute.as_graph())
 
     def infer(self, node: ir.Node, entry: Kernels | None) -> None:
         """Learn the types of what a node makes."""
@@ -251,6 +269,8 @@ class _Placing:
             yield f"{told} runs a part of the graph or not, by a value"
         elif node.op_type in DEPENDENT:
             yield f"{told} has a result whose size its values decide"
+        elif entry is not None and not entry.known:
+            yield f"{told} may read or make values in the machine's memory: it is not known of its kernel"
         elif where == LACKING:
             yield f"CUDA has no kernel for {described(node, self.found.lacking[node])}"
         for i, value in enumerate(node.inputs):

@@ -11,15 +11,21 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from peltc.compiler.graphs.wide import hold
+from peltc.compiler.lowering.activations import put_activations
 from peltc.compiler.lowering.attention import OPERATION, AttentionLowering
+from peltc.compiler.lowering.conditions import put_conditions
 from peltc.compiler.lowering.grids import put_masks
 from peltc.compiler.lowering.heads import SideBySide
+from peltc.compiler.lowering.idle import leave_out
 from peltc.compiler.lowering.maps import DOMAIN, put_maps
+from peltc.compiler.lowering.measures import read_once
 from peltc.compiler.lowering.norms import put_norms
 from peltc.compiler.lowering.positions import put_positions
 from peltc.compiler.lowering.products import put_products
 from peltc.compiler.lowering.reading import Unread, is_core, read_core
+from peltc.compiler.lowering.regrouping import regroup
 from peltc.compiler.lowering.rotations import RotationLowering
+from peltc.compiler.lowering.scales import put_scales
 from peltc.compiler.lowering.wider import put_wider
 from peltc.compiler.survey.anatomy import Site
 from peltc.compiler.survey.grouping import columns, grouped
@@ -99,14 +105,23 @@ def lower(model: ir.Model, sites: Iterable[Site] = ()) -> Lowering:
         else:
             cores.append(Core(name, OPERATION))
     RotationLowering(graph).run()
+    leave_out(graph)
+    put_positions(graph)
+    put_conditions(graph)
+    graph.sort()
+    regroup(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)  # a cache is its own only where nothing else reads it
     SideBySide(graph).run()
     put_maps(graph)
-    put_positions(graph)
     graph.sort()
     RemoveUnusedNodesPass()(model)
+    put_scales(graph)
+    put_activations(graph)
     put_norms(model)
+    regroup(graph)
+    read_once(graph)
+    graph.sort()
     RemoveUnusedNodesPass()(model)
     CommonSubexpressionEliminationPass()(model)
     hold(graph)

@@ -4,7 +4,7 @@
     SkipSimplifiedLayerNormalization(x, r; g)     = the same of x + r, and x + r
     SkipLayerNormalization(x, r, b; g, c)         = g (y − mean y) / sqrt(var y + ε) + c of y = x + b + r, and y
 
-`onnxscript` finds the pieces of an RMS norm, and the bias before a GELU. What is added before a norm is read from the
+`onnxscript` finds the pieces of an RMS norm. What is added before a norm is read from the
 norm: operands as wide as the sum, neither of them a weight, and the bias of a map where there is one.
 """
 
@@ -13,9 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter import pattern
-from onnxscript.rewriter.ort_fusions.bias_gelu import fuse_bias_gelu
 from onnxscript.rewriter.rules.fusion._rms_normalization import RmsNormFusion
 
 from peltc.compiler.lowering.layout import rank
@@ -48,8 +46,6 @@ def put_norms(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type in SKIPS and node.domain == "" and len(node.outputs) == 1:
             _join(node, model.graph)
-    RemoveUnusedNodesPass()(model)
-    fuse_bias_gelu(model)
 
 
 def _join(node: ir.Node, graph: ir.Graph) -> None:

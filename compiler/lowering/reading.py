@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from peltc.compiler.lowering.constants import scalar
 from peltc.compiler.lowering.layout import laid_out, rank, transposed
 
 MASKED = -1e3
@@ -83,18 +84,6 @@ class Reading:
     def rank(self) -> int:
         """Of the operands."""
         return rank(self.query) or 4
-
-
-def scalar(value: ir.Value | None) -> float | None:
-    """The number in a constant with one element, casts looked through."""
-    while value is not None and value.const_value is None:
-        node = value.producer()
-        if node is None or node.op_type not in ("Cast", "Identity"):
-            return None
-        value = node.inputs[0]
-    if value is None or value.const_value is None or value.const_value.size != 1:
-        return None
-    return float(value.const_value.numpy().reshape(()))
 
 
 def is_core(node: ir.Node) -> bool:

@@ -1,10 +1,10 @@
 """A rotation of positions as one operation of ONNX: `RotaryEmbedding`, of opset 23.
 
-    y = (a cos − b sin, b cos + a sin), where x = (a, b) are the halves of a head's first features
+    y = (a cos − b sin, b cos + a sin, z), where x = (a, b, z)
 
-It is read from the sum that ends it: one part is x times a cosine, the other the same x, its halves exchanged and one
-of them negated, times the sine of the same angle. What the angle is does not matter: a cosine whose two halves are one
-and the same is cut to one half, once for all layers.
+a and b are the halves of a head's first features, or those with even and with odd numbers; z is what is not rotated,
+where there is something. What the angle is does not matter, and heads may stand before tokens or behind them. A cosine
+that has each number twice, for a and for b, is made with each number once, from where it was doubled on.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Hashable
 import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
+from peltc.compiler.lowering.constants import integers
 from peltc.compiler.lowering.layout import rank
 from peltc.compiler.lowering.replacing import put_in_place
+from peltc.compiler.lowering.turning import Rotation, doubled, read_rotation, unrotated
 
 OPERATION = "RotaryEmbedding"
-UNIFORM = {"Cos", "Sin", "Mul", "Div", "Cast", "Unsqueeze", "Identity"}
-"""Steps after which the halves of a value are the same where they were the same."""
+ALONG = {"Cos", "Sin", "Cast", "Identity"}
+"""What makes of each number one."""
 
 
 class RotationLowering:
@@ -38,131 +40,137 @@ class RotationLowering:
         """
         count = 0
         for node in list(self.graph):
-            if node.op_type == "Add" and (found := _read(node)) is not None:
-                self._put(node, *found)
+            if node.op_type == "Add" and (found := read_rotation(node)) is not None:
+                self._put(node, found)
                 count += 1
         return count
 
-    def _put(self, node: ir.Node, x: ir.Value, cosine: ir.Value, sine: ir.Value) -> None:
-        emitter = Emitter(self.graph, x.dtype or ir.DataType.FLOAT, "pelt.rotation", node.metadata_props)
-        caches = [self._cache(value, x, emitter) for value in (cosine, sine)]
-        heads = x.shape[1] if x.shape is not None else 0
-        out = emitter.node(OPERATION, [x, *caches], {"num_heads": heads if isinstance(heads, int) else 0})
-        put_in_place(out, node.outputs[0])
+    def _put(self, node: ir.Node, found: Rotation) -> None:
+        self.emitter = Emitter(self.graph, found.x.dtype or ir.DataType.FLOAT, "pelt.rotation", node.metadata_props)
+        x, result, whole = found.x, node.outputs[0], unrotated(node, found)
+        attributes = {"interleaved": 1} if found.interleaved else {}
+        if whole is not None:
+            assert x.shape is not None
+            attributes["rotary_embedding_dim"] = int(x.shape[3])  # type: ignore[arg-type]
+            x, result = whole
+        caches = [self._cache(value, x, found) for value in (found.cosine, found.sine)]
+        heads, width = (x.shape[axis] if x.shape is not None else 0 for axis in (found.heads, 3))
+        attributes["num_heads"] = heads if isinstance(heads, int) else 0
+        if found.heads == 1:
+            put_in_place(self.emitter.node(OPERATION, [x, *caches], attributes), result)
+            return
+        assert isinstance(heads, int) and isinstance(width, int) and x.shape is not None
+        flat = self.emitter.node("Reshape", [x, self.emitter.integers([0, 0, heads * width])])
+        flat.shape = ir.Shape([x.shape[0], x.shape[1], heads * width])
+        turned = self.emitter.node(OPERATION, [flat, *caches], attributes)
+        turned.shape = flat.shape
+        put_in_place(self.emitter.node("Reshape", [turned, self.emitter.integers([0, 0, heads, width])]), result)
 
-    def _cache(self, value: ir.Value, x: ir.Value, emitter: Emitter) -> ir.Value:
-        """One half of a cosine or a sine [B or 1, 1, S, 2 D], as [B, S, D]."""
-        if value not in self.made:
-            assert value.shape is not None
-            width = value.shape[3]
-            assert isinstance(width, int)
-            flat = emitter.node("Squeeze", [value, emitter.integers([1])])
-            flat.shape = ir.Shape([value.shape[0], value.shape[2], width])
-            bounds = ([0], [width // 2], [2])
-            half = emitter.node("Slice", [flat, *(emitter.integers(list(part)) for part in bounds)])
-            half.shape = ir.Shape([value.shape[0], value.shape[2], width // 2])
-            if str(value.shape[0]) == "1":
-                batch = emitter.node("Shape", [x], {"start": 0, "end": 1})
-                shape = emitter.node("Concat", [batch, emitter.integers([1, 1])], {"axis": 0})
-                half = emitter.node("Expand", [half, shape])
-            self.made[value] = half
-        return self.made[value]
+    def _cache(self, value: ir.Value, x: ir.Value, found: Rotation) -> ir.Value:
+        """A cosine or a sine, each number once, as [B, S, D]."""
+        where = (value, found.interleaved, found.heads)
+        if where not in self.made:
+            half = self._half(value, found.interleaved)
+            assert half.shape is not None and value.shape is not None
+            tokens = 3 - found.heads
+            lead = [value.shape[0], value.shape[tokens]]
+            if len(half.shape) == 4:
+                flat = self.emitter.node("Squeeze", [half, self.emitter.integers([found.heads])])
+                flat.shape = ir.Shape([*lead, half.shape[3]])
+                half = flat
+            self.made[where] = self._for_all(half, x) if str(value.shape[0]) == "1" else half
+        return self.made[where]
+
+    def _half(self, value: ir.Value, interleaved: bool) -> ir.Value:
+        """A value that has each number twice, with each once."""
+        assert value.shape is not None
+        width = value.shape[-1]
+        assert isinstance(width, int)
+        if not interleaved:
+            return self._first(value, width // 2)
+        node = value.producer()
+        assert node is not None
+        if (source := doubled(value)) is None:
+            return self._copy(node, self._half(self._inner(node), True), width // 2)
+        return self._first(source, width // 2)
+
+    def _first(self, value: ir.Value, width: int) -> ir.Value:
+        """The first features of a value, cut off as early as can be."""
+        if value.shape is not None and value.shape[-1] == width:
+            node = value.producer()
+            if node is None or node.op_type not in ("Slice", *ALONG, "Unsqueeze"):
+                return value
+        if (where := (value, width)) not in self.made:
+            self.made[where] = self._cut(value, width)
+        return self.made[where]
+
+    def _cut(self, value: ir.Value, width: int) -> ir.Value:
+        node = value.producer()
+        source = None if node is None or not node.inputs else node.inputs[0]
+        if node is not None and source is not None and rank(source) is not None:
+            if node.op_type == "Concat" and source.shape is not None and source.shape[-1] == width and _last(node):
+                return source
+            if node.op_type == "Slice" and _from_the_first(node):
+                return self._first(source, width)
+            if node.op_type in ALONG or (node.op_type == "Unsqueeze" and _keeps_last(node)):
+                return self._copy(node, self._first(source, width), width)
+        if value.shape is not None and value.shape[-1] == width:
+            return value
+        axis = (rank(value) or 0) - 1
+        bounds = ([0], [width], [axis])
+        cut = self.emitter.node("Slice", [value, *(self.emitter.integers(list(part)) for part in bounds)])
+        cut.shape = None if value.shape is None else ir.Shape([*value.shape[:-1], width])
+        return cut
+
+    def _inner(self, node: ir.Node) -> ir.Value:
+        """What a step reads that is no number."""
+        return next(v for v in node.inputs if v is not None and v.const_value is None)
+
+    def _copy(self, node: ir.Node, source: ir.Value, width: int) -> ir.Value:
+        """A step on the way, of fewer features."""
+        before = self._inner(node)
+        if source is before:
+            return node.outputs[0]
+        inputs = [source if v is before else v for v in node.inputs]
+        attributes = {a.name: a.value for a in node.attributes.values()}
+        made = self.emitter.node(node.op_type, inputs, attributes)
+        old = node.outputs[0]
+        made.shape, made.type = None if old.shape is None else ir.Shape([*old.shape[:-1], width]), old.type
+        return made
+
+    def _for_all(self, half: ir.Value, x: ir.Value) -> ir.Value:
+        """[1, S, D] → [B, S, D], of an angle where there is one, which cosine and sine share."""
+        node = half.producer()
+        if node is not None and node.op_type in ("Cos", "Sin") and rank(node.inputs[0]) == 3:
+            angle = node.inputs[0]
+            assert angle is not None
+            made = self.emitter.node(node.op_type, [self._repeated(angle, x)])
+            made.shape = None
+            return made
+        return self._repeated(half, x)
+
+    def _repeated(self, value: ir.Value, x: ir.Value) -> ir.Value:
+        if (where := (value, "repeated")) not in self.made:
+            batch = self.emitter.node("Shape", [x], {"start": 0, "end": 1})
+            shape = self.emitter.node("Concat", [batch, self.emitter.integers([1, 1])], {"axis": 0})
+            self.made[where] = self.emitter.node("Expand", [value, shape])
+            self.made[where].shape = None
+        return self.made[where]
 
 
-def _read(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """What a sum rotates, by which cosine and which sine; None where it is no rotation."""
-    if len(node.inputs) != 2 or None in node.inputs:
-        return None
-    for first, second in (tuple(node.inputs), tuple(node.inputs)[::-1]):
-        one, other = _product(first), _product(second)
-        if one is None or other is None:
-            return None
-        for x, cosine in (one, one[::-1]):
-            for turned, sine in (other, other[::-1]):
-                if _half_turned(turned) is x and _halves_agree(cosine) and _halves_agree(sine):
-                    return x, cosine, sine
-    return None
+def _last(node: ir.Node) -> bool:
+    return node.attributes.get_int("axis", 0) in (-1, (rank(node.outputs[0]) or 0) - 1)
 
 
-def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """The two values that are multiplied, of four axes each."""
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != "Mul":
-        return None
-    first, second = node.inputs
-    return (first, second) if first is not None and second is not None and rank(first) == rank(second) == 4 else None
+def _keeps_last(node: ir.Node) -> bool:
+    """Whether added axes stand before the last."""
+    axes, ranks = integers(node.inputs[1]), rank(node.outputs[0])
+    return axes is not None and ranks is not None and not {-1, ranks - 1} & set(axes)
 
 
-def _half_turned(value: ir.Value) -> ir.Value | None:
-    """The x of (−b, a), where x = (a, b)."""
-    node = value.producer()
-    if node is None or node.op_type != "Concat" or len(node.inputs) != 2 or not _last(node, value):
-        return None
-    negated = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if negated is None or negated.op_type != "Neg":
-        return None
-    upper, lower = _part(negated.inputs[0]), _part(node.inputs[1])
-    if upper is None or lower is None or upper[0] is not lower[0]:
-        return None
-    x = upper[0]
-    width = x.shape[3] if x.shape is not None else None
-    if not isinstance(width, int) or width % 2 or (lower[1:], upper[1:]) != ((0, width // 2), (width // 2, width)):
-        return None
-    return x
-
-
-def _last(node: ir.Node, value: ir.Value) -> bool:
-    axis = node.attributes.get_int("axis", 0)
-    return axis in (-1, (rank(value) or 0) - 1)
-
-
-def _part(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
-    """What features [start, stop) of which value it is."""
-    node = None if value is None else value.producer()
-    if node is None or node.inputs[0] is None or rank(node.inputs[0]) != 4 or value is None:
-        return None
-    source = node.inputs[0]
-    width = source.shape[3] if source.shape is not None else None
-    if not isinstance(width, int):
-        return None
-    if node.op_type == "Slice":
-        numbers = [_integers(v) for v in node.inputs[1:]]
-        numbers += [[3], [1]][len(numbers) - 2 :] if len(numbers) > 2 else [[0], [1]]
-        if any(n is None or len(n) != 1 for n in numbers) or numbers[2][0] not in (3, -1) or numbers[3][0] != 1:  # type: ignore[index]
-            return None
-        start, stop = (n[0] + width if n[0] < 0 else min(n[0], width) for n in numbers[:2])  # type: ignore[index]
-        return source, start, stop
-    if node.op_type == "Split" and node.attributes.get_int("axis", 0) in (3, -1) and len(node.outputs) == 2:
-        sizes = _integers(node.inputs[1]) if len(node.inputs) > 1 else [width // 2] * 2
-        if sizes is None or len(sizes) != 2:
-            return None
-        return (source, 0, sizes[0]) if value is node.outputs[0] else (source, sizes[0], width)
-    return None
-
-
-def _integers(value: ir.Value | None) -> list[int] | None:
-    """The numbers in a constant."""
-    if value is None or value.const_value is None or value.const_value.size > 8:
-        return None
-    return [int(n) for n in value.const_value.numpy().reshape(-1)]
-
-
-def _halves_agree(value: ir.Value) -> bool:
-    """Whether a value [B or 1, 1, S, 2 D] has the same numbers in both halves of its last axis."""
-    if value.shape is None or len(value.shape) != 4 or value.shape[1] != 1 or not isinstance(value.shape[3], int):
-        return False
-    current: ir.Value | None = value
-    while current is not None and (node := current.producer()) is not None:
-        if node.op_type == "Concat":
-            return len(node.inputs) == 2 and node.inputs[0] is node.inputs[1] and _last(node, current)
-        if node.op_type not in UNIFORM:
-            return False
-        if node.op_type in ("Mul", "Div"):
-            if any(v is None or (v.const_value is not None and v.const_value.size == 1) for v in node.inputs[:1]):
-                current = node.inputs[1]
-                continue
-            factor = node.inputs[1]
-            if factor is None or factor.const_value is None or factor.const_value.size != 1:
-                return False
-        current = node.inputs[0]
-    return False
+def _from_the_first(node: ir.Node) -> bool:
+    """Whether a cut leaves the first features of the last axis, and all else."""
+    numbers = [integers(v) for v in node.inputs[1:]]
+    ranks = rank(node.outputs[0]) or 0
+    axis = numbers[2] if len(numbers) > 2 else [0]
+    return numbers[0] == [0] and axis in ([-1], [ranks - 1]) and (len(numbers) < 4 or numbers[3] == [1])

@@ -3,7 +3,9 @@
     python tests/gpu/kernels.py
 
 Types are those of its registry. Which inputs and outputs are in the machine's own memory, the registry does not tell:
-each operator is placed alone, and the copies that ONNX Runtime puts around it are counted. No device is needed.
+each operator is placed alone, and the copies that ONNX Runtime puts around it are counted. No device is needed. What
+runs graphs of its own cannot be placed alone, and is as ONNX Runtime's source registers it. Of others that cannot be,
+the table says that it is not known.
 """
 
 from __future__ import annotations
@@ -27,6 +29,16 @@ OLDEST = 18
 DOMAINS = {"": "", "com.microsoft": "com.microsoft::"}
 VALUES: dict[str, Any] = {"INT": 1, "INTS": [0], "FLOAT": 1.0, "STRING": "", "FLOATS": [1.0]}
 """What attributes get that an operator needs, by their type."""
+ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "AveragePool": {"kernel_shape": [1, 1]}, "MaxPool": {"kernel_shape": [1, 1]},
+    "MatMulNBits": {"K": 32, "N": 32, "bits": 4, "block_size": 32},
+}  # fmt: skip
+"""What they get in its stead where such a value has no meaning."""
+FEWER = {"BatchNormalization": (5, 1), "MatMulNBits": (3, 1), "MultiHeadAttention": (10, 3),
+         "DecoderMaskedMultiHeadAttention": (11, 3)}  # fmt: skip
+"""How many inputs and outputs are asked of an operator whose others cannot be together, or have no type alone."""
+SOURCE: dict[str, tuple[list[int], list[int]]] = {"If": ([0], []), "Loop": ([0, 1], []), "Scan": ([], [])}
+"""Inputs and outputs in the machine's own memory, by onnxruntime/core/providers/cuda/controlflow."""
 OPEN = 2**31 - 1
 """The end of a kernel's versions that is none."""
 
@@ -95,16 +107,17 @@ def alone(schema: Any, kernel: dict[str, list[str]]) -> ir.Model:
         return ir.DataType[("float" if "float" in types else types[0]).upper()]
 
     given = {name: VALUES[a.type.name] for name, a in schema.attributes.items() if a.required and a.type.name in VALUES}
-    given |= {"to": kind(schema.outputs[0]).value} if schema.name == "Cast" else {}
-    inputs = [ir.Value(name=f"in{i}", type=ir.TensorType(kind(f))) for i, f in enumerate(schema.inputs)]
+    given |= {"to": kind(schema.outputs[0]).value} if schema.name == "Cast" else ATTRIBUTES.get(schema.name, {})
+    many = FEWER.get(schema.name, (len(schema.inputs), len(schema.outputs)))
+    inputs = [ir.Value(name=f"in{i}", type=ir.TensorType(kind(f))) for i, f in enumerate(schema.inputs[: many[0]])]
     before = [ir.node("Identity", [value], name=f"before{i}") for i, value in enumerate(inputs)]
     it = ir.node(schema.name, [node.outputs[0] for node in before], given, domain=schema.domain, name="it",
-                 num_outputs=len(schema.outputs))  # fmt: skip
+                 num_outputs=many[1])  # fmt: skip
     after = [ir.node("Identity", [value], name=f"after{i}") for i, value in enumerate(it.outputs)]
     for letter, made in (("x", [node.outputs[0] for node in before]), ("y", it.outputs)):
         for i, value in enumerate(made):
             value.name = f"{letter}{i}"
-    for i, (node, formal) in enumerate(zip(after, schema.outputs, strict=True)):
+    for i, (node, formal) in enumerate(zip(after, schema.outputs[: many[1]], strict=True)):
         node.outputs[0].name, node.outputs[0].type = f"out{i}", ir.TensorType(kind(formal))
     imports = {"": OLDEST if schema.domain else max(schema.since_version, OLDEST)}
     imports |= {schema.domain: schema.since_version} if schema.domain else {}
@@ -117,6 +130,8 @@ def alone(schema: Any, kernel: dict[str, list[str]]) -> ir.Model:
 def in_memory(schema: Any, kernel: dict[str, list[str]]) -> tuple[list[int], list[int]] | None:
     """Which inputs and outputs of an operator's kernel are in the machine's own memory; None where the operator alone
     is no graph, or CUDA does not take it."""
+    if schema.name in SOURCE and not schema.domain:
+        return SOURCE[schema.name]
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -134,7 +149,7 @@ def in_memory(schema: Any, kernel: dict[str, list[str]]) -> tuple[list[int], lis
         return None
     copied = {i.removesuffix(f"_{PROVIDER}") for node in placed if node.op_type == "MemcpyToHost" for i in node.input}
     return ([i for i in range(len(schema.inputs)) if f"x{i}" in copied],
-            [i for i in range(len(schema.outputs)) if on[f"after{i}"] != PROVIDER])  # fmt: skip
+            [i for i in range(len(schema.outputs)) if on.get(f"after{i}", PROVIDER) != PROVIDER])  # fmt: skip
 
 
 def told(start: int) -> None:
@@ -163,6 +178,7 @@ def table(stand_ins: Path) -> tuple[dict[str, Any], list[str]]:
     for name, found in memory.items():
         for key, places in zip(("host_inputs", "host_outputs"), found or (), strict=False):
             entries[name] |= {key: places} if places else {}
+        entries[name] |= {"memory": "unknown"} if found is None else {}
     return entries, [name for name, found in memory.items() if found is None]
 
 

@@ -11,10 +11,11 @@ import driverless
 import onnx_ir as ir
 import pytest
 import torch
+from lowered import model_of
 
 import peltc
 from peltc.compiler.lowering import kernels
-from peltc.compiler.lowering.kernels import LACKING, SHAPES, place, table
+from peltc.compiler.lowering.kernels import LACKING, SHAPES, check_kernels, place, table
 from peltc.runtime.building.compile import plan_for
 from peltc.spec.diagnostics import PeltError
 
@@ -138,3 +139,33 @@ def test_a_model_without_a_kernel_is_refused(tmp_path: Path) -> None:
     peltc.attach(model, content, example_inputs=inputs)
     with pytest.raises(PeltError, match="E640 CUDA has no kernel for 'Elu' of opset 23 in float, of the model at bend"):
         peltc.compile(content, model, tmp_path / "out", example_inputs=inputs, provider="cuda", verify=False)
+
+
+def test_graphs_in_nodes_are_searched() -> None:
+    """A branch that may run has nodes like any other, in the opsets of the whole model."""
+    branches = (
+        "then_branch = a () => (float[batch] t) {{ t = {} (x) }},"
+        " else_branch = b () => (float[batch] e) {{ e = Abs (x) }}"
+    )
+    for operator, lacking in (("Elu", ["Elu"]), ("Exp", [])):
+        model = model_of("bool c, float[batch] x", "float[batch] y", f"y = If (c) <{branches.format(operator)}>")
+        model.graph.opset_imports[""] = 23
+        placed = place(model)
+        assert [node.op_type for node in placed.lacking] == lacking
+        assert sorted(node.op_type for node in placed.where) == sorted(["If", operator, "Abs"])
+        assert str(placed.captured()).startswith("'If' of opset 23")
+        if lacking:
+            with pytest.raises(PeltError, match="E640 CUDA has no kernel for 'Elu' of opset 23 in float"):
+                check_kernels({"model": placed})
+
+
+def test_operands_that_kernels_read_in_the_machine_s_memory() -> None:
+    """As ONNX Runtime places an operator alone, and as its source registers it; what neither tells is said."""
+    operators = table()[1]
+    assert operators["Loop"][23].host_inputs == {0, 1} and operators["If"][23].host_inputs == {0}
+    assert operators["com.microsoft::MultiHeadAttention"][1].host_inputs == {8}
+    blocks = operators["com.microsoft::MatMulNBits"][1]
+    assert blocks.known and not blocks.host_inputs and not operators["GRU"][22].known
+    model = model_of("float[steps,batch,4] x, float[1,6,4] w, float[1,6,2] r", "float[1,batch,2] h",
+                     "y, h = GRU <hidden_size = 2> (x, w, r)")  # fmt: skip
+    assert "it is not known of its kernel" in str(place(model).captured())

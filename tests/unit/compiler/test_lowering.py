@@ -5,45 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from lowered import Array, drawn, kinds, model_of, near, number, run, whole, with_weights
 
 from peltc.compiler.lowering.lower import Lowering, lower
-from peltc.runtime.verification.verify import TOLERANCE
 
 B, H, K, S, T, D = 2, 4, 2, 3, 5, 8
-HEAD = 'ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]'
-Array = np.ndarray[Any, Any]
-
-
-def drawn(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
-def model_of(inputs: str, outputs: str, body: str) -> ir.Model:
-    """A graph in ONNX's own text; sizes that are words are symbolic. Every value gets its shape."""
-    read = onnx.parser.parse_model(f"<{HEAD}> g ({inputs}) => ({outputs}) {{ {body} }}")
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(read, data_prop=True))
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)  # as exporters write them
-    return model
-
-
-def run(model: ir.Model, feeds: dict[str, Array]) -> list[Array]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    proto = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"]).run(None, feeds)
-
-
-def kinds(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
-
-def near(found: Array, wanted: Array) -> bool:
-    return bool(np.abs(found - wanted).max() <= TOLERANCE["float32"] * np.abs(wanted).max())
 
 
 def softmax(x: Array) -> Array:
@@ -66,18 +34,6 @@ def attention(q: Array, k: Array, v: Array, m: Any = 0.0, s: float = 1.0, c: flo
 OPERANDS = "float[batch,4,query,8] q, float[batch,4,total,8] k, float[batch,4,total,8] v"
 SCORES = "kt = Transpose <perm=[0,1,3,2]> (k)  p = MatMul (q, kt)"
 END = "a = Softmax <axis=-1> (x)  y = MatMul (a, v)"
-NUMBER = "= Constant <value = float {{{}}}> ()"
-
-
-def number(name: str, value: float) -> str:
-    return f"{name} {NUMBER.format(value)}"
-
-
-def whole(name: str, *values: int) -> str:
-    listed = ", ".join(map(str, values))
-    return f"{name} = Constant <value = int64[{len(values)}] {{{listed}}}> ()"
-
-
 MASK = np.where(np.arange(B * S * T).reshape(B, 1, S, T) % 4 == 1, -np.inf, 0.0)
 SHOWN = np.isfinite(MASK)
 Q, KEYS, VALUES = drawn(B, H, S, D), drawn(B, H, T, D, seed=1), drawn(B, H, T, D, seed=2)
@@ -256,12 +212,7 @@ def test_norms_add_what_they_are_of() -> None:
         "float[batch,query,8] y, float[batch,query,8] h, float[batch,query,8] l", body,
     )  # fmt: skip
     x, r, g, c, b = drawn(B, S, D), drawn(B, S, D, seed=1), drawn(D), drawn(D, seed=1), drawn(D, seed=2)
-    for name, array in (("g", g), ("c", c), ("b", b)):  # weights, as in a model
-        value = next(v for v in model.graph.inputs if v.name == name)
-        model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(array, name=name)
-        model.graph.register_initializer(value)
-    lower(model)
+    lower(with_weights(model, {"g": g, "c": c, "b": b}))
     assert sorted(kinds(model)) == ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"]
     total, biased = (x + r).astype(np.float64), (x + r + b).astype(np.float64)
     centred = biased - biased.mean(-1, keepdims=True)
@@ -343,11 +294,8 @@ def repeated(source: str, name: str) -> str:
 def test_map_reads_its_weight_as_it_lies() -> None:
     model = model_of("float[batch,query,8] x, float[6,8] w", "float[batch,query,6] y",
                      "t = Transpose <perm=[1,0]> (w) y = MatMul (x, t)")  # fmt: skip
-    value = model.graph.inputs.pop()
     weight, x = drawn(6, D), drawn(B, S, D)
-    value.const_value = ir.tensor(weight, name="w")
-    model.graph.register_initializer(value)
-    lower(model)
+    lower(with_weights(model, {"w": weight}))
     assert kinds(model) == ["FusedMatMul"]
     assert near(run(model, {"x": x})[0], x.astype(np.float64) @ weight.T)
 
