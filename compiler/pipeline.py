@@ -274,4 +274,5 @@ def artifact_limits(model: ir.Model, base: Base, plan: Plan, embeds: Base | None
         if axis in lengths:
             lengths = {**lengths, axis: {**lengths[axis], "most": lengths[axis]["most"] - claim.takes}}
         values = {**base.limits["values"], **values}  # ids are joined before they are looked up
-    return {"values": values, "lengths": lengths}
+    tokens_of = {"tokens": base.limits["tokens"]} if base.limits.get("tokens") else {}
+    return {"values": values, "lengths": lengths, **tokens_of}

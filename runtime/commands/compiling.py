@@ -147,24 +147,35 @@ def verify(
 
 @cli.command("run")
 @click.argument("out", type=click.Path())
-@click.option("--text", "texts", multiple=True, required=True, help="A text; may be given several times.")
+@click.option("--text", "texts", multiple=True, help="A text; may be given several times.")
+@click.option("--image", "images", multiple=True, type=click.Path(), help="An image file, one for each row.")
+@click.option("--sound", "sounds", multiple=True, type=click.Path(), help="A sound file, one for each row.")
 @json_option
-def run_command(out: str, texts: tuple[str, ...], as_json: bool) -> None:
-    """Run the artifact OUT on texts, for a look."""
+def run_command(
+    out: str, texts: tuple[str, ...], images: tuple[str, ...], sounds: tuple[str, ...], as_json: bool
+) -> None:
+    """Run the artifact OUT on texts, images or sound, for a look."""
     import numpy as np
 
     from peltc.runtime.running.session import Session
     from peltc.runtime.running.values import BFLOAT16
 
+    rows = texts or images or sounds
+    if not rows:
+        raise click.UsageError("give a --text, an --image or a --sound")
     session = Session(out)
-    results = session(**dict[str, Any](session.tokenize(texts)))
+    if images or sounds:
+        inputs = session.prepare(list(texts) or None, image=list(images) or None, sound=list(sounds) or None)
+    else:
+        inputs = session.tokenize(texts)
+    results = session(**dict[str, Any](inputs))
     if as_json:
         wide = {name: array.astype(np.float32) if array.dtype == BFLOAT16 else array for name, array in results.items()}
         click.echo(json.dumps({name: array.tolist() for name, array in wide.items()}))
         return
     for name, array in results.items():
         click.echo(f"{name} {list(array.shape)}")
-        for text, row in zip(texts, array, strict=True):
+        for text, row in zip(rows, array, strict=False):
             flat = np.asarray(row, np.float64).reshape(-1)
             head = " ".join(f"{v:.4f}" for v in flat[:6]) + (" ..." if flat.size > 6 else "")
             top = f"  largest at {int(flat.argmax())}" if row.ndim == 1 and flat.size <= 64 else ""

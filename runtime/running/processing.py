@@ -80,8 +80,9 @@ def _called(processor: Any, given: Mapping[str, Any], options: Mapping[str, Any]
 
 
 def _several(value: Any) -> list[Any]:
-    """One, or a list of several."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    """One, or a list of several; a list of numbers is one."""
+    one = not isinstance(value, (list, tuple)) or not value or isinstance(value[0], (int, float))
+    return [value] if one else list(value)
 
 
 def _image(value: Any) -> Any:

@@ -27,8 +27,8 @@ from peltc.runtime.running.inputs import (
     shown,
     translating,
 )
+from peltc.runtime.running.preparing import Preparing
 from peltc.runtime.running.profiles import Chosen, Taken
-from peltc.runtime.running.tokens import tokenized
 from peltc.runtime.running.values import run
 from peltc.spec.diagnostics import fail, wrong_type
 from peltc.spec.packages import needing
@@ -44,7 +44,7 @@ TEXTS = ("inputs", "input_ids", "decoder_input_ids", "attention_mask")
 """What tells `generate` how many texts there are, the first that is given."""
 
 
-class Session:
+class Session(Preparing):
     """An artifact, ready to run: `Session("out")(input_ids=..., attention_mask=...)` gives outputs by name.
 
     Args:
@@ -369,25 +369,3 @@ class Session:
         if profile not in self.kept.held and self.residents is not None:
             return self.residents.labels(profile)
         return self.kept.labels_of(profile)
-
-    def tokenize(self, text: str | Sequence[str], max_length: int | None = None) -> dict[str, Array]:
-        """Inputs from text, by the tokenizer in the artifact, padded on the left where a decoder generates.
-
-        Nothing is cut unless it is asked for, whatever the tokenizer's file says: a text that is too long for the model
-        is refused when the model is called (E616).
-
-        Args:
-            max_length: the most tokens of a text, those included that the tokenizer puts around it; the rest is cut
-                off at the side where the tokenizer's file says so, at the end otherwise.
-
-        Raises:
-            PeltError: E216 a length that is none; E607 the artifact has no tokenizer; E617 no text, or one without
-                tokens; E623 the package `tokenizers` is missing.
-        """
-        graphs = self.manifest.get("graphs", ())
-        # A decoder goes on from its texts' ends, which must stand together: others are padded as their tokenizer says.
-        left = "decode" in graphs and "encoder" not in graphs
-        found = tokenized(
-            self.folder / "tokenizer.json", [text] if isinstance(text, str) else list(text), max_length, left
-        )
-        return {name: array for name, array in found.items() if name in self.inputs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,70 @@ def test_inputs_that_do_not_fit(folder: Callable[[str], Path], tmp_path: Path) -
             assert "[batch, 3, 32, 32]" in str(caught.value)
         with pytest.raises(PeltError, match="pixel_values"):
             session(input_ids=np.zeros((1, 4), np.int64))
+
+
+def test_prepared_images(folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the checkpoint's own processor makes them; by hand, since the artifact carries it."""
+    from PIL import Image
+
+    from peltc.runtime.commands.cli import run
+
+    beyond.save("vit", tmp_path / "model")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
+    peltc.compile(spec, tmp_path / "model", tmp_path / "out")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    with peltc.Session(tmp_path / "out") as session:
+        for image in (pixels, str(tmp_path / "a.png"), Image.fromarray(pixels)):
+            made = session.prepare(image=image)
+            assert np.abs(made["pixel_values"][0] - (pixels.transpose(2, 0, 1) / 127.5 - 1)).max() < 1e-5
+        assert session(**session.prepare(image=[pixels, pixels]))["logits"].shape[0] == 2
+        (tmp_path / "b.png").write_bytes(b"no image")
+        with pytest.raises(PeltError, match="E641 the image cannot be read"):
+            session.prepare(image=tmp_path / "b.png")
+        with pytest.raises(PeltError, match="E641"):
+            session.prepare(text="a cat", image=pixels)
+    assert run(["run", str(tmp_path / "out"), "--image", str(tmp_path / "a.png")]) == 0
+    assert "logits [1, 2]" in capsys.readouterr().out
+    assert run(["run", str(tmp_path / "out")]) == 2
+    (tmp_path / "out" / "preprocessor_config.json").unlink()
+    with peltc.Session(tmp_path / "out") as session, pytest.raises(PeltError, match="E607"):
+        session.prepare(image=pixels)
+
+
+def test_prepared_sound(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    import soundfile
+
+    beyond.save("wav2vec2", tmp_path / "model")
+    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "model")
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "attention.query", "r": 2}]}
+    peltc.compile(spec, tmp_path / "model", tmp_path / "out")
+    wave = (0.1 * np.random.default_rng(0).standard_normal(4000)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "b.wav", wave, 8000)
+    with peltc.Session(tmp_path / "out") as session:
+        made = session.prepare(sound=wave, rate=16000)
+        assert np.abs(made["input_values"][0] - (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)).max() < 1e-4
+        found = session(**session.prepare(sound=str(tmp_path / "a.wav")))["logits"]
+        assert np.abs(found - session(**made)["logits"]).max() <= TOLERANCE * np.abs(found).max()
+        with pytest.raises(PeltError, match=r"E641 no rate is given, and the model was trained on 16000"):
+            session.prepare(sound=wave)
+        with pytest.raises(PeltError, match=r"E641 the sound has 8000 samples a second"):
+            session.prepare(sound=tmp_path / "b.wav")
+        with pytest.raises(PeltError, match=r"E641 the sound has the shape \[0\]"):
+            session.prepare(sound=[], rate=16000)
+        assert len(session.prepare(sound=[wave, wave[:2000]], rate=16000)["attention_mask"]) == 2
+
+
+def test_tokens_that_stand_for_an_image(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "text.layers.*.attention.query", "r": 2}]}
+    peltc.compile(spec, folder("llava"), tmp_path / "out")
+    inputs = {name: tensor.numpy() for name, tensor in beyond.feeds("llava", 1).items()}
+    with peltc.Session(tmp_path / "out") as session:
+        session(**inputs)
+        inputs["input_ids"][0, 3] = 7
+        with pytest.raises(PeltError, match=r"E642 text 0 in 'input_ids' has 3 tokens 99") as caught:
+            session(**inputs)
+    assert "4 of them" in str(caught.value)
