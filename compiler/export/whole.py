@@ -17,6 +17,7 @@ from peltc.compiler.export.tidy import clean, name_axes, name_outputs
 from peltc.compiler.export.torch_model import held, quiet, tied, unbacked, untie
 from peltc.compiler.senses.asked import Asked
 from peltc.compiler.senses.examples import Axes
+from peltc.compiler.senses.trial import forget
 from peltc.spec.diagnostics import PeltError, fail, first_line
 
 FEWER: tuple[tuple[str, ...], ...] = ((), ("sound",), ("batch",), ("sound", "text", "target"))
@@ -150,3 +151,5 @@ def _trace(model: Any, inputs: Mapping[str, Any], constants: Mapping[str, Any], 
             f" {first_line(error)}",
             hint="the exporter's limits are its own; a newer transformers may have fewer",
         ) from error
+    finally:
+        forget(model)

@@ -12,6 +12,7 @@ from typing import Any
 from peltc.compiler.senses import text
 from peltc.compiler.senses.asked import Asked, Sizes
 from peltc.compiler.senses.examples import SENSES, WORDS, Axes, Reading
+from peltc.compiler.senses.trial import run_empty
 from peltc.spec.diagnostics import fail, first_line
 
 OTHER = {"batch": 3, "text": 10, "target": 7, "sound": 96}
@@ -91,7 +92,7 @@ def _features(model: Any, method: str, inputs: Mapping[str, Any]) -> int:
     settings = {name: getattr(model.config, name) for name in accepted
                 if name not in given and hasattr(model.config, name)}  # fmt: skip
     try:
-        answer = _run(getattr(owner, method), {**given, **settings})
+        answer = run_empty(getattr(owner, method), {**given, **settings})
     except Exception:
         return 0
     pooled = getattr(answer, "pooler_output", None)
@@ -106,35 +107,10 @@ def refusal(model: Any, inputs: Mapping[str, Any]) -> Exception | None:
 
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
-        _run(model, {**inputs, **extra})
+        run_empty(model, {**inputs, **extra})
     except Exception as error:
         return error
     return None
-
-
-def _run(function: Any, inputs: Mapping[str, Any]) -> Any:
-    """Call something of a model on tensors without memory, or on real ones where it looks at their values."""
-    import logging
-
-    import torch
-    from torch._subclasses.fake_tensor import (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        FakeTensorMode,
-    )
-    from torch.utils._pytree import tree_map_only
-
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # torch logs an operation that has no memory-less form, besides raising it
-    try:
-        with torch.no_grad():
-            try:
-                with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-                    return function(**tree_map_only(torch.Tensor, fake.from_tensor, dict(inputs)))
-            except (DataDependentOutputException, DynamicOutputShapeException):
-                return function(**tree_map_only(torch.Tensor, torch.clone, dict(inputs)))
-    finally:
-        logging.disable(level)
 
 
 def _with_axes(model: Any, asked: Asked, reading: Reading, inputs: Mapping[str, Any]) -> Reading:
