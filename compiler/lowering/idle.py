@@ -4,7 +4,8 @@
     what would change the type to what it is, the order of axes to what it is, the sizes to what they are
     a value that is not false cast to numbers, and back to what is not zero
 
-Sizes are told by their numbers and by their names.
+Sizes are told by their numbers and by their names; of a cut, by its bounds, since a cache that a prefix lies in goes by
+the name of the text's length.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from peltc.compiler.lowering.constants import fixed, integers, sizes
 NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1, "And": True, "Or": False}
 """What leaves the other operand as it is."""
 ONE_SIDED = {"Sub", "Div"}
+WHOLE = 2**31 - 1
+"""An end that is behind all others."""
 SHAPING = {"Reshape", "Expand", "Tile", "Squeeze", "Unsqueeze"}
 """What gives the same result as its input where it gives it the same sizes."""
 
@@ -71,9 +74,11 @@ def _same_sizes(node: ir.Node) -> ir.Value | None:
     """What is given the sizes that it has."""
     if node.op_type in SHAPING:
         return _alike(node, node.inputs[0])
-    if node.op_type == "Slice":
-        steps = integers(node.inputs[4]) if len(node.inputs) > 4 else [1]
-        return _alike(node, node.inputs[0]) if steps is not None and set(steps) == {1} else None
+    if node.op_type == "Slice" and 3 <= len(node.inputs) <= 5:
+        starts, ends, *_ = bounds = [integers(v) for v in node.inputs[1:]]
+        steps = bounds[3] if len(bounds) > 3 else [1]
+        if starts is not None and ends is not None and steps is not None and set(steps) == {1} and not any(starts):
+            return node.inputs[0] if min(ends) >= WHOLE else None
     return None
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from peltc.compiler.interpreters.emitter import Emitter
+from peltc.compiler.lowering.layout import rank
 from peltc.compiler.lowering.replacing import put_in_place
 
 
 def read_once(graph: ir.Graph) -> None:
     """Read sizes from inputs, in place; new nodes stand at the end, and what nobody reads stays."""
     given: dict[str, tuple[ir.Value, int]] = {}
+    cached = {str(value.shape[2]) for value in (*graph.inputs, *graph.outputs) if rank(value) == 4 and value.shape}
     for held in graph.inputs:
         for axis, size in enumerate(held.shape or ()):
-            if not isinstance(size, int) and size.value is not None:
+            if not isinstance(size, int) and size.value is not None and str(size.value) not in cached:
                 given.setdefault(str(size.value), (held, axis))
     for node in list(graph):
         value = node.inputs[0] if node.op_type == "Shape" else None

@@ -345,3 +345,19 @@ def test_result_of_one_axis_for_texts_and_heads_is_none_on_its_way() -> None:
     lower(model)
     assert kinds(model) == ["Attention", "Abs"]
     assert near(run(model, {"q": q, "k": k, "v": v})[0], np.abs(attention(q, k, v, 1.0)))
+
+
+def test_length_of_a_cache_is_read_from_it() -> None:
+    """It may hold a prefix beside what the mask counts, under one name."""
+    body = (
+        "g = Concat <axis=2> (p, k) n = Shape <start=2, end=3> (g) b = Shape <start=0, end=1> (g)"
+        " y = Concat <axis=0> (n, b)"
+    )
+    model = model_of("int64[batch,total] m, float[batch,2,past,4] p, float[batch,2,query,4] k",
+                     "int64[2] y, float[batch,2,total,4] g", body)  # fmt: skip
+    next(v for node in model.graph for v in node.outputs if v.name == "g").shape = ir.Shape(["batch", 2, "total", 4])
+    lower(model)
+    feeds = {"m": np.ones((B, 6), np.int64), "p": drawn(B, 2, 8, 4), "k": drawn(B, 2, 3, 4)}
+    assert run(model, feeds)[0].tolist() == [11, B]
+    sizes = [node for node in model.graph if node.op_type == "Shape"]
+    assert sorted(node.inputs[0].name or "" for node in sizes if node.inputs[0] is not None) == ["g", "m"]
