@@ -242,14 +242,6 @@ def reads_more(cls: Any) -> bool:
     return bool(beyond_text(cls)) or bool((names := inputs_of(cls)) and TOKENS not in names)
 
 
-def towers(config: Any) -> list[str]:
-    """The parts of a config of `transformers` that are not its text's."""
-    with contextlib.suppress(Exception):
-        text = config.get_text_config()
-        return [name for name in config.sub_configs if getattr(config, name, None) not in (None, text)]
-    return []
-
-
 def check_variant(cls: Any, variant: str, text_only: bool, place: Place | None = None) -> None:
     """Whether the graphs that read text alone can be had of a class.
 

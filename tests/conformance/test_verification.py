@@ -163,12 +163,12 @@ def test_bytes_of_a_folded_weight(half: Callable[..., Half]) -> None:
 
 
 def test_constants_are_not_rounded_for_good(half: Callable[..., Half]) -> None:
-    """The exporter's own constants and those of modules are float32 in a graph that computes in float16."""
+    """The exporter's own constants are of operations, and those of modules are float32, in a graph that computes in
+    float16."""
     found = half("gpt2", "bottleneck", "static").build()
     graph = ir.load(found.out / "model.onnx").graph
     wide = [v for v in graph.initializers.values() if v.const_value is not None and v.dtype == ir.DataType.FLOAT]
-    numbers = [float(v.const_value.numpy().reshape(())) for v in wide if v.const_value.size == 1]
-    assert any(abs(number - 0.044715) < 1e-8 for number in numbers), "of the GELU"
+    assert any(node.op_type == "FastGelu" for node in graph), "whose own constants are exact"
     cores = [node for node in graph if node.op_type == "Attention"]
     assert cores and all(abs(c.attributes["scale"].as_float() - 8**-0.5) < 1e-7 for c in cores), "of the attention"
     assert sum(v.const_value.size > 100 for v in wide) >= 4, "of the adapters"

@@ -2,6 +2,7 @@
 
     python tests/zoo/sweep.py              all, on two processes; writes architectures.md and lowerings.md
     python tests/zoo/sweep.py bert gpt2    some, printed
+    python tests/zoo/sweep.py --senses     those that read images, sound, videos or series; writes senses.md
 
 Bases are built anew, and timed, unless PELTC_CACHE says where to keep them.
 """
@@ -21,8 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import instances
 import numpy as np
-from instances import FAMILIES, save
+import senses
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5
@@ -52,6 +54,7 @@ class Found:
         exporter: seconds within `transformers`' exporter; `added` what a cold compilation takes beside, as a share.
         seconds: all of it.
         lowering: what the manifest of the last spec says of the graph's lowering.
+        read: the inputs of a model that reads more than text, with their axes.
     """
 
     model_type: str
@@ -64,6 +67,7 @@ class Found:
     added: float = 0.0
     seconds: float = 0.0
     lowering: dict[str, Any] = field(default_factory=dict)
+    read: str = ""
 
     @property
     def missed(self) -> list[str]:
@@ -74,7 +78,7 @@ class Found:
     @property
     def attending(self) -> bool:
         """Whether there is attention to attach to."""
-        return self.model_type not in WITHOUT_ATTENTION
+        return self.model_type not in {**WITHOUT_ATTENTION, **senses.WITHOUT_ATTENTION}
 
 
 @contextmanager
@@ -110,21 +114,27 @@ def examine(model_type: str, architecture: str, folder: Path) -> Found:
     warnings.simplefilter("ignore")
     begin = time.perf_counter()
     found = Found(model_type)
-    model = save(model_type, architecture, folder / "model")
+    text = (model_type, architecture) in instances.FAMILIES
+    model = (instances if text else senses).save(model_type, architecture, folder / "model")
     try:
         with exporter_timed() as spent:
             start = time.perf_counter()
-            open_base(model, text_only=True)
+            base = open_base(model, text_only=text)
             cold = time.perf_counter() - start
     except PeltError as error:
         found.worst = dict.fromkeys(SPECS, error.diagnostics[0].message)
         return found
     if spent:  # nothing where the base was known
         found.exporter, found.added = sum(spent), cold / sum(spent) - 1
+    found.read = (
+        "; ".join(f"{name} [{', '.join(word or '·' for word in words)}]" for name, words in base.reading.axes.items())
+        if base.reading
+        else ""
+    )
     for name, attach in SPECS.items():
         spec = peltc.load_spec({"pelt": 1, "name": "zoo", "attach": attach})
         try:
-            plan, base = plan_for(spec, model, text_only=True)
+            plan, base = plan_for(spec, model, text_only=text)
         except PeltError as error:
             found.worst[name] = error.diagnostics[0].message
             continue
@@ -135,7 +145,7 @@ def examine(model_type: str, architecture: str, folder: Path) -> Found:
         tensors = {n: (0.05 * random.standard_normal(t.shape)).astype(np.float32) for n, t in plan.tensors.items()}
         for mode in ("fold", "static"):
             try:
-                manifest = peltc.compile(spec, model, folder / f"{name}-{mode}", tensors, mode=mode, text_only=True)
+                manifest = peltc.compile(spec, model, folder / f"{name}-{mode}", tensors, mode=mode, text_only=text)
                 found.worst[f"{name} {mode}"] = manifest["verification"]["worst"]
                 found.lowering = manifest["lowering"]["model"]
             except PeltError as error:
@@ -165,6 +175,38 @@ def sweep(families: list[tuple[str, str]], processes: int = 2) -> Iterator[Found
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, maxtasksperchild=8) as pool:
         yield from pool.imap(worker, families)
+
+
+def read(results: list[Found]) -> str:
+    """What became of models that read more than text, as a Markdown document."""
+    attending = [f for f in results if f.attending]
+    held = [f for f in attending if not f.missed]
+    lines = [
+        "# Images, sound and series",
+        "",
+        "Written by `python tests/zoo/sweep.py --senses`: tiny random instances of architectures of `transformers` that"
+        " read images, sound, videos or series, alone or beside text; on each, LoRA on `attention.query` and"
+        " `attention.value`, a bottleneck adapter on `feed_forward.block` and (IA)3 on `attention.key` and"
+        " `attention.value`, folded and static, against PyTorch with the same modules attached, at other sizes.",
+        "",
+        f"{len(held)} of {len(attending)} architectures with attention hold within {TOLERANCE:.0e} of the largest value"
+        f" in all six ({len(held) / max(len(attending), 1):.1%}). The other {len(results) - len(attending)} have none: "
+        + "; ".join(f"{name} ({why})" for name, why in senses.WITHOUT_ATTENTION.items())
+        + ".",
+        "",
+        "An axis of any size has a name; one that is fixed is a dot.",
+        "",
+        "| architecture | inputs | layers | sites | unnamed maps | worst difference |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for f in results:
+        numbers = [value for value in f.worst.values() if not isinstance(value, str)]
+        worst = f"{max(numbers):.1e}" if numbers else "-"
+        mark = f"{worst} ¹" if f.attending and f.missed else worst
+        lines.append(f"| {f.model_type} | {f.read} | {f.layers} | {f.sites} | {f.unnamed} | {mark} |")
+    lines += ["", "¹ What does not hold:", ""]
+    lines += [f"* {f.model_type}: {'; '.join(dict.fromkeys(f.missed))}" for f in attending if f.missed]
+    return "\n".join(lines) + "\n"
 
 
 def table(results: list[Found]) -> str:
@@ -246,7 +288,16 @@ def lowerings(results: list[Found]) -> str:
 
 
 def main(names: list[str]) -> None:
-    families = [family for family in FAMILIES if not names or family[0] in names]
+    if "--senses" in names:
+        results = []
+        for number, found in enumerate(sweep(senses.FAMILIES), 1):
+            results.append(found)
+            said = "; ".join(found.missed) or "holds"
+            print(f"{number}/{len(senses.FAMILIES)} {found.model_type}: {said}", flush=True)
+        (HERE / "senses.md").write_text(read(results), encoding="utf-8")
+        return
+    every = [*instances.FAMILIES, *senses.FAMILIES] if names else instances.FAMILIES
+    families = [family for family in every if not names or family[0] in names]
     results = []
     earlier = {line["model_type"]: line for line in map(json.loads, (HERE / "architectures.jsonl").open())}
     with (HERE / "architectures.jsonl").open("w") if not names else tempfile.TemporaryFile("w") as record:

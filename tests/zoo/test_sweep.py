@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import senses
 from instances import FAMILIES, SAMPLE
 from sweep import TOLERANCE, WITHOUT_ATTENTION, Found, examine, lowerings, table
 
@@ -63,6 +64,13 @@ def test_document_is_of_the_recorded_sweep():
     assert {f.model_type for f in results if f.missed} == set(MISSES)
     attending = [f for f in results if f.attending]
     assert sum(not f.missed for f in attending) >= 0.97 * len(attending)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", senses.SAMPLE)
+def test_models_that_read_more_than_text(name: str, tmp_path: Path) -> None:
+    found = examine(*next(family for family in senses.FAMILIES if family[0] == name), tmp_path)
+    assert found.missed == [] and found.read
 
 
 def test_a_difference_is_a_miss():
