@@ -38,7 +38,7 @@ def check_inputs(model: Any, inputs: Mapping[str, Any] | None) -> dict[str, Any]
         except Exception:
             raise fail("E506", f"the example input '{name}' is no tensor, but {type(value).__name__}",
                        expected=expected) from None  # fmt: skip
-        if not tensor.dim() or min(tensor.shape[:2]) < 2:
+        if not tensor.dim() or min(tensor.shape[: 1 if pictured(tensor) else 2]) < 2:
             raise fail("E506", f"the example input '{name}' has the shape {list(tensor.shape)}",
                        expected="at least 2 of each: torch takes an axis of size 1 for a constant")  # fmt: skip
         found[name] = tensor
@@ -50,10 +50,17 @@ def check_inputs(model: Any, inputs: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def axis_names(inputs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """What the symbolic axes of each input are called: `batch`, and one word for all that are equally long."""
-    lengths = list(dict.fromkeys(int(tensor.shape[1]) for tensor in inputs.values() if tensor.dim() > 1))
+    """What the symbolic axes of each input are called: `batch`, and one word for all that are equally long. Of images
+    the batch alone may have any size."""
+    long = {name: [int(n) for n in t.shape[1:2]] if not pictured(t) else [] for name, t in inputs.items()}
+    lengths = list(dict.fromkeys(n for sizes in long.values() for n in sizes))
     words = {n: AXES[i] if i < len(AXES) else f"length_{i}" for i, n in enumerate(lengths)}
-    return {n: ("batch", *(words[int(size)] for size in t.shape[1:2])) for n, t in inputs.items()}
+    return {name: ("batch", *(words[n] for n in sizes)) for name, sizes in long.items()}
+
+
+def pictured(tensor: Any) -> bool:
+    """Whether an input is of images [B, C, H, W] or videos, whose axis 1 is no length."""
+    return bool(tensor.dim() >= 4 and tensor.is_floating_point())
 
 
 def output_name(path: str) -> str:

@@ -259,3 +259,36 @@ def test_tokens_that_stand_for_an_image(folder: Callable[[str], Path], tmp_path:
         with pytest.raises(PeltError, match=r"E642 text 0 in 'input_ids' has 3 tokens 99") as caught:
             session(**inputs)
     assert "4 of them" in str(caught.value)
+
+
+class Seeing(torch.nn.Module):
+    """A module of one's own that reads images: patches, a residual block, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 32, 8, 8)
+        self.up, self.down = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)
+        self.head = torch.nn.Linear(32, 5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = x + self.down(torch.relu(self.up(x)))
+        return self.head(x.mean(1))
+
+
+def test_a_module_of_ones_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Seeing().eval()
+    spec = {"pelt": 1, "attach": [{"method": "lora", "at": "feed_forward.up", "r": 2}]}
+    examples = {"pixels": torch.randn(2, 3, 32, 32)}
+    peltc.attach(module, spec, example_inputs=examples)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    manifest = peltc.compile(spec, module, tmp_path / "out", example_inputs=examples)
+    assert manifest["base"]["inputs"]["pixels"]["axes"] == ["batch"]
+    pixels = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        wanted = module(pixels).numpy()
+    with peltc.Session(tmp_path / "out") as session:
+        check(session(pixels=pixels.numpy()), {"output": wanted})
