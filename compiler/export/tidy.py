@@ -6,9 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from peltc.compiler.export.inputs import output_name
 from peltc.compiler.senses.examples import Axes
 from peltc.spec.diagnostics import fail
+
+TINY, TINY_SIZE = 1e-8, 16
+"""What onnxscript takes for zero, in constants of so many elements."""
 
 
 def clean(model: Any, names: set[str]) -> dict[str, tuple[int, ...]]:
@@ -31,7 +36,9 @@ def clean(model: Any, names: set[str]) -> dict[str, tuple[int, ...]]:
     for value in graph.initializers.values():
         tensor = value.const_value
         value.const_value = ir.tensor(tensor.numpy(), name=value.name)  # a buffer, out of torch's hands
+    tiny = shield(graph)
     optimizer.optimize_ir(model, num_iterations=2)
+    unshield(graph, tiny)
     recall(graph, numbers)
     part_transpositions(graph)
     unused = [value for value in parameters if not value.uses()]
@@ -43,6 +50,47 @@ def clean(model: Any, names: set[str]) -> dict[str, tuple[int, ...]]:
         if scope:
             node.metadata_props["namespace"] = scope
     return {value.name: tuple(int(d) for d in value.shape) for value in parameters if value.uses()}
+
+
+def shield(graph: Any) -> dict[str, Any]:
+    """Make inputs of constants that are nearly zero, in place. The optimizer takes numbers up to 1e-8 for zeros, and
+    leaves out additions of them: the epsilon that keeps a norm of nothing from dividing by nothing.
+
+    Returns:
+        The constants' tensors by name.
+    """
+    import onnx_ir as ir
+
+    found: dict[str, Any] = {}
+    constants = [value for value in graph.initializers.values()]
+    constants += [node.outputs[0] for node in graph if node.op_type == "Constant" and "value" in node.attributes]
+    for value in constants:
+        node = value.producer()
+        tensor = value.const_value if node is None else node.attributes["value"].as_tensor()
+        if tensor is None or tensor.size > TINY_SIZE or not tensor.dtype.is_floating_point():
+            continue
+        numbers = np.abs(tensor.numpy().astype(np.float64))
+        if not ((numbers > 0) & (numbers <= TINY)).any():
+            continue
+        name = value.name
+        held = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
+        value.replace_all_uses_with(held)
+        if node is None:
+            del graph.initializers[name]
+        else:
+            graph.remove(node)
+        graph.inputs.append(held)
+        found[name] = tensor
+    return found
+
+
+def unshield(graph: Any, tiny: Mapping[str, Any]) -> None:
+    """Make constants of the inputs that `shield` made, in place; of those alone that something still reads."""
+    for value in [value for value in graph.inputs if value.name in tiny]:
+        graph.inputs.remove(value)
+        if value.uses() or value.is_graph_output():
+            value.const_value = tiny[value.name]
+            graph.register_initializer(value)
 
 
 def part_transpositions(graph: Any) -> None:
