@@ -79,8 +79,9 @@ class Compiled:
         self.answer = peltc.Session(out, threads=1)(**inputs)["last_hidden_state"]
 
     def own(self) -> dict[str, Array]:
-        """The modules' constants, those of sizes aside."""
-        return {n: a for n, a in self.constants.items() if n.startswith("pelt.") and not n.startswith("pelt.integers")}
+        """The modules' constants, those of sizes and of conditions aside."""
+        others = ("pelt.integers", "pelt.condition")
+        return {n: a for n, a in self.constants.items() if n.startswith("pelt.") and not n.startswith(others)}
 
     def adapter(self, name: str, site: str) -> dict[str, Array]:
         """The constants of an adapter, oriented and named as in the method."""
