@@ -65,6 +65,23 @@ def figures(shared: Path) -> Callable[[str, float], None]:
     return record
 
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+"""Tests that are left to `make sweep`, by their ids."""
+TOGETHER = ("test_generation.py", "test_prompted_generation.py", "test_cache.py", "test_labels.py")
+"""Files whose tests of one family share what takes longest, the graphs that they set up."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow tests as such, and let one process run the tests of a family where that saves a second setup."""
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
+        spec = getattr(item, "callspec", None)
+        if item.path.name in TOGETHER and spec is not None and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {spec.id.split('-')[0]}"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Conformance cells passed, and the worst error per kind of cell."""
     factory = getattr(config, "_tmp_path_factory", None)

@@ -266,7 +266,7 @@ def test_packages_are_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {re.split(r"[>=]", line)[0] for line in project["dependencies"]} - {"onnxruntime-gpu"}
     extras = {extra: {re.split(r"[>=]", line)[0] for line in project["optional-dependencies"][extra]} - {"peltc[serve]"}
-              for extra in ("serve", "ray")}  # fmt: skip
+              for extra in ("serve", "ray", "senses")}  # fmt: skip
     assert set(PACKAGES.values()) == named.union(*extras.values()) | {"tokenizers"}, (
         "tokenizers comes with transformers"
     )

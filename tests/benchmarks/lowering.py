@@ -1,6 +1,6 @@
 """What lowering costs while compiling, and what it brings to an encoder with UniPELT; ratios of interleaved runs.
 
-    python tests/benchmarks/lowered.py FOLDER     FOLDER keeps the models and the artifacts
+    python tests/benchmarks/lowering.py FOLDER     FOLDER keeps the models and the artifacts
 
 Compiled warm: the base is in the cache, nothing is verified. Runs of ONNX Runtime take turns in an order that goes
 round, so that none finds the processor's cache as another left it; the ratios are of medians.
