@@ -251,7 +251,7 @@ def check_variant(cls: Any, variant: str, text_only: bool, place: Place | None =
     Raises:
         PeltError: E509 it reads no text; E510 it reads more, and its text alone was not asked for.
     """
-    if text_only or (variant != "ids" and reads_more(cls)):
+    if text_only or variant != "ids":
         check_reads(cls, place)
     if variant != "ids" and not text_only and (beyond := beyond_text(cls)):
         what = "tokens before the sequence" if variant == "embeds" else "generation"

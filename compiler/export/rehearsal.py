@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     pass
 from peltc.compiler.export.stacks import SECOND, Irregular, Stack, find_stacks, shortened, unchanged
+from peltc.compiler.senses.trial import silenced
 from peltc.spec.diagnostics import first_line
 
 Label = tuple[str, int]
@@ -31,16 +31,13 @@ def repetitions(model: Any, inputs: Mapping[str, Any], short_inputs: Mapping[str
     stacks = _with_caches(find_stacks(model), inputs)
     if not stacks:
         raise Irregular("no list of layers is long and equal enough")
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # torch logs an operation that has no memory-less form, besides raising it
     try:
-        whole = rehearse(model, inputs, stacks)
-        with shortened(model, stacks):
-            short = rehearse(model, inputs if short_inputs is None else short_inputs, stacks)
+        with silenced():
+            whole = rehearse(model, inputs, stacks)
+            with shortened(model, stacks):
+                short = rehearse(model, inputs if short_inputs is None else short_inputs, stacks)
     except Exception as error:
         raise Irregular(f"the rehearsal failed: {type(error).__name__}: {first_line(error)}") from error
-    finally:
-        logging.disable(level)
     compare(whole, short, stacks)
     ran = {path for (path, _), _ in whole}
     stacks = [stack for stack in stacks if stack.path in ran]  # a decoder's graph has no part of the encoder

@@ -108,6 +108,15 @@ def cast_after(value: ir.Value, held: ir.Value, name: str) -> ir.Node:
     return cast
 
 
+def cast_of(value: ir.Value, kind: ir.DataType, name: str, owner: ir.Node) -> ir.Node:
+    """A Cast that is a part of what a node is a part of; not yet in the graph."""
+    cast = ir.node("Cast", [value], {"to": kind.value}, name=f"{name}.cast")
+    cast.metadata_props.update(owner.metadata_props)
+    result = cast.outputs[0]
+    result.name, result.shape, result.type = name, value.shape, ir.TensorType(kind)
+    return cast
+
+
 def unhold(graph: ir.Graph) -> None:
     """Take back what `hold` did, so that a constant is a constant to whoever reads the graph, in place."""
     for node in list(graph):

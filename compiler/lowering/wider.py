@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from peltc.compiler.graphs.wide import HALF
+from peltc.compiler.graphs.wide import HALF, cast_of
 from peltc.compiler.lowering.kernels import fits_in_float32, place
 
 WIDE = ".in_float32"
@@ -36,27 +36,17 @@ def _widen(node: ir.Node, types: Mapping[ir.Value, str]) -> None:
     for i, value in enumerate(node.inputs):
         if value is not None and types.get(value) in halves:
             graph.insert_before(
-                node, cast := _cast(value, ir.DataType.FLOAT, f"{value.name}{WIDE}.{node.name}.{i}", node)
+                node, cast := cast_of(value, ir.DataType.FLOAT, f"{value.name}{WIDE}.{node.name}.{i}", node)
             )
-            cast.outputs[0].shape = value.shape
             node.replace_input_with(i, cast.outputs[0])
     for value in node.outputs:
         if (half := halves.get(types.get(value, ""))) is not None:
             name, value.name = value.name, f"{value.name}{WIDE}"
-            graph.insert_after(node, cast := _cast(value, half, name or "", node))
-            result = cast.outputs[0]
-            result.shape, value.type = value.shape, ir.TensorType(ir.DataType.FLOAT)
+            graph.insert_after(node, cast := cast_of(value, half, name or "", node))
+            result, value.type = cast.outputs[0], ir.TensorType(ir.DataType.FLOAT)
             for use in tuple(value.uses()):
                 if use.node is not cast:
                     use.node.replace_input_with(use.idx, result)
             for i, output in enumerate(graph.outputs):
                 if output is value:
                     graph.outputs[i] = result
-
-
-def _cast(value: ir.Value, kind: ir.DataType, name: str, owner: ir.Node) -> ir.Node:
-    """A Cast that is a part of what a node is a part of; not yet in the graph."""
-    cast = ir.node("Cast", [value], {"to": kind.value}, name=f"{name}.cast")
-    cast.metadata_props.update(owner.metadata_props)
-    cast.outputs[0].name, cast.outputs[0].type = name, ir.TensorType(kind)
-    return cast

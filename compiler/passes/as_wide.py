@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from peltc.compiler.graphs.wide import cast_of
+
 NORM = "RMSNormalization"
 WIDE = ".as_wide"
 """Behind a value's name: the same in the type of what is normalised."""
@@ -23,22 +25,13 @@ def put_as_wide(graph: ir.Graph) -> int:
         x, gain = node.inputs[:2]
         if x is None or gain is None or x.dtype is None or gain.dtype is None or x.dtype == gain.dtype:
             continue
-        wide, result = _cast(gain, x.dtype, f"{gain.name}{WIDE}.{node.name or done}", node), node.outputs[0]
+        wide, result = cast_of(gain, x.dtype, f"{gain.name}{WIDE}.{node.name or done}", node), node.outputs[0]
         graph.insert_before(node, wide)
         node.replace_input_with(1, wide.outputs[0])
-        narrow = _cast(result, gain.dtype, result.name or "", node)
+        narrow = cast_of(result, gain.dtype, result.name or "", node)
         result.replace_all_uses_with(narrow.outputs[0], replace_graph_outputs=True)
         narrow.replace_input_with(0, result)
         result.name, result.type = f"{result.name}{WIDE}", ir.TensorType(x.dtype)
         graph.insert_after(node, narrow)
         done += 1
     return done
-
-
-def _cast(value: ir.Value, kind: ir.DataType, name: str, owner: ir.Node) -> ir.Node:
-    """A Cast that is a part of what a node is a part of; not yet in the graph."""
-    cast = ir.node("Cast", [value], {"to": kind.value}, name=f"{name}.cast")
-    cast.metadata_props.update(owner.metadata_props)
-    result = cast.outputs[0]
-    result.name, result.shape, result.type = name, value.shape, ir.TensorType(kind)
-    return cast

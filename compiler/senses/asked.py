@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-PADDED, FIRST, LAST = 0, 6, 96
-"""Token ids: that of padding, and the range that ordinary ones are drawn from, where the vocabulary is as large."""
+FIRST, LAST = 6, 96
+"""The range that ordinary token ids are drawn from, where the vocabulary is as large."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Asked:
     draw: torch.Generator = field(repr=False)
 
     @staticmethod
-    def of(model: Any, config: Any = None, sizes: Sizes | None = None, seed: int = 0) -> Asked:
+    def of(model: Any, config: Any = None) -> Asked:
         """What a model of `transformers`, or a class and a config, ask for."""
         import torch
 
@@ -69,9 +69,9 @@ class Asked:
             tuple(p.name for p in named if p.default is p.empty),
             frozenset([read] if isinstance(read, str) else read),
             str(getattr(model, "main_input_name", "") or ""),
-            sizes or Sizes(),
+            Sizes(),
             {},
-            torch.Generator().manual_seed(seed),
+            torch.Generator().manual_seed(0),
         )
 
     def sized(self, sizes: Sizes, counts: dict[str, int], seed: int = 0) -> Asked:

@@ -134,6 +134,5 @@ def _with_axes(model: Any, asked: Asked, reading: Reading, inputs: Mapping[str, 
     axes: Axes = {name: tuple(words) for name, words in found.items()}
     made = reading.by_sense(asked.sized(Sizes(), dict(reading.counts))) or {}
     senses = {name: sense for sense, tensors in made.items() for name in tensors}
-    tokens = {sense: text.placeholder(asked, sense) for sense in reading.counts}
-    known = {sense: token for sense, token in tokens.items() if token is not None}
-    return replace(reading, axes=axes, varied=tuple(varied), senses=senses, tokens=known)
+    tokens = {sense: token for sense in reading.counts if (token := text.placeholder(asked, sense)) is not None}
+    return replace(reading, axes=axes, varied=tuple(varied), senses=senses, tokens=tokens)

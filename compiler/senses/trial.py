@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
 def run_empty(function: Any, inputs: Mapping[str, Any]) -> Any:
     """Call something of a model on tensors without memory, or on real ones where it looks at their values."""
-    import logging
-
     import torch
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
@@ -18,18 +18,26 @@ def run_empty(function: Any, inputs: Mapping[str, Any]) -> Any:
     )
     from torch.utils._pytree import tree_map_only
 
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # torch logs an operation that has no memory-less form, besides raising it
     try:
-        with torch.no_grad():
+        with torch.no_grad(), silenced():
             try:
                 with FakeTensorMode(allow_non_fake_inputs=True) as fake:
                     return function(**tree_map_only(torch.Tensor, fake.from_tensor, dict(inputs)))
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return function(**tree_map_only(torch.Tensor, torch.clone, dict(inputs)))
     finally:
-        logging.disable(level)
         forget(getattr(function, "__self__", function))
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep to itself what torch logs of an operation that has no memory-less form, besides raising it."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 def forget(model: Any) -> None:

@@ -84,11 +84,12 @@ def drawn(base: Base, batch: int, part: float, padding: float, seed: int) -> dic
 def made(base: Base, wanted: Mapping[str, int], seed: int) -> dict[str, Array]:
     """Random inputs of a model that reads more than text; sizes that its graph fixes are those of the example, and none
     is longer than its positions allow."""
-    from peltc.compiler.export.refusals import model_class
+    import transformers
+
     from peltc.compiler.export.torch_model import parse_config
 
     assert base.reading is not None
-    cls = type(base.module) if base.module is not None else model_class(base.architecture, base.config, base.folder)
+    cls = type(base.module) if base.module is not None else getattr(transformers, base.architecture)
     most = {size: base.limits["lengths"].get(WORDS[size], {}).get("most", length) for size, length in wanted.items()}
     sizes = base.reading.sizes(**{size: min(length, most[size]) for size, length in wanted.items()})
     inputs = base.reading.make(Asked.of(cls, parse_config(base.config)), sizes, seed)

@@ -61,26 +61,23 @@ def load_model(base: Base) -> Any:
     import torch
     import transformers
 
-    from peltc.compiler.export.torch_model import parse_config, quiet, replica
+    from peltc.compiler.export.torch_model import held, parse_config, quiet, replica
 
     if base.module is not None:
         return replica(base.module, base.precision)
 
-    cls, config, dtype = (
-        getattr(transformers, base.architecture),
-        parse_config(base.config),
-        getattr(torch, base.precision),
-    )
+    cls, config = getattr(transformers, base.architecture), parse_config(base.config)
+    dtype = getattr(torch, base.precision)
     packed = base.anatomy.packed is not None  # which transformers itself reads with other packages alone
     with quiet():
         if packed:
             model = cls._from_config(config, dtype=dtype)
         else:
             model = cls.from_pretrained(base.folder, config=config, dtype=dtype, ignore_mismatched_sizes=True)
-    for name, parameter in model.named_parameters():
+    for name, tensor in held(model).items():
         if name in base.parameters and (packed or base.lacks(name)):  # as in the graph, whatever it starts with
             array = base.array(name).astype(np.float32)
-            parameter.data.copy_(torch.from_numpy(array))
+            tensor.data.copy_(torch.from_numpy(array))
     return model.eval()
 
 

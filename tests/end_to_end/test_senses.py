@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import transformers
 
 import peltc
 from peltc.compiler.base.opening import open_base
+from peltc.compiler.survey.anatomy import Packed
+from peltc.runtime.verification import verify
 from peltc.spec.diagnostics import PeltError
 
-TOLERANCE = 1e-5
+TOLERANCE = verify.TOLERANCE["float32"]
 TARGETS = {
     "levit": r".*queries_keys_values\.linear", "patchtst": ["q_proj", "v_proj"],
     "llava": r".*language_model.*\.(q_proj|v_proj)", "clip": r".*vision_model.*\.(q_proj|fc1)",
@@ -181,6 +184,16 @@ def test_stored_buffers_come_from_the_checkpoint(folder: Callable[[str], Path], 
     with peltc.Session(tmp_path / "out") as session:
         found = session(input_ids=ids.numpy(), attention_mask=np.ones((2, 9), np.int64))
     check(found, answers(model, {"input_ids": ids}))
+
+
+def test_references_hold_stored_buffers(folder: Callable[[str], Path]) -> None:
+    """Of a checkpoint with packed weights, which PyTorch itself does not load."""
+    base = open_base(folder("levit"))
+    packed = Packed("gptq", "int4", 32, frozenset())
+    reference = verify.load_model(replace(base, anatomy=replace(base.anatomy, packed=packed)))
+    wanted = load(folder("levit"), "levit").state_dict()
+    stored = [name for name in base.parameters if name.endswith(("running_mean", "running_var"))]
+    assert stored and all(torch.equal(reference.state_dict()[name], wanted[name]) for name in stored)
 
 
 def test_inputs_that_do_not_fit(folder: Callable[[str], Path], tmp_path: Path) -> None:
